@@ -1,0 +1,118 @@
+"""Which linear layers of which model family are factored, and why the others are not: one table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from softlms.layers import LowRankLinear, SoftLinear
+
+__all__ = ["ARCHITECTURES", "Architecture", "Predicate", "Target", "find_targets"]
+
+Predicate = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model family.
+
+    Attributes
+    ----------
+    block : str
+        Regular expression of a block's name; its first group is the block's index.
+    targets : dict
+        Name of each factored linear inside a block, and the paper's symbol for it.
+    left_alone : dict
+        The other linears, and the reason why they are not factored.
+    """
+
+    block: str
+    targets: dict[str, str]
+    left_alone: dict[str, str] = field(default_factory=dict)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": Architecture(  # Fig. 2 of the paper
+        block=r"encoder\.layer\.(\d+)",
+        targets={
+            "attention.self.query": "W_Q",
+            "attention.self.key": "W_K",
+            "attention.self.value": "W_V",
+            "attention.output.dense": "W_proj",
+            "intermediate.dense": "W_fc1",
+            "output.dense": "W_fc2",
+        },
+        left_alone={
+            "pooler.dense": "runs on one token a sentence, outside the encoder's blocks",
+            "classifier": "the task's head: a handful of outputs, its rank is full already",
+            "embeddings": "a table that is looked up, not multiplied",
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear layer to factor.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the model.
+    block : int or None
+        Index of its block; None where a predicate chose it.
+    symbol : str
+        The paper's symbol, or the name where there is none.
+    module : nn.Module
+        The layer, in its present form.
+    """
+
+    name: str
+    block: int | None
+    symbol: str
+    module: nn.Module
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): outputs, inputs."""
+        return self.module.out_features, self.module.in_features
+
+
+def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Target]:
+    """The layers of `model` that are factored, in the order of the forward pass, in whatever form they are.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model of a family in `ARCHITECTURES`, or any module when `targets` is given.
+    targets : callable, optional
+        ``targets(name, module) -> bool`` chooses among the linear layers instead of the table.
+
+    Raises
+    ------
+    ValueError
+        The family is unknown, or no layer matches.
+    """
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, SoftLinear, LowRankLinear))]
+    inside = {f"{n}.{part}" for n, m in linears if isinstance(m, LowRankLinear) for part in ("down", "up")}
+    linears = [(n, m) for n, m in linears if n not in inside]
+    if targets is not None:
+        found = [Target(n, None, n, m) for n, m in linears if targets(n, m)]
+    else:
+        family = getattr(getattr(model, "config", None), "model_type", None)
+        if family not in ARCHITECTURES:
+            raise ValueError(
+                f"Unknown model family {family!r}; known: {', '.join(ARCHITECTURES)}. "
+                "For another model pass targets=lambda name, module: ..., true for each linear layer to factor."
+            )
+        architecture = ARCHITECTURES[family]
+        suffixes = "|".join(re.escape(suffix) for suffix in architecture.targets)
+        pattern = re.compile(rf"(?:^|\.){architecture.block}\.({suffixes})$")
+        matches = ((n, m, pattern.search(n)) for n, m in linears)
+        found = [Target(n, int(hit[1]), architecture.targets[hit[2]], m) for n, m, hit in matches if hit]
+    if not found:
+        raise ValueError("No linear layer of this model matches the targets: nothing to factor.")
+    return found

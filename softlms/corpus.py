@@ -1,0 +1,139 @@
+"""The embedded corpus: real English that is on every machine, the docstrings of installed libraries.
+
+Source files are parsed, never imported. What it holds depends on the versions installed, so numbers measured on it
+are comparable on one machine only. It is named wherever it is used; nothing falls back to it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import random
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["LIBRARIES", "docstrings", "sentence_pairs", "text"]
+
+LIBRARIES = ("torch", "transformers", "pandas", "numpy", "matplotlib")
+PAIR_LIBRARIES = ("pandas", "numpy", "matplotlib")  # prose with little boilerplate, parsed in seconds
+
+_NOT_PROSE = re.compile(r">>>|::|``|:[a-z]+:|\|\s|[=\-~_*^]{3,}|\w+\(|https?:|[{}<>\\]|\.\. ")
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)'\"][.!?])\s+(?=[A-Z])")
+
+
+@cache
+def docstrings(libraries: tuple[str, ...]) -> dict[str, list[str]]:
+    """Docstrings by source file (``library/path.py``), tests left out, both in a fixed order.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        A library is not installed.
+    """
+    found = {}
+    for library in libraries:
+        spec = importlib.util.find_spec(library)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"The embedded corpus reads the docstrings of {library}: install it.")
+        root = Path(spec.origin).parent
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root.parent)
+            if not {"tests", "testing", "_vendor"} & set(relative.parts):
+                docs = list(_docstrings_of(path))
+                if docs:
+                    found[relative.as_posix()] = docs
+    return found
+
+
+def text(split: str) -> str:
+    """The corpus as plain text for language modelling.
+
+    Parameters
+    ----------
+    split : {"train", "validation", "test"}
+        Source files are assigned to a split by a hash of their path: 80, 10 and 10 %; no docstring is in two.
+
+    Raises
+    ------
+    ValueError
+        Unknown split.
+    """
+    files = docstrings(LIBRARIES)
+    own = {"train": "train", "validation": "dev", "test": "test"}
+    if split not in own:
+        raise ValueError(f"split must be one of {', '.join(own)}, got {split!r}.")
+    seen_elsewhere = Counter(doc for docs in files.values() for doc in set(docs))
+    parts = (doc for name, docs in files.items() if _split_of(name) == own[split] for doc in docs)
+    return "\n\n".join(doc for doc in parts if seen_elsewhere[doc] == 1)
+
+
+@cache
+def sentence_pairs(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """The ``docpairs`` task: do two sentences stand next to each other in one docstring?
+
+    A pair with label 1 holds neighbouring sentences of one docstring; one with label 0 holds sentences of two
+    docstrings of the same source file, so that vocabulary alone does not tell. Source files are split into train, dev
+    and test, and a sentence that occurs in two files is used in none: no sentence is in two splits.
+
+    Parameters
+    ----------
+    seed : int
+        Order of the pairs and choice of the label-0 partners.
+
+    Returns
+    -------
+    dict
+        "train", "dev" and "test": rows with "sentence1", "sentence2" and "label" in equal shares.
+    """
+    files = {n: [_sentences(doc) for doc in docs] for n, docs in docstrings(PAIR_LIBRARIES).items()}
+    in_files = Counter(s for docs in files.values() for s in {s for doc in docs for s in doc})
+    rng = random.Random(seed)
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}
+    for name, docs in files.items():
+        pages = [[s for s in doc if in_files[s] == 1] for doc in docs]
+        pages = [page for page in pages if page]
+        rows = splits[_split_of(name)]
+        used: set[str] = set()
+        for i, page in enumerate(pages):
+            # a page whose text another page of this file repeats would make both labels true
+            others = [page_ for j, page_ in enumerate(pages) if j != i and not set(page_) & set(page)]
+            if len(page) < 2 or not others or page[0] in used:
+                continue
+            used.update(page)
+            first, second = page[:2]
+            rows.append({"sentence1": first, "sentence2": second, "label": 1})
+            rows.append({"sentence1": first, "sentence2": rng.choice(rng.choice(others)), "label": 0})
+    for rows in splits.values():
+        rng.shuffle(rows)
+    return splits
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # templates and files for other Python versions
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            doc = ast.get_docstring(node)
+            if doc:
+                yield doc
+
+
+def _sentences(doc: str) -> list[str]:
+    paragraphs = (" ".join(p.split()) for p in re.split(r"\n\s*\n", doc))
+    sentences = (s for p in paragraphs if not _NOT_PROSE.search(p) for s in _SENTENCE_END.split(p))
+    return [s for s in sentences if 5 <= len(s.split()) <= 30 and s.endswith((".", "!", "?"))]
+
+
+def _split_of(file: str) -> str:
+    bucket = int(hashlib.sha256(file.encode()).hexdigest(), 16) % 10
+    return {0: "dev", 1: "test"}.get(bucket, "train")

@@ -1,0 +1,222 @@
+"""The two forms of a compressed linear layer: `SoftLinear` to train, `LowRankLinear` to deploy.
+
+Shapes: W is (m, n) as in ``nn.Linear.weight``, m outputs and n inputs; W = U diag(T(sigma)) V^T with r components.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softlms.thresholds import SoftThreshold, inverse_soft_threshold
+
+__all__ = ["LowRankLinear", "SoftLinear", "kept_parameters", "svd"]
+
+
+def kept_parameters(m: int, n: int, rank: int) -> int:
+    """Weights that an m x n layer of this rank stores: min(r (m + n), m n). The bias is not counted.
+
+    Examples
+    --------
+    >>> kept_parameters(384, 384, 96), kept_parameters(384, 384, 300)
+    (73728, 147456)
+    """
+    return min(rank * (m + n), m * n)
+
+
+def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, r), sigma (r,) falling, V (n, r) with W = U diag(sigma) V^T and r = min(m, n), in float32 or wider."""
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
+    return U, sigma, Vh.T
+
+
+class SoftLinear(nn.Module):
+    """Training form of a linear layer: y = x (U diag(T(sigma)) V^T)^T + bias, all factors and alpha trained.
+
+    Components at or below alpha are not multiplied, and the cheaper of two equal computations is taken at each
+    forward: through the factors, or through the recomposed W. A step so costs less as the rank falls.
+
+    Parameters
+    ----------
+    U, sigma, V : Tensor
+        Factors, shapes (m, r), (r,), (n, r).
+    bias : Tensor, optional
+        Shape (m,).
+    threshold : SoftThreshold
+        Holds alpha, s and the unit of both.
+
+    Notes
+    -----
+    Fig. 2 and 3 of the paper; the choice between factors and recomposed W is ours.
+    """
+
+    def __init__(self, U: Tensor, sigma: Tensor, V: Tensor, bias: Tensor | None, threshold: SoftThreshold) -> None:
+        super().__init__()
+        self.U = nn.Parameter(U)
+        self.sigma = nn.Parameter(sigma)
+        self.V = nn.Parameter(V)
+        self.bias = nn.Parameter(bias) if bias is not None else None
+        self.threshold = threshold
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, alpha: float = 0.0, s: float = 50.0, relative: bool = False) -> SoftLinear:
+        """Decompose `linear` so that the output does not change.
+
+        Parameters
+        ----------
+        linear : nn.Linear
+            The dense layer.
+        alpha, s : float
+            Start of the threshold and its sharpness, as in `SoftThreshold`.
+        relative : bool
+            Measure alpha in multiples of the layer's largest singular value instead of raw singular values.
+        """
+        weight = linear.weight
+        U, sigma, V = svd(weight)
+        # a zero matrix has no scale of its own
+        unit = sigma[0].item() if relative and sigma[0] > 0 else 1.0
+        sigma = inverse_soft_threshold(sigma / unit, alpha, s) * unit
+        threshold = SoftThreshold(alpha, s, unit).to(weight.device)
+        dtype = weight.dtype
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return cls(U.to(dtype).contiguous(), sigma.to(dtype), V.to(dtype).contiguous(), bias, threshold)
+
+    @property
+    def out_features(self) -> int:
+        return self.U.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.V.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r = #{sigma_i > alpha} (Fig. 3)."""
+        return int(self.threshold.is_live(self.sigma).sum())
+
+    @property
+    def weight(self) -> Tensor:
+        """The recomposed W, shape (m, n), differentiable in every factor."""
+        left, V = self._live_factors()
+        return left @ V.T
+
+    def _live_factors(self) -> tuple[Tensor, Tensor]:
+        """U diag(T(sigma)) and V without the dead components: (m, rank), (n, rank)."""
+        U, sigma, V = self.U, self.sigma, self.V
+        live = self.threshold.is_live(sigma).nonzero().squeeze(-1)
+        if len(live) < len(sigma):
+            U, sigma, V = U.index_select(1, live), sigma[live], V.index_select(1, live)
+        return U * self.threshold(sigma), V
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        left, V = self._live_factors()
+        (m, rank), n = left.shape, V.shape[0]
+        tokens = x.numel() // n
+        # multiplications: recomposing costs r m n once, then m n a token; the factors cost r (m + n) a token
+        if m * n * (rank + tokens) < tokens * rank * (m + n):
+            return F.linear(x, left @ V.T, self.bias)
+        return F.linear(F.linear(x, V.T), left, self.bias)
+
+    @torch.no_grad()
+    def set_rank_(self, rank: int) -> None:
+        """Move alpha so that just the `rank` largest sigma survive; where they already do, nothing moves.
+
+        Parameters
+        ----------
+        rank : int
+            From 1 to r.
+
+        Raises
+        ------
+        ValueError
+            `rank` is outside that range, or equal sigma make it impossible.
+        """
+        if not 1 <= rank <= len(self.sigma):
+            raise ValueError(f"rank must be between 1 and {len(self.sigma)}, got {rank}.")
+        if rank == self.rank:
+            return
+        ordered = self.sigma.sort(descending=True).values
+        smallest_kept = ordered[rank - 1]
+        largest_cut = ordered[rank] if rank < len(ordered) else torch.zeros_like(smallest_kept)
+        self.threshold.alpha.fill_((smallest_kept + largest_cut) / 2 / self.threshold.unit)
+        if self.rank != rank:
+            raise ValueError(f"rank {rank} cannot be cut out: sigma {rank} and {rank + 1} are equal.")
+
+    @torch.no_grad()
+    def freeze_(self) -> None:
+        """Fix the rank for good: alpha stops learning, and the sigma of dead components become exactly zero."""
+        self.threshold.alpha.requires_grad_(False)
+        self.sigma.mul_(self.threshold.is_live(self.sigma))
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Back into range after an optimizer step.
+
+        While alpha learns it stays at least 0 and below the largest sigma, so that one component always survives.
+        Once it is frozen, live sigma stay above it instead, so that the rank stays what the budget made it.
+        """
+        alpha, unit = self.threshold.alpha, self.threshold.unit
+        if alpha.requires_grad:
+            alpha.clamp_(min=0).clamp_(max=self.sigma.max() / unit * (1 - 1e-3))
+        else:
+            lowest = alpha * unit * (1 + 1e-3) + torch.finfo(self.sigma.dtype).tiny
+            self.sigma.copy_(torch.where(self.sigma != 0, self.sigma.clamp(min=lowest), self.sigma))
+
+    @torch.no_grad()
+    def deployed(self) -> LowRankLinear | nn.Linear:
+        """The layer to deploy: T(sigma) folded in, dead components cut, dense where dense is not larger."""
+        left, V = self._live_factors()
+        (m, rank), n = left.shape, V.shape[0]
+        if kept_parameters(m, n, rank) == m * n:
+            return _linear(left @ V.T, self.bias)
+        return LowRankLinear(V.T, left, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankLinear(nn.Module):
+    """Deployed form: y = up(down(x)), two thin matmuls.
+
+    Parameters
+    ----------
+    down : Tensor
+        Shape (r, n), V^T.
+    up : Tensor
+        Shape (m, r), U diag(T(sigma)).
+    bias : Tensor, optional
+        Shape (m,).
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.down = _linear(down, None)
+        self.up = _linear(up, bias)
+
+    @property
+    def out_features(self) -> int:
+        return self.up.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.down.in_features
+
+    @property
+    def rank(self) -> int:
+        return self.down.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        return self.up(self.down(x))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    m, n = weight.shape
+    linear = nn.utils.skip_init(nn.Linear, n, m, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    if bias is not None:
+        linear.bias.data.copy_(bias)
+    return linear

@@ -1,0 +1,323 @@
+"""`SoftTrainer`: a transformers Trainer that learns ranks, meets a parameter budget, and recovers.
+
+The schedule is that of the paper's successor (STAR-KV, arXiv 2606.08382):
+
+1. compress: weights and thresholds train together, alpha at its own, much larger rate, on
+   L = L_task + gamma L_cmp, until the budget is met;
+2. freeze: alpha stops for good, the ranks are filled up exactly to the budget;
+3. recover: L_task alone, with a fresh optimizer and learning-rate schedule, for the steps that are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
+
+from softlms.budget import Budget, count_parameters, refill
+from softlms.layers import SoftLinear, kept_parameters
+from softlms.losses import COMPRESSION_LOSSES, distillation_loss
+from softlms.surgery import soft_layers
+
+__all__ = ["BudgetNotMet", "DistillingTrainer", "SoftTrainer"]
+
+logger = logging.get_logger(__name__)
+
+STALL_STEPS = 100  # without movement before a warning
+STALL_SHARE = 1e-3  # of the parameters: what counts as movement
+
+
+class BudgetNotMet(RuntimeError):
+    """Training ended before the thresholds had cut the model down to its budget."""
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """Length-grouped order that depends on seed and epoch alone, so that a resumed run sees the same batches."""
+
+    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
+        super().__init__(*args, generator=torch.Generator(), **kwargs)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class DistillingTrainer(Trainer):
+    """A Trainer whose task loss may be mixed with distillation from a dense model's stored logits.
+
+    Parameters
+    ----------
+    distillation : float
+        Share of the distillation loss, 0 to 1: L_task = (1 - d) L_labels + d KL. Above 0 the data set needs a
+        column ``teacher_logits`` (see `softlms.evaluation.add_teacher_logits`).
+    **kwargs
+        As for ``transformers.Trainer``.
+
+    Raises
+    ------
+    ValueError
+        `distillation` is out of range, or the column is missing.
+    """
+
+    def __init__(self, model: nn.Module, *, distillation: float = 0.0, **kwargs: Any) -> None:
+        if not 0 <= distillation <= 1:
+            raise ValueError(f"distillation is a share, 0 to 1; got {distillation!r}.")
+        columns = getattr(kwargs.get("train_dataset"), "column_names", ())
+        if distillation and "teacher_logits" not in columns:
+            raise ValueError("distillation needs a column 'teacher_logits': use softlms.add_teacher_logits first.")
+        super().__init__(model, **kwargs)
+        self.distillation = distillation
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.distillation and "teacher_logits" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "teacher_logits"]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return EpochLengthGroupedSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return sampler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss, mixed with distillation where the batch carries the teacher's logits."""
+        teacher = inputs.pop("teacher_logits", None)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.distillation and model.training:
+            loss = (1 - self.distillation) * loss + self.distillation * distillation_loss(outputs.logits, teacher)
+        return (loss, outputs) if return_outputs else loss
+
+
+class SoftTrainer(DistillingTrainer):
+    """Learns the rank of every soft layer until the model meets its budget, then recovers.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Decomposed by `softlms.decompose`.
+    keep : float
+        Share of parameters that stays, above 0 and at most 1.
+    count : {"linear", "total"}
+        Share of what: the target linears' weights, or the whole model.
+    gamma : float
+        Weight of the compression loss, positive.
+    alpha_learning_rate : float
+        Rate of the thresholds, positive; constant while they learn.
+    compression_loss : {"adaptive", "linear"}
+        L_acmp or L_cmp.
+    weigh_by_size : bool
+        Weigh each layer's compression loss by its number of parameters (mean weight 1) instead of equally.
+    distillation : float
+        See `DistillingTrainer`.
+    **kwargs
+        As for ``transformers.Trainer``: args, train_dataset, data_collator, ... Resuming, logging, mixed precision
+        and ``accelerate launch`` are inherited.
+
+    Raises
+    ------
+    ValueError
+        The model is not decomposed, the budget cannot be met, or a setting is out of range: before any work.
+    BudgetNotMet
+        From `train`, when its steps end before the budget is met. The model is left in its soft form.
+
+    Notes
+    -----
+    Defaults from the successor (alpha rate 1e-2, gamma 0.1, no weight decay on alpha). Exact fit, size weights and
+    the constant rates while compressing are ours.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        keep: float,
+        count: str,
+        gamma: float = 0.1,
+        alpha_learning_rate: float = 1e-2,
+        compression_loss: str = "adaptive",
+        weigh_by_size: bool = False,
+        distillation: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.soft_layers = soft_layers(model)
+        self.shapes = {n: (layer.out_features, layer.in_features) for n, layer in self.soft_layers.items()}
+        self.budget = Budget(keep, count)
+        self.limit = self.budget.limit(self.shapes, count_parameters(model, _is_soft).rest)
+        for name, value in (("gamma", gamma), ("alpha_learning_rate", alpha_learning_rate)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}.")
+        if compression_loss not in COMPRESSION_LOSSES:
+            known = ", ".join(map(repr, COMPRESSION_LOSSES))
+            raise ValueError(f"compression_loss must be one of {known}, got {compression_loss!r}.")
+        self.gamma = gamma
+        self.alpha_learning_rate = alpha_learning_rate
+        self.compression_loss = COMPRESSION_LOSSES[compression_loss]
+        sizes = torch.tensor([float(m * n) for m, n in self.shapes.values()])
+        self.layer_weights = sizes / sizes.mean() if weigh_by_size else torch.ones_like(sizes)
+        super().__init__(model, distillation=distillation, **kwargs)
+        if self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True  # alpha has no gradient any more once it is frozen
+        self.schedule = SoftSchedule(self)
+        self.add_callback(self.schedule)
+
+    @property
+    def alphas(self) -> list[nn.Parameter]:
+        """The thresholds, in the order of the layers."""
+        return [layer.threshold.alpha for layer in self.soft_layers.values()]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """L_task, plus gamma L_cmp while the thresholds learn."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and self.schedule.frozen_at is None:
+            alpha = torch.stack(self.alphas)
+            push = self.gamma * self.compression_loss(alpha, self.layer_weights.to(alpha.device))
+            if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+                push = push / self.current_gradient_accumulation_steps  # the task's loss is scaled already
+            loss = loss + push
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or what `args` name) with alpha in a group of its own: its rate, no weight decay."""
+        if self.optimizer is None:
+            self.schedule.restore(self.state)
+            super().create_optimizer(model)
+            alphas = {id(alpha) for alpha in self.alphas}
+            for group in self.optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in alphas]
+            if self.schedule.frozen_at is None:
+                group = {"params": self.alphas, "lr": self.alpha_learning_rate, "weight_decay": 0.0}
+                self.optimizer.add_param_group(group)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """While compressing, constant rates after a warm-up of the weights; then `args`' own schedule for the rest."""
+        frozen_at = self.schedule.frozen_at
+        if frozen_at is not None:
+            return super().create_scheduler(num_training_steps - frozen_at, optimizer)
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            weights: Callable[[int], float] = lambda step: min(1.0, (step + 1) / (warmup + 1))  # noqa: E731
+            groups = len(optimizer.param_groups)
+            self.lr_scheduler = LambdaLR(optimizer, [weights] * (groups - 1) + [lambda step: 1.0])
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def kept_weights(self) -> int:
+        """Weights that the soft layers would store if deployed now."""
+        return sum(kept_parameters(*self.shapes[name], layer.rank) for name, layer in self.soft_layers.items())
+
+    def freeze(self) -> None:
+        """Fill the ranks up to the budget, fix them, and start afresh with optimizer and learning rate."""
+        margins, start = {}, {}
+        for name, layer in self.soft_layers.items():
+            margin = layer.sigma.detach() / layer.threshold.unit - layer.threshold.alpha.detach()
+            margins[name] = margin[layer.sigma > 0].sort(descending=True).values.tolist()
+            start[name] = layer.rank
+        for name, rank in refill(self.shapes, start, self.limit, margins).items():
+            self.soft_layers[name].set_rank_(rank)
+            self.soft_layers[name].freeze_()
+        # create_optimizer reads the phase where a resumed run finds it too
+        self.state.stateful_callbacks[SoftSchedule.__name__] = self.schedule.state()
+        self.optimizer = self.lr_scheduler = None
+        self.optimizer = self.accelerator.prepare(self.create_optimizer())
+        self.create_scheduler(self.state.max_steps)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the kept share of parameters and the mean alpha beside the loss."""
+        if "loss" in logs:
+            parameters = count_parameters(self.model, _is_soft)
+            alpha = torch.stack(self.alphas).detach()
+            logs |= {
+                "kept_linear": parameters.kept("linear"),
+                "kept_total": parameters.kept("total"),
+                "alpha_mean": alpha.mean().item(),
+                "alpha_max": alpha.max().item(),
+            }
+        super().log(logs, start_time)
+
+
+class SoftSchedule(TrainerCallback, ExportableState):
+    """Watches the budget; what it knows travels in the checkpoint's trainer state."""
+
+    def __init__(self, trainer: SoftTrainer) -> None:
+        self.trainer = trainer
+        self.frozen_at: int | None = None
+        self.last_move = (0, trainer.kept_weights())  # step, weights
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"frozen_at": self.frozen_at, "last_move": self.last_move}}
+
+    def restore(self, state: TrainerState) -> None:
+        """Take over what a checkpoint holds; a no-op in a fresh run."""
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        if stored is not None:
+            self.frozen_at = stored["attributes"]["frozen_at"]
+            self.last_move = tuple(stored["attributes"]["last_move"])
+        for alpha in self.trainer.alphas:
+            alpha.requires_grad_(self.frozen_at is None)
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for layer in self.trainer.soft_layers.values():
+            layer.project_()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.frozen_at is not None:
+            return
+        trainer = self.trainer
+        kept = trainer.kept_weights()
+        if kept <= trainer.limit:
+            self.frozen_at = state.global_step
+            trainer.freeze()
+            logger.info(f"Budget met at step {state.global_step} of {state.max_steps}; ranks are fixed from here.")
+            return
+        whole = sum(m * n for m, n in trainer.shapes.values())
+        step, weights = self.last_move
+        if abs(weights - kept) > STALL_SHARE * whole:
+            self.last_move = (state.global_step, kept)
+        elif state.global_step - step == STALL_STEPS:
+            logger.warning(
+                f"The kept share of the linears has stayed at {kept / whole:.3f} for {STALL_STEPS} steps, above the "
+                f"budget's {trainer.limit / whole:.3f}: raise gamma ({trainer.gamma}) or alpha_learning_rate "
+                f"({trainer.alpha_learning_rate})."
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.frozen_at is None and state.global_step >= state.max_steps:
+            whole = sum(m * n for m, n in self.trainer.shapes.values())
+            raise BudgetNotMet(
+                f"After {state.global_step} steps {self.trainer.kept_weights() / whole:.3f} of the linears are kept, "
+                f"the budget allows {self.trainer.limit / whole:.3f}. Train longer, or raise gamma "
+                f"({self.trainer.gamma}) or alpha_learning_rate ({self.trainer.alpha_learning_rate})."
+            )
+
+
+def _is_soft(name: str, module: nn.Module) -> bool:
+    return isinstance(module, SoftLinear)

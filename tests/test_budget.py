@@ -1,0 +1,122 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softlms.architectures import find_targets
+from softlms.budget import Budget, count_parameters, refill, uniform_ranks
+from softlms.layers import kept_parameters
+from softlms.surgery import decompose
+
+layer_shapes = st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1)
+
+
+def cost(shapes, ranks):
+    return sum(kept_parameters(*shapes[name], rank) for name, rank in ranks.items())
+
+
+def assert_exact(shapes, ranks, limit):
+    """Within the limit, and not one more component of any layer would fit."""
+    assert cost(shapes, ranks) <= limit
+    for name, (m, n) in shapes.items():
+        assert 1 <= ranks[name] <= min(m, n)
+        if ranks[name] < min(m, n):
+            assert cost(shapes, ranks | {name: ranks[name] + 1}) > limit
+
+
+@given(layer_shapes, st.floats(0, 1), st.integers(0, 1000))
+def test_refill_is_exact_from_below(shapes, share, seed):
+    least = sum(kept_parameters(m, n, 1) for m, n in shapes.values())
+    most = sum(m * n for m, n in shapes.values())
+    limit = least + int(share * (most - least))
+    generator = torch.Generator().manual_seed(seed)
+    scores = {
+        name: torch.rand(min(shape), generator=generator).sort(descending=True).values
+        for name, shape in shapes.items()
+    }
+    assert_exact(shapes, refill(shapes, dict.fromkeys(shapes, 1), limit, scores), limit)
+    assert_exact(shapes, uniform_ranks(shapes, limit), limit)
+
+
+def test_refill_is_the_best_fill_by_brute_force():
+    """Equal prices: the greedy fill keeps the components with the highest scores, as trying them all shows."""
+    shapes = {"a": (4, 3), "b": (3, 4), "c": (4, 3)}
+    scores = {"a": [9.0, 2.0, 1.5], "b": [8.0, 7.0, 0.5], "c": [6.0, 5.0, 4.0]}
+    limit = 35  # five components of price 7; a layer of two components is at 14 > 12, stored dense
+    got = refill(shapes, dict.fromkeys(shapes, 1), limit, scores)
+    every = (dict(zip(shapes, ranks, strict=True)) for ranks in itertools.product((1, 2, 3), repeat=3))
+    fitting = [ranks for ranks in every if cost(shapes, ranks) <= limit]
+    best = max(fitting, key=lambda ranks: sum(sum(scores[n][:r]) for n, r in ranks.items()))
+    assert got == best
+    assert_exact(shapes, got, limit)
+
+
+def test_refill_starts_from_what_it_is_given():
+    shapes = {"a": (10, 10), "b": (10, 10)}
+    flat = {"a": [0.0] * 10, "b": [1.0] * 10}
+    assert refill(shapes, {"a": 3, "b": 1}, 100, flat) == {"a": 3, "b": 2}
+    with pytest.raises(ValueError, match="exceed the limit of 50 weights by 30"):
+        refill(shapes, {"a": 3, "b": 1}, 50, flat)
+    with pytest.raises(ValueError, match="at least one component"):
+        refill(shapes, {"a": 0, "b": 1}, 50, flat)
+
+
+def test_uniform_ranks_are_uniform():
+    shapes = {f"{i}": (384, 384) for i in range(5)} | {"fc": (1536, 384)}
+    ranks = uniform_ranks(shapes, sum(m * n for m, n in shapes.values()) // 2)
+    kept = [ranks[name] * (m + n) / (m * n) for name, (m, n) in shapes.items()]
+    assert max(kept) - min(kept) < 0.01
+
+
+def test_parameters_of_a_real_sized_config():
+    """The counts of ../paper: BERT-base has 84.9 M weights in its blocks' linears and 109.5 M parameters."""
+    from transformers import BertConfig, BertModel
+
+    with torch.device("meta"):
+        counted = count_parameters(BertModel(BertConfig()))
+    assert counted.linear == counted.linear_dense == 84_934_656
+    assert counted.total == 109_482_240
+
+
+def test_counts_follow_the_ranks(tiny_bert):
+    model = tiny_bert()
+    dense = count_parameters(model)
+    assert dense.total == sum(p.numel() for p in model.parameters()) and dense.kept("linear") == 1
+    decompose(model)
+    assert count_parameters(model) == dense
+    for target in find_targets(model):
+        target.module.set_rank_(4)
+    half = count_parameters(model)
+    assert half.linear == sum(4 * (m + n) for m, n in (t.shape for t in find_targets(model)))
+    assert half.rest == dense.rest and half.total_dense == dense.total
+    assert half.kept("linear") == half.linear / dense.linear
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.0001, 50, float("nan")])
+def test_wrong_keep(keep):
+    with pytest.raises(ValueError, match="keep is the share of parameters that stays"):
+        Budget(keep, "linear")
+
+
+def test_wrong_count():
+    with pytest.raises(ValueError, match="count must be one of 'linear', 'total', got 'all'"):
+        Budget(0.5, "all")
+
+
+def test_limits():
+    shapes = {"a": (10, 10), "b": (20, 10)}
+    assert Budget(0.5, "linear").limit(shapes, rest=1000) == 150
+    assert Budget(0.9, "total").limit(shapes, rest=1000) == 170
+    assert Budget(1.0, "total").limit(shapes, rest=7) == 300
+
+
+def test_impossible_budget_says_why_and_what_is_possible():
+    shapes = {"a": (10, 10), "b": (20, 10)}
+    with pytest.raises(ValueError, match=r"embeddings, biases, norms and head alone are 1,000.*count='linear'") as error:
+        Budget(0.5, "total").limit(shapes, rest=1000)
+    smallest = float(str(error.value).split("smallest keep of total is ")[1].split(";")[0])
+    assert Budget(smallest, "total").limit(shapes, rest=1000) >= 50  # what it promises holds
+    with pytest.raises(ValueError, match="one component a layer needs 50 weights"):
+        Budget(0.1, "linear").limit(shapes, rest=0)

@@ -1,0 +1,132 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from softlms.layers import LowRankLinear, SoftLinear, kept_parameters
+from softlms.thresholds import soft_threshold
+
+sizes = st.integers(1, 20)
+
+
+@given(sizes, sizes, st.sampled_from([0.0, 0.3]), st.sampled_from([5.0, 50.0]), st.booleans(), st.booleans())
+def test_decomposing_keeps_the_output(m, n, alpha, s, relative, bias):
+    linear = nn.Linear(n, m, bias=bias)
+    soft = SoftLinear.from_linear(linear, alpha=alpha, s=s, relative=relative)
+    x = torch.randn(4, n)
+    torch.testing.assert_close(soft(x), linear(x), rtol=1e-4, atol=1e-5)
+
+
+@given(sizes, sizes, st.integers(1, 40), st.floats(0, 0.9))
+def test_forward_is_the_formula_and_deploys_to_the_same(m, n, tokens, alpha):
+    soft = SoftLinear.from_linear(nn.Linear(n, m), relative=True)
+    soft.threshold.alpha.data.fill_(alpha)
+    x = torch.randn(tokens, n)
+    t = soft_threshold(soft.sigma / soft.threshold.unit, alpha, 50.0) * soft.threshold.unit
+    expected = F.linear(x, soft.U @ torch.diag(t) @ soft.V.T, soft.bias)
+    torch.testing.assert_close(soft(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(F.linear(x, soft.weight, soft.bias), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(soft.deployed()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", range(1, 13))
+def test_deployed_form_is_thin_only_where_that_is_smaller(rank):
+    soft = SoftLinear.from_linear(nn.Linear(12, 24))
+    soft.set_rank_(rank)
+    deployed = soft.deployed()
+    weights = sum(p.numel() for n, p in deployed.named_parameters() if not n.endswith("bias"))
+    assert weights == kept_parameters(24, 12, rank)
+    assert isinstance(deployed, LowRankLinear if rank * 36 < 24 * 12 else nn.Linear)
+
+
+def test_dead_components_are_not_multiplied():
+    soft = SoftLinear.from_linear(nn.Linear(32, 32))
+    x = torch.randn(8, 32)  # few tokens: through the factors
+
+    def flops():
+        with FlopCounterMode(display=False) as counter:
+            soft(x)
+        return counter.get_total_flops()
+
+    full = flops()
+    soft.set_rank_(8)
+    assert full == 2 * 8 * 32 * 64 and flops() == full // 4
+
+
+def test_the_cheaper_computation_is_taken():
+    soft = SoftLinear.from_linear(nn.Linear(32, 32))
+    with FlopCounterMode(display=False) as counter:
+        soft(torch.randn(1000, 32))
+    assert counter.get_total_flops() == 2 * 32**3 + 2 * 1000 * 32 * 32  # recomposed, not 2 * 1000 * 32 * 64
+
+
+def test_all_factors_and_alpha_get_gradients_and_dead_ones_none():
+    soft = SoftLinear.from_linear(nn.Linear(16, 16))
+    soft.set_rank_(5)
+    soft.threshold.alpha.data.copy_(soft.sigma.sort(descending=True).values[4] * 0.99)  # inside the gate's slope
+    soft(torch.randn(9, 16)).square().sum().backward()
+    for parameter in (soft.U, soft.sigma, soft.V, soft.bias, soft.threshold.alpha):
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0
+    assert soft.sigma.grad[5:].abs().sum() == 0 and soft.U.grad[:, 5:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("tokens", [3, 500])
+def test_gradients_agree_between_both_computations(tokens):
+    soft = SoftLinear.from_linear(nn.Linear(20, 30).double())
+    soft.set_rank_(11)
+    x = torch.randn(tokens, 20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(soft, (x[:3],)) if tokens == 3 else True
+    parameters = [soft.U, soft.sigma, soft.V, soft.threshold.alpha]
+    got = torch.autograd.grad(soft(x).square().sum(), parameters)
+    expected = torch.autograd.grad(F.linear(x, soft.weight, soft.bias).square().sum(), parameters)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(dtype):
+    linear = nn.Linear(24, 24)
+    x = torch.randn(5, 24)
+    soft = SoftLinear.from_linear(linear)
+    with torch.autocast("cpu", dtype):
+        assert soft(x).dtype == dtype
+        torch.testing.assert_close(soft(x).float(), linear(x).float(), rtol=0.05, atol=0.05)
+    half = SoftLinear.from_linear(linear.to(dtype))
+    assert half.U.dtype == dtype
+    torch.testing.assert_close(half(x.to(dtype)).float(), linear(x.to(dtype)).float(), rtol=0.05, atol=0.05)
+
+
+def test_set_rank_moves_alpha_only_when_it_must():
+    soft = SoftLinear.from_linear(nn.Linear(10, 10))
+    soft.set_rank_(4)
+    alpha = soft.threshold.alpha.item()
+    soft.set_rank_(4)
+    assert soft.threshold.alpha.item() == alpha and soft.rank == 4
+    soft.set_rank_(10)
+    assert soft.rank == 10
+    for rank in (0, 11):
+        with pytest.raises(ValueError, match="rank must be between 1 and 10"):
+            soft.set_rank_(rank)
+
+
+def test_projection_keeps_alpha_in_range_and_one_component_alive():
+    soft = SoftLinear.from_linear(nn.Linear(10, 10))
+    soft.threshold.alpha.data.fill_(-0.2)
+    soft.project_()
+    assert soft.threshold.alpha.item() == 0
+    soft.threshold.alpha.data.fill_(1e3)
+    soft.project_()
+    assert soft.rank == 1
+
+
+def test_projection_holds_the_rank_once_frozen():
+    soft = SoftLinear.from_linear(nn.Linear(10, 10))
+    soft.set_rank_(6)
+    soft.freeze_()
+    assert (soft.sigma == 0).sum() == 4 and not soft.threshold.alpha.requires_grad
+    soft.sigma.data[5] -= 5  # a wild step
+    soft.project_()
+    assert soft.rank == 6 and (soft.sigma == 0).sum() == 4

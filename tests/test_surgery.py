@@ -1,0 +1,141 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from softlms.architectures import ARCHITECTURES, find_targets
+from softlms.budget import count_parameters
+from softlms.layers import LowRankLinear, SoftLinear
+from softlms.surgery import decompose, deploy, ranks, soft_layers, truncate
+
+
+def outputs(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def test_targets_of_bert_are_the_papers():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    model = BertForSequenceClassification(BertConfig(num_hidden_layers=3, hidden_size=24, num_attention_heads=2))
+    found = find_targets(model)
+    assert [(t.block, t.symbol) for t in found[:7]] == [
+        *((0, symbol) for symbol in ("W_Q", "W_K", "W_V", "W_proj", "W_fc1", "W_fc2")),
+        (1, "W_Q"),
+    ]
+    assert len(found) == 18
+    # every other linear of the model has its reason in the table
+    chosen = {t.name for t in found}
+    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in chosen]
+    reasons = ARCHITECTURES["bert"].left_alone
+    assert all(any(name.endswith(key) for key in reasons) for name in others)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("s", [1.0, 50.0, 1e4])
+def test_decomposed_model_equals_dense(tiny_bert, tokens, relative, s):
+    model = tiny_bert()
+    dense = outputs(model, tokens)
+    assert decompose(model, s=s, relative=relative) is model
+    torch.testing.assert_close(outputs(model, tokens), dense, rtol=0, atol=1e-5)
+
+
+def test_deployed_model_equals_soft_and_counts_the_same(tiny_bert, tokens):
+    model = decompose(tiny_bert())
+    for i, layer in enumerate(soft_layers(model).values()):
+        layer.set_rank_(1 + 3 * i % 32)
+    soft, counted = outputs(model, tokens), count_parameters(model)
+    deploy(model)
+    torch.testing.assert_close(outputs(model, tokens), soft, rtol=0, atol=1e-5)
+    assert count_parameters(model) == counted
+    assert sum(p.numel() for p in model.parameters()) == counted.total
+    assert not any(isinstance(m, SoftLinear) for m in model.modules())
+
+
+def test_surgery_keeps_training_mode_and_dtype(tiny_bert):
+    model = tiny_bert().to(torch.bfloat16).train()
+    decompose(model)
+    assert all(m.training for m in model.modules())
+    deploy(model)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_truncate_is_the_best_approximation(tiny_bert):
+    model = tiny_bert()
+    dense = copy.deepcopy(model)
+    truncate(model, {t.name: 5 for t in find_targets(model)})
+    for target in find_targets(model):
+        assert isinstance(target.module, LowRankLinear) and target.module.rank == 5
+        weight = dense.get_submodule(target.name).weight
+        error = (weight - target.module.up.weight @ target.module.down.weight).norm()
+        torch.testing.assert_close(error, torch.linalg.svdvals(weight)[5:].norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_truncate_leaves_layers_dense_that_would_not_shrink(tiny_bert, tokens):
+    model = tiny_bert()
+    dense = outputs(model, tokens)
+    truncate(model, {t.name: min(t.shape) for t in find_targets(model)})
+    assert all(isinstance(t.module, nn.Linear) for t in find_targets(model))
+    assert torch.equal(outputs(model, tokens), dense)
+
+
+def test_a_predicate_chooses_other_layers(tiny_bert, tokens):
+    model = tiny_bert()
+    dense = outputs(model, tokens)
+    decompose(model, targets=lambda name, module: name.endswith("pooler.dense"))
+    assert list(ranks(model)) == ["bert.pooler.dense"]
+    torch.testing.assert_close(outputs(model, tokens), dense, rtol=0, atol=1e-5)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert list(ranks(decompose(plain, targets=lambda name, module: name == "0"))) == ["0"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_weights_are_named_and_nothing_changes(tiny_bert, bad):
+    model = tiny_bert()
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = bad
+    with pytest.raises(ValueError, match=r"encoder\.layer\.1\.output\.dense\.weight holds NaN or infinite"):
+        decompose(model)
+    assert all(isinstance(t.module, nn.Linear) for t in find_targets(model))
+
+
+def test_wrong_use(tiny_bert):
+    model = tiny_bert()
+    with pytest.raises(ValueError, match="call softlms.decompose"):
+        deploy(model)
+    with pytest.raises(ValueError, match="alpha must be at least 0"):
+        decompose(model, alpha=-0.1)
+    with pytest.raises(ValueError, match="s must be a positive"):
+        decompose(model, s=0)
+    assert all(isinstance(t.module, nn.Linear) for t in find_targets(model))
+    decompose(model)
+    with pytest.raises(ValueError, match="factored already"):
+        decompose(model)
+    deploy(model)
+    with pytest.raises(ValueError, match="call softlms.decompose"):
+        deploy(model)
+
+
+def test_zero_layer_is_refused(tiny_bert):
+    model = tiny_bert()
+    nn.init.zeros_(model.bert.encoder.layer[0].output.dense.weight)
+    with pytest.raises(ValueError, match="all zeros"):
+        decompose(model)
+
+
+def test_unknown_family_and_no_match():
+    with pytest.raises(ValueError, match="Unknown model family None; known: bert"):
+        decompose(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="nothing to factor"):
+        decompose(nn.Linear(2, 2), targets=lambda name, module: False)
+
+
+def test_wrong_ranks(tiny_bert):
+    model = tiny_bert()
+    good = {t.name: 3 for t in find_targets(model)}
+    name = next(iter(good))
+    with pytest.raises(ValueError, match="missing or unknown"):
+        truncate(model, {"nonsense": 3})
+    with pytest.raises(ValueError, match="must be 1 to 32, got 0"):
+        truncate(model, good | {name: 0})
+    assert all(isinstance(t.module, nn.Linear) for t in find_targets(model))
