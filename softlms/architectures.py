@@ -66,14 +66,14 @@ class Target:
         Index of its block; None where a predicate chose it.
     symbol : str
         The paper's symbol, or the name where there is none.
-    module : nn.Module
+    module : nn.Linear, SoftLinear or LowRankLinear
         The layer, in its present form.
     """
 
     name: str
     block: int | None
     symbol: str
-    module: nn.Module
+    module: nn.Linear | SoftLinear | LowRankLinear
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel, TrainingArguments
+from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, uniform_ranks
@@ -32,7 +32,7 @@ from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.surgery import decompose, deploy, truncate
 from softlms.tasks import TaskData, encode
 from softlms.training import DistillingTrainer, SoftTrainer
-from softlms.zoo import Encoder
+from softlms.zoo import Encoder, load_classifier
 
 __all__ = ["METHODS", "Bench", "Recipe", "Run", "hardware", "versions"]
 
@@ -193,14 +193,17 @@ class Bench:
             left = (time.monotonic() - started) / done * (total - done)
             metric = self.data.task.metrics[0]
             self.note(
-                f"{done:>3} of {total}: {method:<8} seed {seed}, dev {metric} {run.result['scores']['dev'][metric]:.3f}, "
+                f"{done:>3} of {total}: {method:<8} seed {seed}, "
+                f"dev {metric} {run.result['scores']['dev'][metric]:.3f}, "
                 f"{run.result['kept_linear']:.3f} of the linears; about {left / 60:.0f} min left"
             )
             yield run
 
     def dense_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
         """The dense model of `seed`, fine-tuned now if it was not before."""
-        return AutoModelForSequenceClassification.from_pretrained(self.run("dense", recipe, seed).model)
+        folder = self.run("dense", recipe, seed).model
+        assert folder is not None  # dense runs keep their model
+        return load_classifier(folder)
 
     def starting_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
         """What static and adaptive cut: the fine-tuned dense model, or the pretrained encoder with a new head."""

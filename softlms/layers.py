@@ -61,7 +61,9 @@ class SoftLinear(nn.Module):
         self.threshold = threshold
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, alpha: float = 0.0, s: float = 50.0, relative: bool = False) -> SoftLinear:
+    def from_linear(
+        cls, linear: nn.Linear, *, alpha: float = 0.0, s: float = 50.0, relative: bool = False
+    ) -> SoftLinear:
         """Decompose `linear` so that the output does not change.
 
         Parameters
@@ -104,7 +106,9 @@ class SoftLinear(nn.Module):
 
     def _live_factors(self) -> tuple[Tensor, Tensor]:
         """U diag(T(sigma)) and V without the dead components: (m, rank), (n, rank)."""
-        U, sigma, V = self.U, self.sigma, self.V
+        U: Tensor = self.U
+        sigma: Tensor = self.sigma
+        V: Tensor = self.V
         live = self.threshold.is_live(sigma).nonzero().squeeze(-1)
         if len(live) < len(sigma):
             U, sigma, V = U.index_select(1, live), sigma[live], V.index_select(1, live)

@@ -18,7 +18,7 @@ COLUMN, PAGE = 3.4, 7.0
 PALETTE = {"dense": "#000000", "static": "#D55E00", "adaptive": "#0072B2", "linear": "#E69F00", "other": "#009E73"}
 MARKERS = {"dense": "s", "static": "v", "adaptive": "o", "linear": "^", "other": "D"}
 
-_STYLE = {
+_STYLE: Any = {
     "figure.dpi": 150,
     "savefig.dpi": 300,
     "font.size": 8,

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from softlms.architectures import Predicate, Target, find_targets
+from softlms.architectures import Predicate, find_targets
 from softlms.layers import LowRankLinear, SoftLinear, kept_parameters, svd
 
 __all__ = ["decompose", "deploy", "ranks", "soft_layers", "truncate"]
@@ -42,9 +42,9 @@ def decompose(
         The model is decomposed already, its family is unknown, a weight is NaN or infinite, or alpha or s is out
         of range. Nothing has been changed then.
     """
-    for target in _dense_targets(model, targets):
-        soft = SoftLinear.from_linear(target.module, alpha=alpha, s=s, relative=relative)
-        model.set_submodule(target.name, soft.train(target.module.training))
+    for name, linear in _dense_targets(model, targets).items():
+        soft = SoftLinear.from_linear(linear, alpha=alpha, s=s, relative=relative)
+        model.set_submodule(name, soft.train(linear.training))
     return model
 
 
@@ -71,19 +71,20 @@ def truncate(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = 
         As in `decompose`; or `ranks` misses a layer, names one that is no target, or a rank is out of range.
         Nothing has been changed then.
     """
-    found = _dense_targets(model, targets)
-    names = {target.name for target in found}
-    if names != ranks.keys():
-        raise ValueError(f"ranks must name each target once; missing or unknown: {sorted(names ^ ranks.keys())}.")
-    for target in found:
-        if not 1 <= ranks[target.name] <= min(target.shape):
-            raise ValueError(f"Rank of {target.name} must be 1 to {min(target.shape)}, got {ranks[target.name]}.")
-    for target in found:
-        rank, weight = ranks[target.name], target.module.weight
-        if kept_parameters(*target.shape, rank) < weight.numel():
+    linears = _dense_targets(model, targets)
+    if linears.keys() != ranks.keys():
+        raise ValueError(
+            f"ranks must name each target once; missing or unknown: {sorted(linears.keys() ^ ranks.keys())}."
+        )
+    for name, linear in linears.items():
+        if not 1 <= ranks[name] <= min(linear.weight.shape):
+            raise ValueError(f"Rank of {name} must be 1 to {min(linear.weight.shape)}, got {ranks[name]}.")
+    for name, linear in linears.items():
+        rank, weight = ranks[name], linear.weight
+        if kept_parameters(linear.out_features, linear.in_features, rank) < weight.numel():
             U, sigma, V = (factor[..., :rank].to(weight.dtype) for factor in svd(weight))
-            layer = LowRankLinear(V.T, U * sigma, target.module.bias)
-            model.set_submodule(target.name, layer.train(target.module.training))
+            layer = LowRankLinear(V.T, U * sigma, linear.bias)
+            model.set_submodule(name, layer.train(linear.training))
     return model
 
 
@@ -123,17 +124,17 @@ def ranks(model: nn.Module) -> dict[str, int]:
     return {name: layer.rank for name, layer in soft_layers(model).items()}
 
 
-def _dense_targets(model: nn.Module, targets: Predicate | None) -> list[Target]:
-    """All targets, after a check that each is a dense layer with finite weights."""
-    found = find_targets(model, targets)
-    for target in found:
-        if not isinstance(target.module, nn.Linear):
-            raise ValueError(
-                f"{target.name} is factored already (a {type(target.module).__name__}): load the dense model again."
-            )
-        bad = [n for n, p in target.module.named_parameters() if not torch.isfinite(p).all()]
+def _dense_targets(model: nn.Module, targets: Predicate | None) -> dict[str, nn.Linear]:
+    """All targets by name, after a check that each is a dense layer with finite weights."""
+    linears = {}
+    for target in find_targets(model, targets):
+        name, linear = target.name, target.module
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{name} is factored already (a {type(linear).__name__}): load the dense model again.")
+        bad = [parameter for parameter, values in linear.named_parameters() if not torch.isfinite(values).all()]
         if bad:
-            raise ValueError(f"{target.name}.{bad[0]} holds NaN or infinite values: repair the checkpoint first.")
-        if not target.module.weight.any():
-            raise ValueError(f"{target.name}.weight is all zeros, it has no components: leave it out with targets=...")
-    return found
+            raise ValueError(f"{name}.{bad[0]} holds NaN or infinite values: repair the checkpoint first.")
+        if not linear.weight.any():
+            raise ValueError(f"{name}.weight is all zeros, it has no components: leave it out with targets=...")
+        linears[name] = linear
+    return linears

@@ -107,9 +107,7 @@ def load_task(name: str, data: str | os.PathLike[str]) -> TaskData:
     return TaskData(task, splits, f"folder: {folder.name}")
 
 
-def encode(
-    data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int = 128
-) -> dict[str, datasets.Dataset]:
+def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> dict[str, datasets.Dataset]:
     """Token ids of every split, unpadded (a collator pads each batch), with "labels" and "length".
 
     Parameters
@@ -137,7 +135,9 @@ def encode(
 
     def split(rows: datasets.Dataset) -> datasets.Dataset:
         # these data sets are small: nothing is gained by a cache file on disk
-        return rows.map(tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True, new_fingerprint="-")
+        return rows.map(
+            tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True, new_fingerprint="-"
+        )
 
     return {name: split(rows) for name, rows in data.splits.items()}
 

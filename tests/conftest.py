@@ -27,16 +27,16 @@ def tiny_bert():
     """Factory of random BERTs: 2 blocks, hidden 32, in eval mode."""
 
     def build(**changes):
-        config = dict(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            vocab_size=200,
-            max_position_embeddings=64,
-            num_labels=2,
-            initializer_range=0.2,  # singular values of the size that real models have
-        )
+        config = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "vocab_size": 200,
+            "max_position_embeddings": 64,
+            "num_labels": 2,
+            "initializer_range": 0.2,  # singular values of the size that real models have
+        }
         return BertForSequenceClassification(BertConfig(**(config | changes))).eval()
 
     return build

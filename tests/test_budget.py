@@ -33,8 +33,7 @@ def test_refill_is_exact_from_below(shapes, share, seed):
     limit = least + int(share * (most - least))
     generator = torch.Generator().manual_seed(seed)
     scores = {
-        name: torch.rand(min(shape), generator=generator).sort(descending=True).values
-        for name, shape in shapes.items()
+        name: torch.rand(min(shape), generator=generator).sort(descending=True).values for name, shape in shapes.items()
     }
     assert_exact(shapes, refill(shapes, dict.fromkeys(shapes, 1), limit, scores), limit)
     assert_exact(shapes, uniform_ranks(shapes, limit), limit)
@@ -114,7 +113,9 @@ def test_limits():
 
 def test_impossible_budget_says_why_and_what_is_possible():
     shapes = {"a": (10, 10), "b": (20, 10)}
-    with pytest.raises(ValueError, match=r"embeddings, biases, norms and head alone are 1,000.*count='linear'") as error:
+    with pytest.raises(
+        ValueError, match=r"embeddings, biases, norms and head alone are 1,000.*count='linear'"
+    ) as error:
         Budget(0.5, "total").limit(shapes, rest=1000)
     smallest = float(str(error.value).split("smallest keep of total is ")[1].split(";")[0])
     assert Budget(smallest, "total").limit(shapes, rest=1000) >= 50  # what it promises holds

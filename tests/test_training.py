@@ -35,7 +35,7 @@ def collate(features):
     return default_data_collator(features)
 
 
-def trainer(model, rows, folder, *, steps=24, callbacks=None, keep=0.5, count="linear", **options):
+def trainer(model, rows, folder, *, steps=24, keep=0.5, count="linear", **options):
     arguments = {"save_strategy": "no", **options.pop("arguments", {})}
     args = TrainingArguments(
         str(folder),
@@ -51,7 +51,13 @@ def trainer(model, rows, folder, *, steps=24, callbacks=None, keep=0.5, count="l
     )
     options = {"alpha_learning_rate": 0.3} | options
     return SoftTrainer(
-        model, keep=keep, count=count, args=args, train_dataset=rows, data_collator=collate, callbacks=callbacks, **options
+        model,
+        keep=keep,
+        count=count,
+        args=args,
+        train_dataset=rows,
+        data_collator=collate,
+        **options,
     )
 
 

