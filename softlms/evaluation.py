@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
@@ -14,7 +14,7 @@ from transformers import DataCollator, EvalPrediction, PreTrainedModel
 
 from softlms.tasks import Task
 
-__all__ = ["METRICS", "add_teacher_logits", "compute_metrics", "evaluate"]
+__all__ = ["METRICS", "add_teacher_logits", "compute_metrics", "evaluate", "paired_difference"]
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -88,3 +88,28 @@ def _logits(
     logits = [model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu() for batch in batches]
     model.train(training)
     return torch.cat(logits).numpy()[np.argsort(order)]
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of a - b over paired runs, with Student's 95 % interval.
+
+    Parameters
+    ----------
+    a, b : sequence of float
+        One value a seed, in the same order; at least two.
+
+    Returns
+    -------
+    tuple of float
+        Mean, lower and upper end.
+
+    Raises
+    ------
+    ValueError
+        The lengths differ, or there are fewer than two pairs.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"Paired runs of equal number, two or more, are needed; got {len(a)} and {len(b)}.")
+    difference = np.asarray(a) - np.asarray(b)
+    half = stats.t.ppf(0.975, len(a) - 1) * stats.sem(difference)
+    return float(difference.mean()), float(difference.mean() - half), float(difference.mean() + half)

@@ -146,6 +146,12 @@ class Bench:
     def collator(self) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(self.encoder.tokenizer())
 
+    @cached_property
+    def _rows(self) -> str:
+        """Hash of all sentences and labels."""
+        content = {split: rows.to_dict() for split, rows in self.data.splits.items()}
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def run(self, method: str, recipe: Recipe, seed: int) -> Run:
         """Do a run, or take it from its folder if it is there.
 
@@ -253,7 +259,7 @@ class Bench:
             "seed": seed,
             "encoder": _fingerprint(self.encoder.location),
             "task": self.data.task.name,
-            "rows": {split: rows._fingerprint for split, rows in self.data.splits.items()},
+            "rows": self._rows,
             "max_length": self.max_length,
             "train_rows": self.train_rows,
             "code": _code(),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -34,6 +36,8 @@ class Profile:
     recipe : Recipe
     max_length, train_rows
         See `softlms.experiments.Bench`.
+    ablation, ablation_seeds
+        Changes to the recipe by label, and the seeds that they run at.
     """
 
     name: str
@@ -44,7 +48,18 @@ class Profile:
     recipe: Recipe
     max_length: int = 128
     train_rows: int | None = None
+    ablation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ablation_seeds: tuple[int, ...] = ()
 
+
+# one setting at a time; the first row is the recipe itself
+ABLATION: dict[str, dict[str, Any]] = {
+    "as above": {},
+    "raw sigma, alpha rate x 10": {"relative": False, "alpha_learning_rate": 2e-2},
+    "linear loss": {"compression_loss": "linear"},
+    "no distillation": {"distillation": 0.0},
+    "from the pretrained encoder": {"start": "pretrained"},
+}
 
 PROFILES = {
     profile.name: profile

