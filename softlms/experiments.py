@@ -51,8 +51,10 @@ class Recipe:
     ----------
     dense_learning_rate, dense_epochs
         Fine-tuning of the dense model.
-    learning_rate, epochs
-        Training after the cut (static), or while compressing and recovering (adaptive): the same for both.
+    learning_rate, static_learning_rate
+        Training while compressing and recovering (adaptive), and after the cut (static): each has its own best.
+    epochs
+        Length of that training, the same for both.
     batch_size : int
     distillation : float
         Share of the dense model's logits in the task loss, static and adaptive alike.
@@ -68,16 +70,17 @@ class Recipe:
 
     dense_learning_rate: float = 5e-5
     dense_epochs: float = 3
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
+    static_learning_rate: float = 2e-4
     epochs: float = 3
     batch_size: int = 16
     distillation: float = 0.0
     keep: float = 0.5
     count: str = "linear"
     gamma: float = 0.1
-    alpha_learning_rate: float = 1e-2
+    alpha_learning_rate: float = 2e-3
     s: float = 50.0
-    relative: bool = False
+    relative: bool = True
     compression_loss: str = "adaptive"
     weigh_by_size: bool = False
     start: str = "fine-tuned"
@@ -243,6 +246,7 @@ class Bench:
             logging_steps=logging_steps,
             save_strategy="no",
             report_to=[],
+            dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             log_level="error",
         )
@@ -252,8 +256,9 @@ class Bench:
         used = dataclasses.asdict(recipe)
         if method == "dense":
             used = {k: used[k] for k in ("dense_learning_rate", "dense_epochs", "batch_size", "bf16")}
-        elif method == "static":
-            used = {k: v for k, v in used.items() if k not in _ADAPTIVE_ONLY}
+        else:
+            others = _ADAPTIVE_ONLY if method == "static" else ("static_learning_rate",)
+            used = {k: v for k, v in used.items() if k not in others}
         depends = {
             "recipe": used,
             "seed": seed,
@@ -268,7 +273,7 @@ class Bench:
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
 
 
-_ADAPTIVE_ONLY = ("gamma", "alpha_learning_rate", "s", "relative", "compression_loss", "weigh_by_size")
+_ADAPTIVE_ONLY = ("learning_rate", "gamma", "alpha_learning_rate", "s", "relative", "compression_loss", "weigh_by_size")
 
 
 def _dense(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str, Any]:
@@ -287,7 +292,7 @@ def _static(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str, 
     ranks = uniform_ranks(shapes, limit)
     truncate(model, ranks)
     untuned = bench.scores(model)
-    trainer = DistillingTrainer(model, **_after_the_cut(bench, recipe, seed, folder))
+    trainer = DistillingTrainer(model, **_after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate))
     trainer.train()
     return _result(bench, model, trainer) | {"untuned": untuned, "ranks": ranks}
 
@@ -302,7 +307,7 @@ def _adaptive(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str
         alpha_learning_rate=recipe.alpha_learning_rate,
         compression_loss=recipe.compression_loss,
         weigh_by_size=recipe.weigh_by_size,
-        **_after_the_cut(bench, recipe, seed, folder),
+        **_after_the_cut(bench, recipe, seed, folder, recipe.learning_rate),
     )
     trainer.train()
     ranks = {name: layer.rank for name, layer in trainer.soft_layers.items()}
@@ -317,8 +322,8 @@ METHODS: dict[str, Callable[[Bench, Recipe, int, Path], dict[str, Any]]] = {
 }
 
 
-def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str, Any]:
-    options = bench.trainer_options(folder, seed, recipe, recipe.learning_rate, recipe.epochs)
+def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: float) -> dict[str, Any]:
+    options = bench.trainer_options(folder, seed, recipe, rate, recipe.epochs)
     if recipe.distillation:
         teacher = bench.dense_model(recipe, seed)
         options["train_dataset"] = add_teacher_logits(options["train_dataset"], teacher, bench.collator)

@@ -70,7 +70,7 @@ PROFILES = {
             task="docpairs",
             data="embedded",
             seeds=(0, 1),
-            recipe=Recipe(dense_epochs=2, epochs=2, learning_rate=1e-4, alpha_learning_rate=4e-2, bf16=True),
+            recipe=Recipe(dense_epochs=2, epochs=2, distillation=0.9, alpha_learning_rate=8e-3, bf16=True),
             max_length=48,
             train_rows=1024,
         ),
@@ -80,7 +80,9 @@ PROFILES = {
             task="mrpc",
             data="hub",
             seeds=(0, 1, 2, 3, 4),
-            recipe=Recipe(learning_rate=1e-4, alpha_learning_rate=2e-2, distillation=0.9, bf16=True),
+            recipe=Recipe(distillation=0.9, bf16=True),
+            ablation=ABLATION,
+            ablation_seeds=(0, 1),
         ),
         Profile(
             "paper",
@@ -88,7 +90,9 @@ PROFILES = {
             task="mrpc",
             data="hub",
             seeds=(0, 1, 2, 3, 4),
-            recipe=Recipe(learning_rate=1e-4, alpha_learning_rate=2e-2, distillation=0.9),
+            recipe=Recipe(distillation=0.9),
+            ablation=ABLATION,
+            ablation_seeds=(0, 1, 2, 3, 4),
         ),
     )
 }

@@ -31,7 +31,15 @@ def bench(folder, tmp_path):
     return Bench(find_encoder(str(folder)), small, tmp_path / "runs", max_length=32, note=lambda line: None)
 
 
-RECIPE = Recipe(dense_epochs=1, epochs=4, batch_size=8, learning_rate=1e-3, alpha_learning_rate=0.3, distillation=0.5)
+RECIPE = Recipe(
+    dense_epochs=1,
+    epochs=4,
+    batch_size=8,
+    learning_rate=1e-3,
+    static_learning_rate=1e-3,
+    alpha_learning_rate=0.1,
+    distillation=0.5,
+)
 
 
 def test_three_methods_meet_one_budget(bench):
@@ -84,7 +92,7 @@ def test_a_seed_gives_the_same_numbers(bench, tmp_path):
 
 
 def test_pretrained_start_and_wrong_input(bench):
-    assert bench.run("adaptive", RECIPE.changed(start="pretrained", distillation=0.0), 0).result["frozen_at"]
+    assert bench.run("adaptive", RECIPE.changed(start="pretrained", distillation=0.0, epochs=8), 0).result["frozen_at"]
     assert [path.name.split("-")[0] for path in bench.folder.iterdir()] == ["adaptive"]  # no dense run was needed
     with pytest.raises(ValueError, match="Unknown method 'magic'"):
         bench.run("magic", RECIPE, 0)

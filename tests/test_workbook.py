@@ -122,7 +122,7 @@ def test_paper_profile_runs_from_local_folders(checkout, tiny_bert):
     for file in ("train.tsv", "dev.tsv", "msr_paraphrase_test.txt"):
         (checkout / "glue" / "MRPC" / file).write_text(rows)
     book = open_book("04", profile="paper", data=str(checkout / "glue"), model=str(checkout / "bert"))
-    recipe = book.profile.recipe.changed(epochs=8, alpha_learning_rate=0.3, relative=False)
+    recipe = book.profile.recipe.changed(epochs=8, alpha_learning_rate=0.1)
     results = [book.bench.run(method, recipe, 0).result for method in ("dense", "static", "adaptive")]
     assert [set(result["scores"]) for result in results] == [{"dev", "test"}] * 3
     assert results[2]["encoder"] == "folder: bert" and 0 < results[2]["kept_linear"] <= 0.5
