@@ -246,6 +246,7 @@ class Bench:
             logging_steps=logging_steps,
             save_strategy="no",
             report_to=[],
+            use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU must be asked for in these words
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             log_level="error",

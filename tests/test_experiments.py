@@ -32,6 +32,7 @@ def bench(folder, tmp_path):
 
 
 RECIPE = Recipe(
+    bf16=True,
     dense_epochs=1,
     epochs=4,
     batch_size=8,
