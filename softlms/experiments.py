@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
 import transformers
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, uniform_ranks
@@ -35,6 +36,8 @@ from softlms.training import DistillingTrainer, SoftTrainer
 from softlms.zoo import Encoder, load_classifier
 
 __all__ = ["METHODS", "Bench", "Recipe", "Run", "hardware", "versions"]
+
+Trained = TypeVar("Trained", bound=DistillingTrainer)
 
 # what a run's numbers depend on; plotting and the workbook are not among them
 _SOURCES = (
@@ -280,8 +283,7 @@ _ADAPTIVE_ONLY = ("learning_rate", "gamma", "alpha_learning_rate", "s", "relativ
 def _dense(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str, Any]:
     model = bench.encoder.for_task(bench.data.task)
     options = bench.trainer_options(folder, seed, recipe, recipe.dense_learning_rate, recipe.dense_epochs)
-    trainer = DistillingTrainer(model, **options)
-    trainer.train()
+    trainer = _train(DistillingTrainer(model, **options))
     model.save_pretrained(folder / "model")
     return _result(bench, model, trainer) | {"ranks": {t.name: min(t.shape) for t in find_targets(model)}}
 
@@ -293,8 +295,9 @@ def _static(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str, 
     ranks = uniform_ranks(shapes, limit)
     truncate(model, ranks)
     untuned = bench.scores(model)
-    trainer = DistillingTrainer(model, **_after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate))
-    trainer.train()
+    trainer = _train(
+        DistillingTrainer(model, **_after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate))
+    )
     return _result(bench, model, trainer) | {"untuned": untuned, "ranks": ranks}
 
 
@@ -310,7 +313,7 @@ def _adaptive(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str
         weigh_by_size=recipe.weigh_by_size,
         **_after_the_cut(bench, recipe, seed, folder, recipe.learning_rate),
     )
-    trainer.train()
+    _train(trainer)
     ranks = {name: layer.rank for name, layer in trainer.soft_layers.items()}
     deploy(model)
     return _result(bench, model, trainer) | {"ranks": ranks, "frozen_at": trainer.schedule.frozen_at}
@@ -321,6 +324,12 @@ METHODS: dict[str, Callable[[Bench, Recipe, int, Path], dict[str, Any]]] = {
     "static": _static,
     "adaptive": _adaptive,
 }
+
+
+def _train(trainer: Trained) -> Trained:
+    trainer.remove_callback(PrinterCallback)  # the history is stored; a notebook shows one line a run
+    trainer.train()
+    return trainer
 
 
 def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: float) -> dict[str, Any]:

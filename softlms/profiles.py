@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -180,6 +181,7 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
         chosen.train_rows,
     )
     plotting.use_style()
+    datasets.disable_progress_bars()  # bars of a second would stay in the notebook
     return Book(name, chosen, bench, root / "figures" / profile, root / "results" / profile)
 
 
