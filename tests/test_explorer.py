@@ -15,6 +15,7 @@ def test_description():
 
 
 def test_moving_the_sliders_changes_picture_and_text():
+    plt.close("all")
     alpha, s, text, picture = threshold_explorer(SIGMA, (100, 100)).children
     seen = {(text.value, picture.value)}
     alpha.value = 3.975

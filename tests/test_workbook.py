@@ -13,6 +13,7 @@ from softlms.profiles import PROFILES, open_book, project_root
 from softlms.workbook import make_figures
 
 ROOT = Path(__file__).parent.parent
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 GOOD = """
 from softlms.profiles import project_root
 folder = project_root() / "figures" / profile
@@ -27,7 +28,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").touch()
     for name, source in (("01_good", GOOD), ("02_bad", "raise RuntimeError('on purpose')"), ("03_good", GOOD)):
-        book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+        book = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
         parameters = nbformat.v4.new_code_cell('profile = "quick"\ndata = ""\nmodel = ""')
         parameters.metadata["tags"] = ["parameters"]
         book.cells = [parameters, nbformat.v4.new_code_cell(source)]
