@@ -7,17 +7,15 @@ killed batch continues with the first run that is missing.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,20 +28,21 @@ from transformers.trainer_callback import PrinterCallback
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, uniform_ranks
 from softlms.evaluation import add_teacher_logits, evaluate
+from softlms.provenance import code_hash, hardware, versions, weights_hash
 from softlms.surgery import decompose, deploy, truncate
 from softlms.tasks import TaskData, encode
 from softlms.training import DistillingTrainer, SoftTrainer
 from softlms.zoo import Encoder, load_classifier
 
-__all__ = ["METHODS", "Bench", "Recipe", "Run", "hardware", "versions"]
-
-Trained = TypeVar("Trained", bound=DistillingTrainer)
+__all__ = ["METHODS", "Bench", "Recipe", "Run"]
 
 # what a run's numbers depend on; plotting and the workbook are not among them
 _SOURCES = (
     "thresholds", "losses", "layers", "architectures", "surgery", "budget", "training", "evaluation", "tasks", "glue",
-    "corpus", "experiments",
+    "corpus", "zoo", "experiments",
 )  # fmt: skip
+
+Trained = TypeVar("Trained", bound=DistillingTrainer)
 
 
 @dataclass(frozen=True)
@@ -266,12 +265,12 @@ class Bench:
         depends = {
             "recipe": used,
             "seed": seed,
-            "encoder": _fingerprint(self.encoder.location),
+            "encoder": weights_hash(self.encoder.location),
             "task": self.data.task.name,
             "rows": self._rows,
             "max_length": self.max_length,
             "train_rows": self.train_rows,
-            "code": _code(),
+            "code": code_hash(_SOURCES),
             "versions": versions(),
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
@@ -351,44 +350,3 @@ def _result(bench: Bench, model: PreTrainedModel, trainer: DistillingTrainer) ->
         "steps": trainer.state.global_step,
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
-
-
-@cache
-def hardware() -> str:
-    """Processor, cores used and accelerator: numbers of two machines are never mixed in one comparison."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model}, {torch.get_num_threads()} threads{gpu}"
-
-
-@cache
-def versions() -> str:
-    """Versions of the libraries that numbers depend on."""
-    return f"torch {torch.__version__}, transformers {transformers.__version__}"
-
-
-@cache
-def _code() -> str:
-    """Hash of the library's code without comments and docstrings: only a change of what runs makes a run stale."""
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()
-
-
-@cache
-def _fingerprint(location: str) -> str:
-    """Hash of a folder's weights, or the hub name."""
-    weights = Path(location) / "model.safetensors"
-    if not weights.is_file():
-        return location
-    with weights.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,10 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from softlms.tasks import Task
+from typing import Any
 
 __all__ = ["find_folder", "read_folder"]
 
@@ -67,8 +64,19 @@ def find_folder(data: Path, name: str) -> Path:
     raise FileNotFoundError(f"No {name!r} in data folder {str(data)!r}: expected {data / name / 'train.tsv'}.")
 
 
-def read_folder(folder: Path, task: Task) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every split: the task's sentence columns and "label".
+def read_folder(
+    folder: Path, name: str, sentences: tuple[str, ...], labels: tuple[str, ...]
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every split: the sentence columns and "label".
+
+    Parameters
+    ----------
+    folder : Path
+        See `find_folder`.
+    name : str
+        A key of `LAYOUTS`.
+    sentences, labels : tuple of str
+        Names for the sentence columns, and the class names by id (empty for scores); see `softlms.tasks.Task`.
 
     Raises
     ------
@@ -77,18 +85,18 @@ def read_folder(folder: Path, task: Task) -> dict[str, list[dict[str, Any]]]:
     ValueError
         A row is broken; file and line are named.
     """
-    layout = LAYOUTS[task.name]
+    layout = LAYOUTS[name]
     splits = {}
     for split, file in layout.files.items():
         path = folder / file
         if path.is_file():
-            splits[split] = _read(path, layout, task)
+            splits[split] = _read(path, layout, sentences, labels)
         elif split not in layout.optional:
-            raise FileNotFoundError(f"{path} is missing: the {split} split of {task.name}.")
+            raise FileNotFoundError(f"{path} is missing: the {split} split of {name}.")
     return splits
 
 
-def _read(path: Path, layout: Layout, task: Task) -> list[dict[str, Any]]:
+def _read(path: Path, layout: Layout, columns: tuple[str, ...], labels: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -117,20 +125,20 @@ def _read(path: Path, layout: Layout, task: Task) -> list[dict[str, Any]]:
         if not all(sentence.strip() for sentence in sentences):
             raise ValueError(f"{path}, line {number}: a sentence is empty.")
         try:
-            rows.append({**dict(zip(task.sentences, sentences, strict=True)), "label": _label(label, task)})
+            rows.append({**dict(zip(columns, sentences, strict=True)), "label": _label(label, labels)})
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     return rows
 
 
-def _label(text: str, task: Task) -> int | float:
-    if not task.labels:
+def _label(text: str, labels: tuple[str, ...]) -> int | float:
+    if not labels:
         score = float(text)
         if not math.isfinite(score):
             raise ValueError(f"score {text!r} is not finite.")
         return score
-    if text in task.labels:
-        return task.labels.index(text)
-    if text in map(str, range(len(task.labels))):
+    if text in labels:
+        return labels.index(text)
+    if text in map(str, range(len(labels))):
         return int(text)
-    raise ValueError(f"label {text!r} is none of {', '.join(task.labels)}, nor an id of them.")
+    raise ValueError(f"label {text!r} is none of {', '.join(labels)}, nor an id of them.")

@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from softlms import plotting
-from softlms.experiments import Bench, Recipe, hardware, versions
+from softlms.experiments import Bench, Recipe
+from softlms.provenance import hardware, versions
 from softlms.tasks import load_task
 from softlms.zoo import find_encoder
 

@@ -103,8 +103,8 @@ def load_task(name: str, data: str | os.PathLike[str]) -> TaskData:
     if data == "hub":
         return TaskData(task, _from_hub(task), f"hub: {HUB_GLUE}/{name}")
     folder = glue.find_folder(Path(data), name)
-    splits = {split: datasets.Dataset.from_list(rows) for split, rows in glue.read_folder(folder, task).items()}
-    return TaskData(task, splits, f"folder: {folder.name}")
+    rows = glue.read_folder(folder, name, task.sentences, task.labels)
+    return TaskData(task, {split: datasets.Dataset.from_list(r) for split, r in rows.items()}, f"folder: {folder.name}")
 
 
 def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> dict[str, datasets.Dataset]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import papermill
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from softlms.profiles import DATA_VARIABLE, PROFILES, project_root
@@ -71,7 +71,13 @@ def make_figures(
     root = project_root()
     chosen = _choose(root / "notebooks", names)
     outcomes = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(chosen))
         for path in chosen:
@@ -110,6 +116,7 @@ def _run(path: Path, root: Path, parameters: dict[str, str]) -> Outcome:
             iopub_timeout=60,
             record_timing=False,
             store_widget_state=False,
+            extra_arguments=["--Application.log_level=ERROR"],  # a line about TCP at each kernel's start
         )
     except papermill.PapermillExecutionError as failure:
         error = f"{failure.ename}: {failure.evalue} (cell {failure.exec_count}, see {executed / path.name})"

@@ -4,6 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -55,3 +56,35 @@ def test_public_names_have_docstrings():
         thing = getattr(softlms, name)
         if callable(thing):
             assert thing.__doc__ and len(thing.__doc__) > 40, name
+
+
+def test_results_in_readme_are_those_of_the_runs():
+    """Every number of README's table, recomputed from the committed rows."""
+    readme = (ROOT / "README.md").read_text()
+    results = ROOT / "results" / "laptop"
+    scores = pd.read_csv(results / "04_static_vs_adaptive_rank.csv")
+    for method, rows in scores.groupby("method"):
+        cells = [f"{100 * rows.kept_linear.mean():.1f} %", f"{100 * rows.kept_total.mean():.1f} %"]
+        for split in ("dev", "test"):
+            for metric in ("f1", "accuracy"):
+                values = 100 * rows[(rows.split == split) & (rows.metric == metric)].value
+                assert len(values) >= 5
+                cells.append(f"{values.mean():.1f} ± {values.std():.1f}")
+        assert f"| {method} | {' | '.join(cells)} |" in readme
+    for row in pd.read_csv(results / "04_static_vs_adaptive_rank_differences.csv").itertuples():
+        if row.metric == "f1":
+            assert (
+                f"| {row.difference}, {row.split} F1 | {row.mean:+.1f} | {row.low95:+.1f} to {row.high95:+.1f} |"
+                in readme
+            )
+    ablation = pd.read_csv(results / "04_static_vs_adaptive_rank_ablation.csv")
+    for (setting, split), rows in ablation[ablation.metric == "f1"].groupby(["setting", "split"]):
+        assert f"{100 * rows.value.mean():.1f}" in next(
+            line for line in readme.splitlines() if f"| {setting} |" in line
+        ), split
+
+
+def test_pictures_that_readme_shows_are_there():
+    for path in re.findall(r"\]\((figures/[^)]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / path).is_file(), path
+        assert (ROOT / path).with_suffix(".pdf").is_file(), path

@@ -1,0 +1,61 @@
+"""What a number depends on: machine, library versions, code, weights."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+import transformers
+
+__all__ = ["code_hash", "hardware", "versions", "weights_hash"]
+
+
+@cache
+def hardware() -> str:
+    """Processor, cores used and accelerator: numbers of two machines are never mixed in one comparison."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model}, {torch.get_num_threads()} threads{gpu}"
+
+
+@cache
+def versions() -> str:
+    """Versions of the libraries that numbers depend on."""
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+@cache
+def code_hash(modules: tuple[str, ...]) -> str:
+    """Hash of some of the library's modules without comments and docstrings: only a change of what runs counts.
+
+    Parameters
+    ----------
+    modules : tuple of str
+        Names without the package: "layers", "training", ...
+    """
+    digest = hashlib.sha256()
+    for name in modules:
+        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
+
+
+@cache
+def weights_hash(location: str) -> str:
+    """Hash of a folder's weights; a hub name stands for itself."""
+    weights = Path(location) / "model.safetensors"
+    if not weights.is_file():
+        return location
+    with weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
