@@ -174,6 +174,8 @@ class Bench:
         """
         if method not in METHODS:
             raise ValueError(f"Unknown method {method!r}; known: {', '.join(METHODS)}.")
+        if method != "dense" and (recipe.start == "fine-tuned" or recipe.distillation):
+            self.run("dense", recipe, seed)  # first, so that its time is not counted here
         folder = self.folder / f"{method}-{seed}-{self._key(method, recipe, seed)}"
         if (folder / "result.json").is_file():
             result = json.loads((folder / "result.json").read_text())
@@ -223,13 +225,10 @@ class Bench:
         transformers.set_seed(seed)
         return self.encoder.for_task(self.data.task)
 
-    def scores(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
-        """Metrics on every split but train."""
-        return {
-            split: evaluate(model, self.data.task, rows, self.collator)
-            for split, rows in self.splits.items()
-            if split != "train"
-        }
+    def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
+        """Metrics on those of the splits that the task has."""
+        present = {split: self.splits[split] for split in splits if split in self.splits}
+        return {split: evaluate(model, self.data.task, rows, self.collator) for split, rows in present.items()}
 
     def trainer_options(
         self, folder: Path, seed: int, recipe: Recipe, rate: float, epochs: float, logging_steps: int = 10
