@@ -271,6 +271,7 @@ class Bench:
             "train_rows": self.train_rows,
             "code": code_hash(_SOURCES),
             "versions": versions(),
+            "hardware": hardware(),
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
 

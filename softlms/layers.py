@@ -144,7 +144,7 @@ class SoftLinear(nn.Module):
             return
         ordered = self.sigma.sort(descending=True).values
         smallest_kept = ordered[rank - 1]
-        largest_cut = ordered[rank] if rank < len(ordered) else torch.zeros_like(smallest_kept)
+        largest_cut = ordered[rank].clamp(min=0) if rank < len(ordered) else torch.zeros_like(smallest_kept)
         self.threshold.alpha.fill_((smallest_kept + largest_cut) / 2 / self.threshold.unit)
         if self.rank != rank:
             raise ValueError(f"rank {rank} cannot be cut out: sigma {rank} and {rank + 1} are equal.")

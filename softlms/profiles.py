@@ -126,7 +126,10 @@ class Book:
         self.written += plotting.save_figure(fig, self.figures, self.name + suffix)
 
     def save_table(self, table: pd.DataFrame, suffix: str = "") -> None:
-        """Write a tidy table as CSV; every row names profile, task, encoder, hardware and versions."""
+        """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware and versions.
+
+        Rows of stored runs bring the last two along: the machine that draws is not always the one that trained.
+        """
         self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{self.name}{suffix}.csv"
         provenance = {
@@ -138,7 +141,8 @@ class Book:
             "versions": versions(),
         }
         partial = path.with_suffix(".partial")
-        table.assign(**provenance).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+        missing = {name: value for name, value in provenance.items() if name not in table}
+        table.assign(**missing).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
         partial.replace(path)
         self.written.append(path)
 

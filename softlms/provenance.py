@@ -53,9 +53,12 @@ def code_hash(modules: tuple[str, ...]) -> str:
 
 @cache
 def weights_hash(location: str) -> str:
-    """Hash of a folder's weights; a hub name stands for itself."""
-    weights = Path(location) / "model.safetensors"
-    if not weights.is_file():
+    """Hash of a folder's weights, configuration and tokenizer; a hub name stands for itself."""
+    if not Path(location).is_dir():
         return location
-    with weights.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(Path(location).iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

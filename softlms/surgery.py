@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -39,8 +40,8 @@ def decompose(
     Raises
     ------
     ValueError
-        The model is decomposed already, its family is unknown, a weight is NaN or infinite, or alpha or s is out
-        of range. Nothing has been changed then.
+        The model is decomposed already, its family is unknown, a weight is NaN, infinite, all zeros, shared or
+        quantized, or alpha or s is out of range. Nothing has been changed then.
     """
     for name, linear in _dense_targets(model, targets).items():
         soft = SoftLinear.from_linear(linear, alpha=alpha, s=s, relative=relative)
@@ -127,10 +128,15 @@ def ranks(model: nn.Module) -> dict[str, int]:
 def _dense_targets(model: nn.Module, targets: Predicate | None) -> dict[str, nn.Linear]:
     """All targets by name, after a check that each is a dense layer with finite weights."""
     linears = {}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for target in find_targets(model, targets):
         name, linear = target.name, target.module
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{name} is factored already (a {type(linear).__name__}): load the dense model again.")
+        if not linear.weight.is_floating_point():
+            raise ValueError(f"{name}.weight is quantized ({linear.weight.dtype}): load the model unquantized.")
+        if uses[id(linear.weight)] > 1:
+            raise ValueError(f"{name}.weight is shared with another layer, it cannot be factored alone: leave it out.")
         bad = [parameter for parameter, values in linear.named_parameters() if not torch.isfinite(values).all()]
         if bad:
             raise ValueError(f"{name}.{bad[0]} holds NaN or infinite values: repair the checkpoint first.")

@@ -22,9 +22,6 @@ __all__ = [
     "soft_threshold",
 ]
 
-# float16 and bfloat16 keep 3 digits: sigma - alpha would cancel to noise right where the gate opens
-_COMPUTE_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-
 
 def hard_threshold(sigma: Tensor, alpha: Tensor | float) -> Tensor:
     """H(sigma; alpha) = sigma where sigma > alpha, else 0.
@@ -54,7 +51,7 @@ def hard_threshold(sigma: Tensor, alpha: Tensor | float) -> Tensor:
     """
     _check_sigma(sigma)
     _check_alpha(alpha)
-    return torch.where(sigma > alpha, sigma, torch.zeros_like(sigma))
+    return torch.where(_wide(sigma) > alpha, sigma, torch.zeros_like(sigma))
 
 
 def shifted_tanh(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:
@@ -86,8 +83,7 @@ def shifted_tanh(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:
     _check_sigma(sigma)
     _check_alpha(alpha)
     _check_s(s)
-    x = sigma.to(_COMPUTE_DTYPE.get(sigma.dtype, sigma.dtype))
-    return _gate(x, alpha, s).to(sigma.dtype)
+    return _gate(_wide(sigma), alpha, s).to(sigma.dtype)
 
 
 def soft_threshold(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:
@@ -126,7 +122,7 @@ def soft_threshold(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:
     _check_sigma(sigma)
     _check_alpha(alpha)
     _check_s(s)
-    x = sigma.to(_COMPUTE_DTYPE.get(sigma.dtype, sigma.dtype))
+    x = _wide(sigma)
     return torch.where(x > alpha, x * _gate(x, alpha, s), torch.zeros_like(x)).to(sigma.dtype)
 
 
@@ -205,14 +201,20 @@ class SoftThreshold(nn.Module):
 
     def forward(self, sigma: Tensor) -> Tensor:
         """T of `sigma` (shape (r,), units of sigma), same shape."""
-        return soft_threshold(sigma / self.unit, self.alpha, self.s) * self.unit
+        scaled = _wide(sigma) / self.unit
+        return (soft_threshold(scaled, self.alpha, self.s) * self.unit).to(sigma.dtype)
 
     def is_live(self, sigma: Tensor) -> Tensor:
         """Which components survive: sigma > alpha, a bool tensor of the shape of `sigma`."""
-        return sigma / self.unit > self.alpha
+        return _wide(sigma) / self.unit > self.alpha
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha.item():.4g}, s={self.s:g}, unit={self.unit.item():.4g}"
+
+
+def _wide(sigma: Tensor) -> Tensor:
+    """At least float32: half precision keeps 3 digits, sigma - alpha would be noise right where the gate opens."""
+    return sigma.float() if sigma.dtype in (torch.float16, torch.bfloat16) else sigma
 
 
 def _gate(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:

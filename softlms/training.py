@@ -10,7 +10,7 @@ The schedule is that of the paper's successor (STAR-KV, arXiv 2606.08382):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -32,7 +31,7 @@ __all__ = ["BudgetNotMet", "DistillingTrainer", "SoftTrainer"]
 logger = logging.get_logger(__name__)
 
 STALL_STEPS = 100  # without movement before a warning
-STALL_SHARE = 1e-3  # of the parameters: what counts as movement
+STALL_SHARE = 1e-3  # of all components: what counts as movement
 
 
 class BudgetNotMet(RuntimeError):
@@ -40,15 +39,18 @@ class BudgetNotMet(RuntimeError):
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """Length-grouped order that depends on seed and epoch alone, so that a resumed run sees the same batches."""
+    """Length-grouped order that depends on seed and epoch alone, so that a resumed run sees the same batches.
 
-    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
-        super().__init__(*args, generator=torch.Generator(), **kwargs)
+    The epoch is asked for rather than set: accelerate's wrappers do not pass ``set_epoch`` on to here.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
         self.seed = seed
-        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + epoch)
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed())
+        return super().__iter__()
 
 
 class DistillingTrainer(Trainer):
@@ -80,6 +82,8 @@ class DistillingTrainer(Trainer):
             raise ValueError("distillation needs a column 'teacher_logits': use softlms.add_teacher_logits first.")
         super().__init__(model, **kwargs)
         self.distillation = distillation
+        # every loss here is a mean over its batch: let the Trainer divide by the accumulation steps, once for all
+        self.model_accepts_loss_kwargs = False
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -90,7 +94,9 @@ class DistillingTrainer(Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return EpochLengthGroupedSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+            return EpochLengthGroupedSampler(
+                sampler.batch_size, sampler.lengths, lambda: seed + int(self.state.epoch or 0)
+            )
         return sampler
 
     def compute_loss(
@@ -174,9 +180,21 @@ class SoftTrainer(DistillingTrainer):
         self.compression_loss = COMPRESSION_LOSSES[compression_loss]
         sizes = torch.tensor([float(m * n) for m, n in self.shapes.values()])
         self.layer_weights = sizes / sizes.mean() if weigh_by_size else torch.ones_like(sizes)
+        for option in ("optimizers", "model_init"):
+            if option in kwargs:
+                raise ValueError(f"{option} cannot be given: SoftTrainer rebuilds its optimizer when alpha is frozen.")
+        for name, layer in self.soft_layers.items():
+            if layer.sigma.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} is in {layer.sigma.dtype}, too coarse to learn thresholds: load the model with "
+                    "dtype=torch.float32; for mixed precision pass TrainingArguments(bf16=True)."
+                )
+        args = kwargs.get("args")
+        if args is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # alpha has no gradient any more once it is frozen
         super().__init__(model, distillation=distillation, **kwargs)
-        if self.args.ddp_find_unused_parameters is None:
-            self.args.ddp_find_unused_parameters = True  # alpha has no gradient any more once it is frozen
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("SoftTrainer does not run under FSDP or DeepSpeed yet: use one device, or DDP.")
         self.schedule = SoftSchedule(self)
         self.add_callback(self.schedule)
 
@@ -196,11 +214,15 @@ class SoftTrainer(DistillingTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.schedule.frozen_at is None:
             alpha = torch.stack(self.alphas)
-            push = self.gamma * self.compression_loss(alpha, self.layer_weights.to(alpha.device))
-            if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
-                push = push / self.current_gradient_accumulation_steps  # the task's loss is scaled already
-            loss = loss + push
+            loss = loss + self.gamma * self.compression_loss(alpha, self.layer_weights.to(alpha.device))
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trainer's train; called again on a model whose thresholds are frozen, it recovers only."""
+        self.optimizer = self.lr_scheduler = None
+        if self.schedule.frozen_at is not None:
+            self.schedule.frozen_at = 0
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what `args` name) with alpha in a group of its own: its rate, no weight decay."""
@@ -229,6 +251,10 @@ class SoftTrainer(DistillingTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # a model from before the cut is never the best one
+        return self.schedule.frozen_at is not None and super()._determine_best_metric(metrics, trial)
+
     def kept_weights(self) -> int:
         """Weights that the soft layers would store if deployed now."""
         return sum(kept_parameters(*self.shapes[name], layer.rank) for name, layer in self.soft_layers.items())
@@ -254,6 +280,7 @@ class SoftTrainer(DistillingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the kept share of parameters and the mean alpha beside the loss."""
         if "loss" in logs:
+            self.schedule.check_finite(self.state)
             parameters = count_parameters(self.model, _is_soft)
             alpha = torch.stack(self.alphas).detach()
             logs |= {
@@ -265,60 +292,76 @@ class SoftTrainer(DistillingTrainer):
         super().log(logs, start_time)
 
 
-class SoftSchedule(TrainerCallback, ExportableState):
+class SoftSchedule(TrainerCallback):
     """Watches the budget; what it knows travels in the checkpoint's trainer state."""
+
+    # not as an ExportableState: the Trainer would build a new one of those without its trainer
+    KEY = "softlms"
 
     def __init__(self, trainer: SoftTrainer) -> None:
         self.trainer = trainer
         self.frozen_at: int | None = None
-        self.last_move = (0, trainer.kept_weights())  # step, weights
+        self.last_move = (0, self.components())  # step, components
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"frozen_at": self.frozen_at, "last_move": self.last_move}}
+    def components(self) -> int:
+        """Live components of all layers. Weights would not do: down to break-even a layer keeps them all."""
+        return sum(layer.rank for layer in self.trainer.soft_layers.values())
 
     def restore(self, state: TrainerState) -> None:
-        """Take over what a checkpoint holds; a no-op in a fresh run."""
-        stored = state.stateful_callbacks.get(type(self).__name__)
+        """Take over what a checkpoint holds; without one, only alpha's phase is set."""
+        stored = state.stateful_callbacks.get(self.KEY)
         if stored is not None:
-            self.frozen_at = stored["attributes"]["frozen_at"]
-            self.last_move = tuple(stored["attributes"]["last_move"])
+            self.frozen_at, self.last_move = stored["frozen_at"], tuple(stored["last_move"])
         for alpha in self.trainer.alphas:
             alpha.requires_grad_(self.frozen_at is None)
+
+    def check_finite(self, state: TrainerState) -> None:
+        """An error that names the layer where training has diverged."""
+        for name, layer in self.trainer.soft_layers.items():
+            if not torch.isfinite(layer.sigma).all() or layer.rank == 0:
+                raise RuntimeError(f"Training diverged by step {state.global_step} in {name}: lower learning_rate.")
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         for layer in self.trainer.soft_layers.values():
             layer.project_()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.frozen_at is not None:
-            return
+        if self.frozen_at is None:
+            self._compress(state)
+        state.stateful_callbacks[self.KEY] = {"frozen_at": self.frozen_at, "last_move": self.last_move}
+
+    def _compress(self, state: TrainerState) -> None:
         trainer = self.trainer
         kept = trainer.kept_weights()
         if kept <= trainer.limit:
+            self.check_finite(state)
             self.frozen_at = state.global_step
             trainer.freeze()
             logger.info(f"Budget met at step {state.global_step} of {state.max_steps}; ranks are fixed from here.")
+            if state.global_step >= state.max_steps:
+                logger.warning("The budget was met at the very last step: none is left to recover. Train longer.")
             return
-        whole = sum(m * n for m, n in trainer.shapes.values())
-        step, weights = self.last_move
-        if abs(weights - kept) > STALL_SHARE * whole:
-            self.last_move = (state.global_step, kept)
+        step, before = self.last_move
+        now, whole = self.components(), sum(m * n for m, n in trainer.shapes.values())
+        if abs(before - now) > STALL_SHARE * sum(min(shape) for shape in trainer.shapes.values()):
+            self.last_move = (state.global_step, now)
         elif state.global_step - step == STALL_STEPS:
             logger.warning(
-                f"The kept share of the linears has stayed at {kept / whole:.3f} for {STALL_STEPS} steps, above the "
-                f"budget's {trainer.limit / whole:.3f}: raise gamma ({trainer.gamma}) or alpha_learning_rate "
+                f"The ranks have not moved for {STALL_STEPS} steps, with {kept / whole:.3f} of the linears kept and a "
+                f"budget of {trainer.limit / whole:.3f}: raise gamma ({trainer.gamma}) or alpha_learning_rate "
                 f"({trainer.alpha_learning_rate})."
             )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.frozen_at is None and state.global_step >= state.max_steps:
-            whole = sum(m * n for m, n in self.trainer.shapes.values())
+        trainer = self.trainer
+        kept, whole = trainer.kept_weights(), sum(m * n for m, n in trainer.shapes.values())
+        if kept > trainer.limit:
             raise BudgetNotMet(
-                f"After {state.global_step} steps {self.trainer.kept_weights() / whole:.3f} of the linears are kept, "
-                f"the budget allows {self.trainer.limit / whole:.3f}. Train longer, or raise gamma "
-                f"({self.trainer.gamma}) or alpha_learning_rate ({self.trainer.alpha_learning_rate})."
+                f"After {state.global_step} steps {kept / whole:.3f} of the linears are kept, the budget allows "
+                f"{trainer.limit / whole:.3f}. Train longer, or raise gamma ({trainer.gamma}) or alpha_learning_rate "
+                f"({trainer.alpha_learning_rate})."
             )
 
 

@@ -63,6 +63,7 @@ def test_results_in_readme_are_those_of_the_runs():
     readme = (ROOT / "README.md").read_text()
     results = ROOT / "results" / "laptop"
     scores = pd.read_csv(results / "04_static_vs_adaptive_rank.csv")
+    assert set(scores.method) == {"dense", "static", "adaptive"}
     for method, rows in scores.groupby("method"):
         cells = [f"{100 * rows.kept_linear.mean():.1f} %", f"{100 * rows.kept_total.mean():.1f} %"]
         for split in ("dev", "test"):

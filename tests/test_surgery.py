@@ -123,6 +123,20 @@ def test_zero_layer_is_refused(tiny_bert):
         decompose(model)
 
 
+def test_shared_and_quantized_layers_are_refused(tiny_bert):
+    model = tiny_bert()
+    layers = model.bert.encoder.layer
+    layers[1].output.dense.weight = layers[0].output.dense.weight
+    with pytest.raises(ValueError, match=r"layer\.0\.output\.dense\.weight is shared"):
+        decompose(model)
+    model = tiny_bert()
+    name = next(t.name for t in find_targets(model))
+    packed = nn.Parameter(torch.ones(32, 32, dtype=torch.int8), requires_grad=False)
+    model.get_submodule(name).weight = packed
+    with pytest.raises(ValueError, match="is quantized"):
+        decompose(model)
+
+
 def test_unknown_family_and_no_match():
     with pytest.raises(ValueError, match="Unknown model family None; known: bert"):
         decompose(nn.Linear(2, 2))

@@ -3,9 +3,12 @@ import logging
 import datasets
 import pytest
 import torch
-from transformers import TrainingArguments, default_data_collator
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, default_data_collator
 
-from softlms.budget import Budget, count_parameters
+from softlms.architectures import find_targets
+from softlms.budget import count_parameters
 from softlms.layers import kept_parameters
 from softlms.surgery import decompose, deploy, ranks, soft_layers
 from softlms.training import BudgetNotMet, DistillingTrainer, SoftTrainer
@@ -40,7 +43,7 @@ def trainer(model, rows, folder, *, steps=24, keep=0.5, count="linear", **option
     args = TrainingArguments(
         str(folder),
         max_steps=steps,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=options.pop("batch", 8),
         learning_rate=1e-3,
         logging_steps=1,
         train_sampling_strategy="group_by_length",
@@ -139,6 +142,7 @@ def test_resumed_run_equals_uninterrupted(tiny_bert, rows, tmp_path, stop_at):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop_at}"))
 
     assert resumed.schedule.frozen_at == whole.schedule.frozen_at
+    assert 3 < whole.schedule.frozen_at < 20  # the four stops lie on both sides of it
     expected = whole.model.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
@@ -158,24 +162,33 @@ def test_stall_is_warned_about(tiny_bert, rows, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with pytest.raises(BudgetNotMet):
         run.train()
-    assert "stayed at 1.000 for 5 steps" in caplog.text
+    assert "The ranks have not moved for 5 steps, with 1.000 of the linears" in caplog.text
 
 
-def test_gradient_accumulation_scales_the_push_once(tiny_bert, rows, tmp_path):
-    """One batch of 8 and two accumulated batches of 4 give alpha the same gradient."""
-    gradients = []
-    for batch, accumulate in ((8, 1), (4, 2)):
+def test_gradient_accumulation_is_one_batch_in_parts(tiny_bert, rows, tmp_path):
+    """A batch of 8, and 2 x 4 and 4 x 2 accumulated: the same gradients of task, distillation and alpha."""
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.seen = [p.grad.clone() for p in (model.classifier.weight, run.alphas[0], run.alphas[7])]
+
+    seen = []
+    same_length = rows.select([i for i in range(48) if len(rows[i]["input_ids"]) == 8][:4] * 2)
+    taught = same_length.add_column("teacher_logits", [[1.0, -1.0]] * 8)
+    for batch, accumulate in ((8, 1), (4, 2), (2, 4)):
         torch.manual_seed(0)
         model = decompose(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-        run = trainer(model, rows, tmp_path, arguments={"gradient_accumulation_steps": accumulate})
-        run.current_gradient_accumulation_steps = accumulate
-        batches = [collate(list(rows.select(range(i, i + batch)))) for i in range(0, 8, batch)]
-        for inputs in batches:
-            inputs.pop("length")
-            run.create_optimizer()
-            run.training_step(model, inputs, num_items_in_batch=None)
-        gradients.append(torch.stack([alpha.grad for alpha in run.alphas]))
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+        arguments = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.0}
+        recorder = Gradients()
+        options = {"distillation": 0.5, "callbacks": [recorder], "arguments": arguments, "batch": batch}
+        run = trainer(model, taught, tmp_path, steps=1, **options)
+        with pytest.raises(BudgetNotMet):
+            run.train()
+        seen.append(recorder.seen)
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
+            assert a.abs().max() > 0
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_distillation_pulls_towards_the_teacher(tiny_bert, rows, tmp_path):
@@ -217,15 +230,102 @@ def test_budget_errors_name_what_is_possible(tiny_bert, rows, tmp_path):
         trainer(model, rows, tmp_path, keep=0.5, count="total")
 
 
-def test_limit_agrees_with_the_budget(tiny_bert, rows, tmp_path):
+def test_limit_of_a_total_budget_leaves_the_rest_out(tiny_bert, rows, tmp_path):
     model = tiny_bert()
-    counted = count_parameters(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    linears = sum(m * n for m, n in (target.shape for target in find_targets(model)))
     run = trainer(decompose(model), rows, tmp_path, keep=0.8, count="total")
-    assert run.limit + counted.rest == int(0.8 * counted.total) or run.limit == int(0.8 * counted.total) - counted.rest
-    assert Budget(0.8, "total").limit(run.shapes, counted.rest) == run.limit
+    assert run.limit == int(0.8 * total) - (total - linears)
 
 
-def test_bfloat16_autocast_trains(tiny_bert, rows, tmp_path):
+def test_bfloat16_autocast_trains_to_the_budget(tiny_bert, rows, tmp_path):
     run = trainer(decompose(tiny_bert()), rows, tmp_path, steps=40, arguments={"bf16": True})
     run.train()
-    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    assert run.schedule.frozen_at is not None and run.kept_weights() <= run.limit
+    assert all(parameter.isfinite().all() and parameter.dtype == torch.float32 for parameter in run.model.parameters())
+
+
+def test_stopping_early_does_not_hide_an_unmet_budget(tiny_bert, rows, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, callbacks=[Stop()])
+    with pytest.raises(BudgetNotMet, match="After 2 steps"):
+        run.train()
+
+
+def test_the_best_model_is_one_within_the_budget(tiny_bert, rows, tmp_path):
+    arguments = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, arguments=arguments, eval_dataset=rows.select(range(8)))
+    run.train()
+    assert int(run.state.best_model_checkpoint.split("-")[-1]) > run.schedule.frozen_at
+    assert run.kept_weights() <= run.limit
+
+
+def test_interrupted_notebook_cell_resumes_in_the_same_trainer(tiny_bert, rows, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 1}
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, arguments=arguments)
+    run.train()
+    frozen_at, expected = run.schedule.frozen_at, {k: v.clone() for k, v in run.model.state_dict().items()}
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # back to before the freeze
+    assert run.schedule.frozen_at == frozen_at
+    assert all(torch.equal(v, expected[k]) for k, v in run.model.state_dict().items())
+
+
+def test_training_again_recovers_only(tiny_bert, rows, tmp_path):
+    run = trainer(decompose(tiny_bert()), rows, tmp_path)
+    run.train()
+    before = ranks(run.model)
+    run.train()
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
+    assert ranks(run.model) == before and len(rates) == 24 and rates[-1] > 0 and rates == sorted(rates, reverse=True)
+
+
+def test_callback_states_may_be_restored(tiny_bert, rows, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    arguments |= {"restore_callback_states_from_checkpoint": True, "metric_for_best_model": "loss"}
+    arguments |= {"load_best_model_at_end": True}
+    for checkpoint in (None, str(tmp_path / "checkpoint-20")):
+        stop = EarlyStoppingCallback(early_stopping_patience=100)
+        options = {"arguments": arguments, "eval_dataset": rows.select(range(8)), "callbacks": [stop]}
+        run = trainer(decompose(tiny_bert()), rows, tmp_path, **options)
+        run.train(resume_from_checkpoint=checkpoint)
+        assert run.schedule.frozen_at is not None
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resumed_batches_are_the_same_in_every_process(tiny_bert, rows, tmp_path, processes):
+    """The order depends on seed and epoch alone, through all of accelerate's wrappers."""
+    run = trainer(decompose(tiny_bert()), rows, tmp_path)
+    sampler = run._get_train_sampler(rows)
+    orders = {}
+    for epoch in (0.0, 0.5, 1.0, 1.5, 0.0):
+        run.state.epoch = epoch
+        batches = BatchSampler(sampler, 8, drop_last=False)
+        order = list(BatchSamplerShard(batches, processes, processes - 1))
+        assert orders.setdefault(int(epoch), order) == order
+    assert orders[0] != orders[1]
+
+
+def test_divergence_is_called_by_its_name(tiny_bert, rows, tmp_path):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                run.soft_layers[name].sigma.data.fill_(float("nan"))
+
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, callbacks=[Break()])
+    name = list(run.soft_layers)[3]
+    with pytest.raises(RuntimeError, match=rf"diverged by step [23] in {name}: lower learning_rate"):
+        run.train()
+
+
+def test_what_cannot_work_is_refused(tiny_bert, rows, tmp_path):
+    model = decompose(tiny_bert())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match="optimizers cannot be given"):
+        trainer(model, rows, tmp_path, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match=r"bfloat16, too coarse .* dtype=torch.float32"):
+        trainer(decompose(tiny_bert().to(torch.bfloat16)), rows, tmp_path)
+    assert trainer(model, rows, tmp_path).args.ddp_find_unused_parameters
