@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pandas as pd
+import transformers
 from matplotlib.figure import Figure
 
 from softlms import plotting
@@ -193,7 +194,10 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
         chosen.train_rows,
     )
     plotting.use_style()
-    datasets.disable_progress_bars()  # bars of a second would stay in the notebook
+    # a notebook shows its own lines: bars of a second would stay in it, and the report of a new head is expected
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     return Book(name, chosen, bench, root / "figures" / profile, root / "results" / profile)
 
 
