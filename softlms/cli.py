@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark.add_argument("--tokens", type=int, default=64, help="tokens a row (default 64)")
     benchmark.add_argument("--threads", type=int, default=1, help="threads (default 1)")
     benchmark.add_argument("--model", default="minilm", help="encoder (default minilm)")
+    benchmark.add_argument("--out", default="", help="CSV file to write as well")
 
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import csv
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, uniform_ranks
+from softlms.provenance import hardware, versions
 from softlms.surgery import decompose, soft_layers
 from softlms.tasks import TASKS
 from softlms.zoo import find_encoder
@@ -80,18 +83,34 @@ def step_times(
 
 
 def print_step_times(
-    *, model: str = "minilm", batch: int = 16, tokens: int = 64, rounds: int = 15, threads: int = 1
+    *, model: str = "minilm", batch: int = 16, tokens: int = 64, rounds: int = 15, threads: int = 1, out: str = ""
 ) -> None:
-    """The ``softlms benchmark`` command: a table of `step_times`."""
+    """The ``softlms benchmark`` command: a table of `step_times`, and the same as CSV where `out` names a file."""
     encoder = find_encoder(model)
     seconds = step_times(encoder.for_task(TASKS["mrpc"]), batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     dense = statistics.median(seconds["dense"])
     title = f"training step: {encoder.source}, {batch} x {tokens} tokens, {threads} thread(s), fp32, {rounds} rounds"
     table = Table("form", "median ms", "quartiles ms", "of dense", title=title)
+    rows = []
     for name, taken in seconds.items():
-        low, middle, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
-        table.add_row(name, f"{1e3 * middle:.0f}", f"{1e3 * low:.0f} to {1e3 * high:.0f}", f"{middle / dense:.2f}")
+        low, middle, high = [1e3 * q for q in (statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3)]
+        table.add_row(name, f"{middle:.0f}", f"{low:.0f} to {high:.0f}", f"{middle / (1e3 * dense):.2f}")
+        rows.append([name, f"{middle:.1f}", f"{low:.1f}", f"{high:.1f}", f"{middle / (1e3 * dense):.3f}"])
     Console().print(table)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        with Path(out).open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            settings = {
+                "encoder": encoder.source,
+                "batch": batch,
+                "tokens": tokens,
+                "threads": threads,
+                "rounds": rounds,
+            }
+            settings |= {"hardware": hardware(), "versions": versions()}
+            writer.writerow(["form", "median_ms", "quartile1_ms", "quartile3_ms", "of_dense", *settings])
+            writer.writerows([*row, *settings.values()] for row in rows)
 
 
 def _step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
