@@ -86,7 +86,7 @@ def make_figures(
             progress.advance(task)
             if outcomes[-1].error:
                 progress.console.print(f"[red]{path.stem} failed[/red]: {outcomes[-1].error}", highlight=False)
-    console.print(_table(outcomes, root, profile))
+    console.print(_table(outcomes, profile))
     return int(any(outcome.error for outcome in outcomes))
 
 
@@ -127,11 +127,12 @@ def _run(path: Path, root: Path, parameters: dict[str, str]) -> Outcome:
     return Outcome(path.stem, time.monotonic() - clock, tuple(sorted(files)), error)
 
 
-def _table(outcomes: Sequence[Outcome], root: Path, profile: str) -> Table:
-    table = Table("notebook", "status", "time", "files", title=f"softlms figures, profile {profile}")
+def _table(outcomes: Sequence[Outcome], profile: str) -> Table:
+    places = f"Figures in figures/{profile} (PNG and PDF), tables in results/{profile}, executed notebooks in executed/{profile}"
+    table = Table("notebook", "status", "time", "wrote", title=f"softlms figures, profile {profile}", caption=places)
     for outcome in outcomes:
         status = "[red]failed[/red]" if outcome.error else "[green]done[/green]"
         minutes, seconds = divmod(round(outcome.seconds), 60)
-        files = "\n".join(str(file.relative_to(root)) for file in outcome.files) or "none"
-        table.add_row(outcome.name, status, f"{minutes}:{seconds:02d}", files)
+        figures, tables = (sum(file.suffix == kind for file in outcome.files) for kind in (".png", ".csv"))
+        table.add_row(outcome.name, status, f"{minutes}:{seconds:02d}", f"{figures} figures, {tables} tables")
     return table
