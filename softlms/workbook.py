@@ -128,7 +128,7 @@ def _run(path: Path, root: Path, parameters: dict[str, str]) -> Outcome:
 
 
 def _table(outcomes: Sequence[Outcome], profile: str) -> Table:
-    places = f"Figures in figures/{profile} (PNG and PDF), tables in results/{profile}, executed notebooks in executed/{profile}"
+    places = f"figures/{profile} (PNG and PDF), results/{profile}, executed/{profile}"
     table = Table("notebook", "status", "time", "wrote", title=f"softlms figures, profile {profile}", caption=places)
     for outcome in outcomes:
         status = "[red]failed[/red]" if outcome.error else "[green]done[/green]"
