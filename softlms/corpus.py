@@ -77,9 +77,10 @@ def text(split: str) -> str:
 def sentence_pairs(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     """The ``docpairs`` task: do two sentences stand next to each other in one docstring?
 
-    A pair with label 1 holds neighbouring sentences of one docstring; one with label 0 holds sentences of two
-    docstrings of the same source file, so that vocabulary alone does not tell. Source files are split into train, dev
-    and test, and a sentence that occurs in two files is used in none: no sentence is in two splits.
+    A pair with label 1 holds the first two sentences of a docstring; one with label 0 holds its first sentence and
+    the second one of another docstring of the same source file, so that neither vocabulary nor length nor the style of
+    an opening sentence tells. Source files are split into train, dev and test, and a sentence that occurs in two files
+    is used in none: no sentence is in two splits.
 
     Parameters
     ----------
@@ -97,18 +98,18 @@ def sentence_pairs(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}
     for name, docs in files.items():
         pages = [[s for s in doc if in_files[s] == 1] for doc in docs]
-        pages = [page for page in pages if page]
+        pages = [page[:2] for page in pages if len(page) > 1]
         rows = splits[_split_of(name)]
         used: set[str] = set()
         for i, page in enumerate(pages):
             # a page whose text another page of this file repeats would make both labels true
-            others = [page_ for j, page_ in enumerate(pages) if j != i and not set(page_) & set(page)]
-            if len(page) < 2 or not others or page[0] in used:
+            others = [other for j, other in enumerate(pages) if j != i and not set(other) & set(page)]
+            if not others or page[0] in used:
                 continue
             used.update(page)
-            first, second = page[:2]
+            first, second = page
             rows.append({"sentence1": first, "sentence2": second, "label": 1})
-            rows.append({"sentence1": first, "sentence2": rng.choice(rng.choice(others)), "label": 0})
+            rows.append({"sentence1": first, "sentence2": rng.choice(others)[1], "label": 0})
     for rows in splits.values():
         rng.shuffle(rows)
     return splits
