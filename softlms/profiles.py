@@ -19,7 +19,7 @@ from softlms.provenance import hardware, versions
 from softlms.tasks import load_task
 from softlms.zoo import find_encoder
 
-__all__ = ["PROFILES", "Book", "Profile", "open_book", "project_root"]
+__all__ = ["ABLATION", "PROFILES", "Book", "Profile", "open_book", "project_root"]
 
 DATA_VARIABLE = "SOFTLMS_DATA"
 
@@ -39,8 +39,8 @@ class Profile:
     recipe : Recipe
     max_length, train_rows
         See `softlms.experiments.Bench`.
-    ablation, ablation_seeds
-        Changes to the recipe by label, and the seeds that they run at.
+    ablation : mapping
+        Which rows of `ABLATION` are run, and at which seeds; each is compared with the recipe at the same seeds.
     """
 
     name: str
@@ -51,13 +51,11 @@ class Profile:
     recipe: Recipe
     max_length: int = 128
     train_rows: int | None = None
-    ablation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    ablation_seeds: tuple[int, ...] = ()
+    ablation: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-# one setting at a time; the first row is the recipe itself
+# one setting at a time
 ABLATION: dict[str, dict[str, Any]] = {
-    "as above": {},
     "raw sigma, alpha rate x 10": {"relative": False, "alpha_learning_rate": 2e-2},
     "linear loss": {"compression_loss": "linear"},
     "no distillation": {"distillation": 0.0},
@@ -91,8 +89,7 @@ PROFILES = {
             data="hub",
             seeds=(0, 1, 2, 3, 4),
             recipe=Recipe(distillation=0.9, bf16=True),
-            ablation=ABLATION,
-            ablation_seeds=(0, 1),
+            ablation={"raw sigma, alpha rate x 10": (0,), "linear loss": (0, 1)},
         ),
         Profile(
             "paper",
@@ -101,8 +98,7 @@ PROFILES = {
             data="hub",
             seeds=(0, 1, 2, 3, 4),
             recipe=Recipe(distillation=0.9),
-            ablation=ABLATION,
-            ablation_seeds=(0, 1, 2, 3, 4),
+            ablation=dict.fromkeys(ABLATION, (0, 1, 2, 3, 4)),
         ),
     )
 }
