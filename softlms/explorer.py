@@ -53,7 +53,7 @@ def threshold_explorer(sigma: Tensor, shape: tuple[int, int], *, alpha: float = 
     alpha, s : float
         Where the sliders start.
     """
-    alphas = widgets.FloatSlider(alpha, min=0, max=float(sigma[0]), step=0.01, description="alpha")
+    alphas = widgets.FloatSlider(alpha, min=0, max=round(float(sigma[0]), 2), step=0.01, description="alpha")
     sharpness = widgets.FloatLogSlider(s, base=10, min=-1, max=3, step=0.05, description="s")
     text = widgets.HTML()
     picture = widgets.Image(format="png")  # not an Output: batch runners without widget state fail on that
