@@ -78,9 +78,9 @@ def sentence_pairs(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     """The ``docpairs`` task: do two sentences stand next to each other in one docstring?
 
     A pair with label 1 holds the first two sentences of a docstring; one with label 0 holds its first sentence and
-    the second one of another docstring of the same source file, so that neither vocabulary nor length nor the style of
-    an opening sentence tells. Source files are split into train, dev and test, and a sentence that occurs in two files
-    is used in none: no sentence is in two splits.
+    the second one of a docstring in another source file: neither length nor the style of an opening sentence tells,
+    only whether the two speak of the same thing. Source files are split into train, dev and test, and a sentence that
+    occurs in two files is used in none: no sentence is in two splits.
 
     Parameters
     ----------
@@ -95,21 +95,20 @@ def sentence_pairs(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     files = {n: [_sentences(doc) for doc in docs] for n, docs in docstrings(PAIR_LIBRARIES).items()}
     in_files = Counter(s for docs in files.values() for s in {s for doc in docs for s in doc})
     rng = random.Random(seed)
-    splits: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}
+    pages: dict[str, list[tuple[str, str, str]]] = {"train": [], "dev": [], "test": []}  # file, first, second
+    used: set[str] = set()
     for name, docs in files.items():
-        pages = [[s for s in doc if in_files[s] == 1] for doc in docs]
-        pages = [page[:2] for page in pages if len(page) > 1]
-        rows = splits[_split_of(name)]
-        used: set[str] = set()
-        for i, page in enumerate(pages):
-            # a page whose text another page of this file repeats would make both labels true
-            others = [other for j, other in enumerate(pages) if j != i and not set(other) & set(page)]
-            if not others or page[0] in used:
-                continue
-            used.update(page)
-            first, second = page
+        for doc in docs:
+            own = [s for s in doc if in_files[s] == 1][:2]
+            if len(own) == 2 and not used & set(own):  # some docstrings of a file repeat another one's text
+                used.update(own)
+                pages[_split_of(name)].append((name, *own))
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in pages}
+    for split, rows in splits.items():
+        for name, first, second in pages[split]:
             rows.append({"sentence1": first, "sentence2": second, "label": 1})
-            rows.append({"sentence1": first, "sentence2": rng.choice(others)[1], "label": 0})
+            other = rng.choice([page for page in pages[split] if page[0] != name])
+            rows.append({"sentence1": first, "sentence2": other[2], "label": 0})
     for rows in splits.values():
         rng.shuffle(rows)
     return splits

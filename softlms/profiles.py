@@ -39,6 +39,8 @@ class Profile:
     recipe : Recipe
     max_length, train_rows
         See `softlms.experiments.Bench`.
+    loss_seeds : tuple of int
+        Where the two compression losses are compared (notebook 02).
     ablation : mapping
         Which rows of `ABLATION` are run, and at which seeds; each is compared with the recipe at the same seeds.
     """
@@ -51,6 +53,7 @@ class Profile:
     recipe: Recipe
     max_length: int = 128
     train_rows: int | None = None
+    loss_seeds: tuple[int, ...] = (0, 1)
     ablation: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -89,7 +92,8 @@ PROFILES = {
             data="hub",
             seeds=(0, 1, 2, 3, 4),
             recipe=Recipe(distillation=0.9, bf16=True),
-            ablation={"raw sigma, alpha rate x 10": (0,), "linear loss": (0, 1)},
+            loss_seeds=(1,),
+            ablation={"raw sigma, alpha rate x 10": (0,), "linear loss": (1,)},
         ),
         Profile(
             "paper",
