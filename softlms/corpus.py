@@ -102,7 +102,7 @@ def sentence_pairs(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
             own = [s for s in doc if in_files[s] == 1][:2]
             if len(own) == 2 and not used & set(own):  # some docstrings of a file repeat another one's text
                 used.update(own)
-                pages[_split_of(name)].append((name, *own))
+                pages[_split_of(name)].append((name, own[0], own[1]))
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in pages}
     for split, rows in splits.items():
         for name, first, second in pages[split]:
