@@ -44,8 +44,8 @@ class Encoder:
 def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
     """``AutoModelForSequenceClassification.from_pretrained`` with the attention that trains fastest here.
 
-    On a CPU under bfloat16 autocast the backward of torch's fused attention took a third of MiniLM's whole training
-    step; attention written out in matrix products took 6 % (measured with torch 2.13 at 16 x 56 tokens).
+    On a CPU under bfloat16 autocast the backward of torch's fused attention took about a third of MiniLM's training
+    step (profiled with torch 2.13 at 16 x 56 tokens); attention written out in matrix products avoids it.
     """
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     return AutoModelForSequenceClassification.from_pretrained(location, attn_implementation=attention, **options)
