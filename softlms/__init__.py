@@ -3,11 +3,15 @@
 Three verbs: `decompose` a model, train it with `SoftTrainer` until it meets its budget, `deploy` it.
 """
 
+from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import Budget, ParameterCount, count_parameters, refill, uniform_ranks
+from softlms.calibration import LayerStatistics, calibrate
 from softlms.evaluation import add_teacher_logits, evaluate
+from softlms.factorize import FACTORIZATIONS, Factors, factorize
 from softlms.layers import LowRankLinear, SoftLinear
 from softlms.losses import adaptive_compression_loss, distillation_loss, linear_compression_loss
+from softlms.masks import MaskTrainer
 from softlms.surgery import decompose, deploy, ranks, truncate
 from softlms.tasks import TASKS, encode, load_task
 from softlms.thresholds import SoftThreshold, hard_threshold, shifted_tanh, soft_threshold
@@ -16,30 +20,39 @@ from softlms.training import BudgetNotMet, DistillingTrainer, SoftTrainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALLOCATIONS",
     "ARCHITECTURES",
+    "FACTORIZATIONS",
     "TASKS",
     "Budget",
     "BudgetNotMet",
     "DistillingTrainer",
+    "Factors",
+    "LayerStatistics",
     "LowRankLinear",
+    "MaskTrainer",
     "ParameterCount",
     "SoftLinear",
     "SoftThreshold",
     "SoftTrainer",
     "adaptive_compression_loss",
     "add_teacher_logits",
+    "allocate",
+    "calibrate",
     "count_parameters",
     "decompose",
     "deploy",
     "distillation_loss",
     "encode",
     "evaluate",
+    "factorize",
     "find_targets",
     "hard_threshold",
     "linear_compression_loss",
     "load_task",
     "ranks",
     "refill",
+    "sensitivity_curves",
     "shifted_tanh",
     "soft_threshold",
     "truncate",

@@ -12,11 +12,10 @@ from sklearn import metrics as sk
 from torch.utils.data import DataLoader
 from transformers import DataCollator, EvalPrediction, PreTrainedModel
 
+from softlms.calibration import MODEL_INPUTS
 from softlms.tasks import Task
 
-__all__ = ["METRICS", "add_teacher_logits", "compute_metrics", "evaluate", "paired_difference"]
-
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+__all__ = ["METRICS", "add_teacher_logits", "compute_metrics", "evaluate", "mean_loss", "paired_difference"]
 
 # each takes (labels, predictions): class ids, or scores for the correlations
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -75,6 +74,22 @@ def add_teacher_logits(
 
 
 @torch.inference_mode()
+def mean_loss(
+    model: PreTrainedModel, dataset: datasets.Dataset, data_collator: DataCollator, batch_size: int = 64
+) -> float:
+    """Mean over the rows of the model's own loss, without dropout; parameters as in `evaluate`."""
+    training = model.training
+    model.eval()
+    rows = dataset.select_columns([c for c in dataset.column_names if c in (*MODEL_INPUTS, "labels")])
+    total = 0.0
+    for batch in DataLoader(rows, batch_size, collate_fn=data_collator):
+        loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
+        total += loss.item() * len(batch["labels"])
+    model.train(training)
+    return total / len(rows)
+
+
+@torch.inference_mode()
 def _logits(
     model: PreTrainedModel, dataset: datasets.Dataset, data_collator: DataCollator, batch_size: int
 ) -> np.ndarray:
@@ -83,7 +98,7 @@ def _logits(
     training = model.training
     model.eval()
     order = np.argsort(dataset["length"], kind="stable")  # batches of similar length pad little
-    rows = dataset.select(order).select_columns([c for c in dataset.column_names if c in _INPUTS])
+    rows = dataset.select(order).select_columns([c for c in dataset.column_names if c in MODEL_INPUTS])
     batches = DataLoader(rows, batch_size, collate_fn=data_collator)
     logits = [model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu() for batch in batches]
     model.train(training)

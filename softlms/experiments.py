@@ -7,9 +7,11 @@ killed batch continues with the first run that is missing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -25,24 +27,55 @@ import transformers
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.architectures import find_targets
-from softlms.budget import Budget, count_parameters, uniform_ranks
-from softlms.evaluation import add_teacher_logits, evaluate
+from softlms.budget import Budget, count_parameters
+from softlms.calibration import LayerStatistics, calibrate
+from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
+from softlms.factorize import FACTORIZATIONS, Factors, factorize
+from softlms.masks import MaskTrainer
 from softlms.provenance import code_hash, hardware, versions, weights_hash
 from softlms.surgery import decompose, deploy, truncate
 from softlms.tasks import TaskData, encode
 from softlms.training import DistillingTrainer, SoftTrainer
 from softlms.zoo import Encoder, load_classifier
 
-__all__ = ["METHODS", "Bench", "Recipe", "Run"]
+__all__ = ["PAPER_NAMES", "Bench", "Recipe", "Run", "parse_method"]
 
 # what a run's numbers depend on; plotting and the workbook are not among them
 _SOURCES = (
-    "thresholds", "losses", "layers", "architectures", "surgery", "budget", "training", "evaluation", "tasks", "glue",
-    "corpus", "zoo", "experiments",
+    "thresholds", "losses", "layers", "architectures", "calibration", "factorize", "allocate", "masks", "surgery",
+    "budget", "training", "evaluation", "tasks", "glue", "corpus", "zoo", "experiments",
 )  # fmt: skip
 
+# the paper's names of two of the pairs
+PAPER_NAMES = {"static": "svd+uniform", "adaptive": "svd+soft"}
+LEARNED = ("mask", "soft")
+
 Trained = TypeVar("Trained", bound=DistillingTrainer)
+
+
+def parse_method(method: str) -> tuple[str, str]:
+    """Factorization and allocation of a method's name.
+
+    Parameters
+    ----------
+    method : str
+        A pair such as "whitened+energy", or "static" or "adaptive", the paper's names of svd+uniform and svd+soft.
+        Allocations are those of `softlms.allocate`, "mask" (`softlms.MaskTrainer`) and "soft" (`softlms.SoftTrainer`).
+
+    Raises
+    ------
+    ValueError
+        No such pair.
+    """
+    factorization, _, allocation = PAPER_NAMES.get(method, method).partition("+")
+    if factorization not in FACTORIZATIONS or allocation not in (*ALLOCATIONS, *LEARNED):
+        raise ValueError(
+            f"Unknown method {method!r}; known: dense, {', '.join(PAPER_NAMES)}, and a pair FACTORIZATION+ALLOCATION "
+            f"of {', '.join(FACTORIZATIONS)} and {', '.join((*ALLOCATIONS, *LEARNED))}."
+        )
+    return factorization, allocation
 
 
 @dataclass(frozen=True)
@@ -54,18 +87,26 @@ class Recipe:
     dense_learning_rate, dense_epochs
         Fine-tuning of the dense model.
     learning_rate, static_learning_rate
-        Training while compressing and recovering (adaptive), and after the cut (static): each has its own best.
+        Training while compressing and recovering (soft thresholds), and after the cut (all others): each has its
+        own best.
     epochs
-        Length of that training, the same for both.
+        Length of that training, the same for all; the steps that masks take to learn are among them. 0 leaves a
+        method untuned.
     batch_size : int
     distillation : float
-        Share of the dense model's logits in the task loss, static and adaptive alike.
+        Share of the dense model's logits in the task loss, for all methods alike.
     keep, count
         The budget; see `softlms.budget.Budget`.
     gamma, alpha_learning_rate, s, relative, compression_loss, weigh_by_size
         See `softlms.training.SoftTrainer` and `softlms.surgery.decompose`.
     start : {"fine-tuned", "pretrained"}
         The weights that are decomposed.
+    calibration_rows : int
+        Training rows for data-aware factors and for sensitivity (a quarter of them there).
+    mask_learning_rate : float
+        Of the masks' scores.
+    further_keeps : tuple of float
+        Smaller budgets that a model with soft thresholds is also cut to after its training, without any more.
     bf16 : bool
         Train under bfloat16 autocast; parameters, thresholds and evaluation stay in float32.
     """
@@ -86,6 +127,9 @@ class Recipe:
     compression_loss: str = "adaptive"
     weigh_by_size: bool = False
     start: str = "fine-tuned"
+    calibration_rows: int = 256
+    mask_learning_rate: float = 0.05
+    further_keeps: tuple[float, ...] = ()
     bf16: bool = False
 
     def __post_init__(self) -> None:
@@ -105,9 +149,10 @@ class Run:
     Attributes
     ----------
     result : dict
-        "method", "seed", "scores" (split, then metric, 0 to 1), "untuned" (the same before any training after the
-        cut), "ranks" (layer to components), "kept_linear", "kept_total", "steps", "frozen_at", "history" (one entry a
-        logging step), "seconds", "hardware", "versions", "encoder", "data".
+        "method", "seed", "scores" (split, then metric, 0 to 1), "untuned" (those of dev before any training after
+        the cut), "ranks" (layer to components), "kept_linear", "kept_total", "steps", "frozen_at" (soft thresholds:
+        the step at which the budget was met), "further" (keep to scores on dev; see `Recipe`), "history" (one entry
+        a logging step), "seconds", "hardware", "versions", "encoder", "data".
     model : Path or None
         The saved model, where the run keeps one (the dense ones do).
     """
@@ -138,14 +183,16 @@ class Bench:
     max_length: int = 128
     train_rows: int | None = None
     note: Callable[[str], None] = field(default=print, repr=False)
+    _factored: tuple[Any, ...] = field(default=(), init=False, repr=False)
+    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def splits(self) -> dict[str, datasets.Dataset]:
         """Encoded rows of each split, the training split cut to `train_rows`."""
-        splits = encode(self.data, self.encoder.tokenizer(), self.max_length)
+        sentences = dict(self.data.splits)
         if self.train_rows is not None:
-            splits["train"] = splits["train"].select(range(min(self.train_rows, len(splits["train"]))))
-        return splits
+            sentences["train"] = sentences["train"].select(range(min(self.train_rows, len(sentences["train"]))))
+        return encode(dataclasses.replace(self.data, splits=sentences), self.encoder.tokenizer(), self.max_length)
 
     @cached_property
     def collator(self) -> DataCollatorWithPadding:
@@ -162,21 +209,22 @@ class Bench:
 
         Parameters
         ----------
-        method : {"dense", "static", "adaptive"}
+        method : str
+            "dense", or as for `parse_method`.
         recipe : Recipe
         seed : int
-            Of the head, the order of the rows and dropout. Static and adaptive start from the dense run of the seed.
+            Of the head, the order of the rows, dropout and the choice of calibration rows. All methods start from the
+            dense run of the seed.
 
         Raises
         ------
         ValueError
             Unknown method.
         """
-        if method not in METHODS:
-            raise ValueError(f"Unknown method {method!r}; known: {', '.join(METHODS)}.")
+        pair = "dense" if method == "dense" else "+".join(parse_method(method))
         if method != "dense" and (recipe.start == "fine-tuned" or recipe.distillation):
             self.run("dense", recipe, seed)  # first, so that its time is not counted here
-        folder = self.folder / f"{method}-{seed}-{self._key(method, recipe, seed)}"
+        folder = self.folder / f"{pair}-{seed}-{self._key(pair, recipe, seed)}"
         if (folder / "result.json").is_file():
             result = json.loads((folder / "result.json").read_text())
         else:
@@ -185,7 +233,8 @@ class Bench:
             partial.mkdir(parents=True)
             started = time.monotonic()
             transformers.set_seed(seed)
-            result = {"method": method, "seed": seed} | METHODS[method](self, recipe, seed, partial)
+            do = _dense if pair == "dense" else _soft if pair.endswith("+soft") else _cut
+            result = {"seed": seed} | do(self, recipe, seed, partial, pair)
             result |= {
                 "seconds": round(time.monotonic() - started, 1),
                 "hardware": hardware(),
@@ -196,7 +245,7 @@ class Bench:
             (partial / "result.json").write_text(json.dumps(result, indent=1))
             shutil.rmtree(folder, ignore_errors=True)  # a folder without result.json is no run
             partial.rename(folder)
-        return Run(result, folder / "model" if (folder / "model").is_dir() else None)
+        return Run(result | {"method": method}, folder / "model" if (folder / "model").is_dir() else None)
 
     def runs(self, methods: tuple[str, ...], recipe: Recipe, seeds: tuple[int, ...]) -> Iterator[Run]:
         """All methods at all seeds, seed by seed, with a line of progress and time left for each."""
@@ -214,12 +263,58 @@ class Bench:
 
     def dense_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
         """The dense model of `seed`, fine-tuned now if it was not before."""
+        return load_classifier(self._dense_folder(recipe, seed))
+
+    def _dense_folder(self, recipe: Recipe, seed: int) -> Path:
         folder = self.run("dense", recipe, seed).model
         assert folder is not None  # dense runs keep their model
-        return load_classifier(folder)
+        return folder
+
+    def training_rows(self, recipe: Recipe, seed: int) -> datasets.Dataset:
+        """The training split, with the dense model's logits where the recipe distils; those are stored with it."""
+        rows = self.splits["train"]
+        if not recipe.distillation:
+            return rows
+        stored = self._dense_folder(recipe, seed).parent / "teacher_logits.json"
+        if not stored.is_file():
+            taught = add_teacher_logits(rows, self.dense_model(recipe, seed), self.collator)
+            partial = stored.with_suffix(f".partial-{os.getpid()}")
+            partial.write_text(json.dumps(list(taught["teacher_logits"])))
+            partial.replace(stored)
+        return rows.add_column("teacher_logits", json.loads(stored.read_text()))
+
+    def factors(self, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Factors]:
+        """Factors of a dense model; those of one model are kept in memory, to be shared by several allocations."""
+        if self._factored != (recipe.start, recipe.calibration_rows, seed):
+            self._factored = (recipe.start, recipe.calibration_rows, seed)
+            self._known.clear()
+        if factorization not in self._known:
+            statistics = self._statistics(model, recipe, seed) if factorization != "svd" else None
+            self._known[factorization] = factorize(model, factorization, statistics)
+        return self._known[factorization]
+
+    def _statistics(self, model: PreTrainedModel, recipe: Recipe, seed: int) -> dict[str, LayerStatistics]:
+        if "statistics" not in self._known:
+            rows = self.calibration_rows(recipe.calibration_rows, seed)
+            self._known["statistics"] = calibrate(model, rows, self.collator, rows=len(rows), fisher=True)
+        return self._known["statistics"]
+
+    def curves(self, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """Sensitivity curves of a dense model, kept in memory like its factors."""
+        factors = self.factors(model, factorization, recipe, seed)
+        key = f"{factorization}: curves"
+        if key not in self._known:
+            rows = self.calibration_rows(recipe.calibration_rows // 4, seed)
+            self._known[key] = sensitivity_curves(model, factors, lambda: mean_loss(model, rows, self.collator))
+        return self._known[key]
+
+    def calibration_rows(self, number: int, seed: int) -> datasets.Dataset:
+        """Training rows drawn by `seed`; all of them where there are fewer."""
+        rows = self.splits["train"].shuffle(seed=seed)
+        return rows.select(range(min(number, len(rows))))
 
     def starting_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
-        """What static and adaptive cut: the fine-tuned dense model, or the pretrained encoder with a new head."""
+        """What every method cuts: the fine-tuned dense model, or the pretrained encoder with a new head."""
         if recipe.start == "fine-tuned":
             return self.dense_model(recipe, seed)
         transformers.set_seed(seed)
@@ -229,6 +324,11 @@ class Bench:
         """Metrics on those of the splits that the task has."""
         present = {split: self.splits[split] for split in splits if split in self.splits}
         return {split: evaluate(model, self.data.task, rows, self.collator) for split, rows in present.items()}
+
+    def steps(self, recipe: Recipe) -> int:
+        """Optimizer steps of a training on `recipe.epochs`."""
+        a_epoch = math.ceil(len(self.splits["train"]) / recipe.batch_size)
+        return math.ceil(recipe.epochs * a_epoch)
 
     def trainer_options(
         self, folder: Path, seed: int, recipe: Recipe, rate: float, epochs: float, logging_steps: int = 10
@@ -254,12 +354,15 @@ class Bench:
         )
         return {"args": args, "train_dataset": self.splits["train"], "data_collator": self.collator}
 
-    def _key(self, method: str, recipe: Recipe, seed: int) -> str:
+    def _key(self, pair: str, recipe: Recipe, seed: int) -> str:
         used = dataclasses.asdict(recipe)
-        if method == "dense":
+        if pair == "dense":
             used = {k: used[k] for k in ("dense_learning_rate", "dense_epochs", "batch_size", "bf16")}
         else:
-            others = _ADAPTIVE_ONLY if method == "static" else ("static_learning_rate",)
+            others: tuple[str, ...] = ("static_learning_rate",) if pair.endswith("+soft") else _SOFT_ONLY
+            others += () if pair.endswith("+mask") else ("mask_learning_rate",)
+            # a plain SVD takes no calibration, unless its allocation does
+            others += ("calibration_rows",) if pair.startswith("svd") and not pair.endswith("+sensitivity") else ()
             used = {k: v for k, v in used.items() if k not in others}
         depends = {
             "recipe": used,
@@ -276,32 +379,71 @@ class Bench:
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
 
 
-_ADAPTIVE_ONLY = ("learning_rate", "gamma", "alpha_learning_rate", "s", "relative", "compression_loss", "weigh_by_size")
+_SOFT_ONLY = (
+    "learning_rate", "gamma", "alpha_learning_rate", "s", "relative", "compression_loss", "weigh_by_size",
+    "further_keeps",
+)  # fmt: skip
 
 
-def _dense(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str, Any]:
+def _dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
     model = bench.encoder.for_task(bench.data.task)
     options = bench.trainer_options(folder, seed, recipe, recipe.dense_learning_rate, recipe.dense_epochs)
     trainer = _train(DistillingTrainer(model, **options))
     model.save_pretrained(folder / "model")
-    return _result(bench, model, trainer) | {"ranks": {t.name: min(t.shape) for t in find_targets(model)}}
+    return {
+        "scores": bench.scores(model),
+        "ranks": {t.name: min(t.shape) for t in find_targets(model)},
+    } | _outcome(model, trainer)
 
 
-def _static(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str, Any]:
+def _cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
+    """Factors, ranks, the cut, recovery."""
+    factorization, allocation = parse_method(pair)
     model = bench.starting_model(recipe, seed)
-    shapes = {target.name: target.shape for target in find_targets(model)}
-    limit = Budget(recipe.keep, recipe.count).limit(shapes, count_parameters(model).rest)
-    ranks = uniform_ranks(shapes, limit)
-    truncate(model, ranks)
-    untuned = bench.scores(model)
-    trainer = _train(
-        DistillingTrainer(model, **_after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate))
+    factors = bench.factors(model, factorization, recipe, seed)
+    spent = 0
+    if allocation == "mask":
+        ranks, spent = _learn_mask(bench, recipe, seed, folder, factors)
+    else:
+        curves = bench.curves(model, factorization, recipe, seed) if allocation == "sensitivity" else None
+        ranks = allocate(model, factors, allocation, keep=recipe.keep, count=recipe.count, curves=curves)
+    truncate(model, ranks, factors)
+    untuned = bench.scores(model, ("dev",))
+    if not recipe.epochs:
+        return {"scores": untuned, "untuned": untuned, "ranks": ranks} | _outcome(model, None)
+    options = _after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate)
+    if spent:
+        options["args"].max_steps = bench.steps(recipe) - spent
+    trainer = _train(DistillingTrainer(model, **options))
+    outcome = _outcome(model, trainer)
+    outcome["steps"] += spent
+    return {"scores": bench.scores(model), "untuned": untuned, "ranks": ranks, "mask_steps": spent} | outcome
+
+
+def _learn_mask(
+    bench: Bench, recipe: Recipe, seed: int, folder: Path, factors: dict[str, Factors]
+) -> tuple[dict[str, int], int]:
+    """Ranks from masks, and the steps that it took."""
+    trainer = MaskTrainer(
+        bench.starting_model(recipe, seed),
+        factors,
+        keep=recipe.keep,
+        count=recipe.count,
+        **_after_the_cut(bench, recipe, seed, folder, recipe.mask_learning_rate),
     )
-    return _result(bench, model, trainer) | {"untuned": untuned, "ranks": ranks}
+    _train(trainer)
+    return trainer.ranks, trainer.state.global_step
 
 
-def _adaptive(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str, Any]:
-    model = decompose(bench.starting_model(recipe, seed), s=recipe.s, relative=recipe.relative)
+def _soft(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
+    """Factors, soft thresholds that learn ranks, recovery."""
+    model = bench.starting_model(recipe, seed)
+    factors = bench.factors(model, parse_method(pair)[0], recipe, seed)
+    decompose(model, factors, s=recipe.s, relative=recipe.relative)
+    untrained = deploy(copy.deepcopy(model), recipe.keep, recipe.count)
+    untuned = bench.scores(untrained, ("dev",))
+    if not recipe.epochs:
+        return {"scores": untuned, "untuned": untuned, "ranks": _ranks(untrained)} | _outcome(untrained, None)
     trainer = SoftTrainer(
         model,
         keep=recipe.keep,
@@ -314,15 +456,24 @@ def _adaptive(bench: Bench, recipe: Recipe, seed: int, folder: Path) -> dict[str
     )
     _train(trainer)
     ranks = {name: layer.rank for name, layer in trainer.soft_layers.items()}
+    further = {
+        keep: bench.scores(deploy(copy.deepcopy(model), keep, recipe.count), ("dev",))
+        for keep in recipe.further_keeps
+        if keep < recipe.keep
+    }
     deploy(model)
-    return _result(bench, model, trainer) | {"ranks": ranks, "frozen_at": trainer.schedule.frozen_at}
+    return {
+        "scores": bench.scores(model),
+        "untuned": untuned,
+        "ranks": ranks,
+        "frozen_at": trainer.schedule.frozen_at,
+        "further": further,
+    } | _outcome(model, trainer)
 
 
-METHODS: dict[str, Callable[[Bench, Recipe, int, Path], dict[str, Any]]] = {
-    "dense": _dense,
-    "static": _static,
-    "adaptive": _adaptive,
-}
+def _ranks(model: PreTrainedModel) -> dict[str, int]:
+    """Of a deployed model; a dense layer counts all its components."""
+    return {t.name: getattr(t.module, "rank", min(t.shape)) for t in find_targets(model)}
 
 
 def _train(trainer: Trained) -> Trained:
@@ -333,20 +484,16 @@ def _train(trainer: Trained) -> Trained:
 
 def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: float) -> dict[str, Any]:
     options = bench.trainer_options(folder, seed, recipe, rate, recipe.epochs)
-    if recipe.distillation:
-        teacher = bench.dense_model(recipe, seed)
-        options["train_dataset"] = add_teacher_logits(options["train_dataset"], teacher, bench.collator)
-    return options | {"distillation": recipe.distillation}
+    return options | {"train_dataset": bench.training_rows(recipe, seed), "distillation": recipe.distillation}
 
 
-def _result(bench: Bench, model: PreTrainedModel, trainer: DistillingTrainer) -> dict[str, Any]:
+def _outcome(model: PreTrainedModel, trainer: DistillingTrainer | None) -> dict[str, Any]:
     parameters = count_parameters(model)
     return {
-        "scores": bench.scores(model),
         "kept_linear": parameters.kept("linear"),
         "kept_total": parameters.kept("total"),
         "parameters_linear": parameters.linear,
         "parameters_total": parameters.total,
-        "steps": trainer.state.global_step,
-        "history": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "steps": trainer.state.global_step if trainer else 0,
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry] if trainer else [],
     }

@@ -62,7 +62,13 @@ class SoftLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, alpha: float = 0.0, s: float = 50.0, relative: bool = False
+        cls,
+        linear: nn.Linear,
+        factors: tuple[Tensor, Tensor, Tensor] | None = None,
+        *,
+        alpha: float = 0.0,
+        s: float = 50.0,
+        relative: bool = False,
     ) -> SoftLinear:
         """Decompose `linear` so that the output does not change.
 
@@ -70,20 +76,24 @@ class SoftLinear(nn.Module):
         ----------
         linear : nn.Linear
             The dense layer.
+        factors : tuple of Tensor, optional
+            U, sigma (falling), V with W = U diag(sigma) V^T; the SVD when not given.
         alpha, s : float
             Start of the threshold and its sharpness, as in `SoftThreshold`.
         relative : bool
             Measure alpha in multiples of the layer's largest singular value instead of raw singular values.
         """
         weight = linear.weight
-        U, sigma, V = svd(weight)
+        U, sigma, V = svd(weight) if factors is None else factors
         # a zero matrix has no scale of its own
         unit = sigma[0].item() if relative and sigma[0] > 0 else 1.0
         sigma = inverse_soft_threshold(sigma / unit, alpha, s) * unit
         threshold = SoftThreshold(alpha, s, unit).to(weight.device)
         dtype = weight.dtype
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(U.to(dtype).contiguous(), sigma.to(dtype), V.to(dtype).contiguous(), bias, threshold)
+        # copies: what is given may be used again, and a parameter changes in place
+        U, V = (factor.to(dtype).clone(memory_format=torch.contiguous_format) for factor in (U, V))
+        return cls(U, sigma.to(dtype), V, bias, threshold)
 
     @property
     def out_features(self) -> int:
@@ -170,9 +180,28 @@ class SoftLinear(nn.Module):
             self.sigma.copy_(torch.where(self.sigma != 0, self.sigma.clamp(min=lowest), self.sigma))
 
     @torch.no_grad()
-    def deployed(self) -> LowRankLinear | nn.Linear:
-        """The layer to deploy: T(sigma) folded in, dead components cut, dense where dense is not larger."""
+    def margins(self, *, dead: bool = False) -> Tensor:
+        """sigma - alpha of the live components in units of the threshold, falling, shape (rank,).
+
+        The order in which a rise of the threshold would cut them; with `dead` also those that a fall would revive.
+        """
+        margin = self.sigma / self.threshold.unit - self.threshold.alpha
+        chosen = self.sigma > 0 if dead else self.threshold.is_live(self.sigma)
+        return margin[chosen].sort(descending=True).values
+
+    @torch.no_grad()
+    def deployed(self, rank: int | None = None) -> LowRankLinear | nn.Linear:
+        """The layer to deploy: T(sigma) folded in, dead components cut, dense where dense is not larger.
+
+        Parameters
+        ----------
+        rank : int, optional
+            Keep only so many live components, those with the largest sigma; all when not given.
+        """
         left, V = self._live_factors()
+        if rank is not None and rank < V.shape[1]:
+            best = self.sigma[self.threshold.is_live(self.sigma)].topk(rank).indices.sort().values
+            left, V = left[:, best], V[:, best]
         (m, rank), n = left.shape, V.shape[0]
         if kept_parameters(m, n, rank) == m * n:
             return _linear(left @ V.T, self.bias)
@@ -199,6 +228,11 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.down = _linear(down, None)
         self.up = _linear(up, bias)
+
+    @classmethod
+    def from_factors(cls, U: Tensor, sigma: Tensor, V: Tensor, bias: Tensor | None, rank: int) -> LowRankLinear:
+        """The leading `rank` components of U diag(sigma) V^T; sigma goes to `up`."""
+        return cls(V[:, :rank].T, U[:, :rank] * sigma[:rank], bias)
 
     @property
     def out_features(self) -> int:

@@ -1,34 +1,45 @@
-"""Three verbs that change a model in place: `decompose` and `deploy` for learned ranks, `truncate` for given ones."""
+"""Verbs that change a model in place: `decompose` and `deploy` for learned ranks, `truncate` for given ones."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from softlms.architectures import Predicate, find_targets
-from softlms.layers import LowRankLinear, SoftLinear, kept_parameters, svd
+from softlms.budget import Budget, count_parameters, refill
+from softlms.factorize import Factors, Statistics, check_method, factorize_weight, linear_targets
+from softlms.layers import LowRankLinear, SoftLinear, kept_parameters
 
-__all__ = ["decompose", "deploy", "ranks", "soft_layers", "truncate"]
+__all__ = ["decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def decompose(
-    model: M, *, alpha: float = 0.0, s: float = 50.0, relative: bool = False, targets: Predicate | None = None
+    model: M,
+    factors: str | Mapping[str, Factors] = "svd",
+    statistics: Statistics | None = None,
+    *,
+    alpha: float = 0.0,
+    s: float = 50.0,
+    relative: bool = False,
+    targets: Predicate | None = None,
 ) -> M:
-    """Replace every target linear by its SVD with a learnable threshold; the outputs stay the same.
+    """Replace every target linear by its factors with a learnable threshold; the outputs stay the same.
 
     Parameters
     ----------
     model : nn.Module
         Changed in place.
+    factors : {"svd", "fwsvd", "asvd", "whitened"} or mapping
+        How sigma and its bases are made, or what `softlms.factorize` made of this model.
+    statistics : mapping, optional
+        From `softlms.calibrate`; needed by all but "svd".
     alpha, s, relative
         Start of each threshold, its sharpness, and whether alpha counts in multiples of the layer's largest
-        singular value; see `SoftLinear.from_linear`.
+        sigma; see `SoftLinear.from_linear`.
     targets : callable, optional
         Chooses the layers; see `find_targets`.
 
@@ -41,25 +52,36 @@ def decompose(
     ------
     ValueError
         The model is decomposed already, its family is unknown, a weight is NaN, infinite, all zeros, shared or
-        quantized, or alpha or s is out of range. Nothing has been changed then.
+        quantized, factors or statistics do not fit, or alpha or s is out of range. Nothing has been changed then.
     """
-    for name, linear in _dense_targets(model, targets).items():
-        soft = SoftLinear.from_linear(linear, alpha=alpha, s=s, relative=relative)
+    linears = linear_targets(model, targets)
+    make = _maker(linears, factors, statistics)
+    for name, linear in linears.items():
+        f = make(name)
+        soft = SoftLinear.from_linear(linear, (f.U, f.sigma, f.V), alpha=alpha, s=s, relative=relative)
         model.set_submodule(name, soft.train(linear.training))
     return model
 
 
-def truncate(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = None) -> M:
-    """Replace every target linear by its truncated SVD of the given rank (Eckart-Young): the static baseline.
+def truncate(
+    model: M,
+    ranks: Mapping[str, int],
+    factors: str | Mapping[str, Factors] = "svd",
+    statistics: Statistics | None = None,
+    *,
+    targets: Predicate | None = None,
+) -> M:
+    """Replace every target linear by the leading components of its factors: the static baselines.
 
     Parameters
     ----------
     model : nn.Module
         Changed in place.
     ranks : mapping
-        Components to keep of each target, by name. A layer that would not get smaller stays dense.
-    targets : callable, optional
-        Chooses the layers; see `find_targets`.
+        Components to keep of each target, by name, as from `softlms.allocate`. A layer that would not get smaller
+        stays dense.
+    factors, statistics, targets
+        As in `decompose`.
 
     Returns
     -------
@@ -72,43 +94,88 @@ def truncate(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = 
         As in `decompose`; or `ranks` misses a layer, names one that is no target, or a rank is out of range.
         Nothing has been changed then.
     """
-    linears = _dense_targets(model, targets)
-    if linears.keys() != ranks.keys():
-        raise ValueError(
-            f"ranks must name each target once; missing or unknown: {sorted(linears.keys() ^ ranks.keys())}."
-        )
+    linears = linear_targets(model, targets)
+    _check_ranks(linears, ranks)
+    make = _maker(linears, factors, statistics)
     for name, linear in linears.items():
-        if not 1 <= ranks[name] <= min(linear.weight.shape):
-            raise ValueError(f"Rank of {name} must be 1 to {min(linear.weight.shape)}, got {ranks[name]}.")
-    for name, linear in linears.items():
-        rank, weight = ranks[name], linear.weight
-        if kept_parameters(linear.out_features, linear.in_features, rank) < weight.numel():
-            U, sigma, V = (factor[..., :rank].to(weight.dtype) for factor in svd(weight))
-            layer = LowRankLinear(V.T, U * sigma, linear.bias)
+        if kept_parameters(linear.out_features, linear.in_features, ranks[name]) < linear.weight.numel():
+            f = make(name)
+            layer = LowRankLinear.from_factors(f.U, f.sigma, f.V, linear.bias, ranks[name]).to(linear.weight.dtype)
             model.set_submodule(name, layer.train(linear.training))
     return model
 
 
-def deploy(model: M) -> M:
+def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = None) -> M:
+    """Give every target linear the deployed shape of its rank, with values that mean nothing.
+
+    For what depends on shapes alone: timing, counting, and loading weights into.
+
+    Parameters
+    ----------
+    model, ranks, targets
+        As in `truncate`; the model is dense; its weights are not looked at.
+
+    Returns
+    -------
+    nn.Module
+        `model` itself.
+
+    Raises
+    ------
+    ValueError
+        As from `truncate` for `ranks`. Nothing has been changed then.
+    """
+    layers: dict[str, Any] = {target.name: target.module for target in find_targets(model, targets)}
+    _check_ranks(layers, ranks)
+    for name, linear in layers.items():
+        m, n, rank = linear.out_features, linear.in_features, ranks[name]
+        if kept_parameters(m, n, rank) < m * n:
+            weight = linear.weight.detach()
+            layer = LowRankLinear(weight.new_zeros(rank, n), weight.new_zeros(m, rank), linear.bias)
+            model.set_submodule(name, layer.train(linear.training))
+    return model
+
+
+def deploy(model: M, keep: float | None = None, count: str | None = None) -> M:
     """Cut every soft layer to its live components and fold T(sigma) in: thin matmuls, or dense where not larger.
 
     Parameters
     ----------
     model : nn.Module
         A decomposed model, changed in place.
+    keep, count
+        Cut further, to this budget (see `softlms.Budget`) and exactly, without any training: the components with
+        the smallest sigma - alpha go first, as if all thresholds rose together. One trained model so gives
+        any smaller size; train it again where quality matters.
 
     Returns
     -------
     nn.Module
-        `model` itself; its outputs are those of the soft form.
+        `model` itself; without `keep` its outputs are those of the soft form.
 
     Raises
     ------
     ValueError
-        The model was never decomposed.
+        The model was never decomposed, only one of `keep` and `count` is given, the budget cannot be met, or it is
+        not below what the model keeps already. Nothing has been changed then.
     """
-    for name, layer in soft_layers(model).items():
-        model.set_submodule(name, layer.deployed().train(layer.training))
+    layers = soft_layers(model)
+    kept = {name: layer.rank for name, layer in layers.items()}
+    if keep is not None or count is not None:
+        if keep is None or count is None:
+            raise ValueError("keep and count belong together: deploy(model, keep=0.4, count='linear').")
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        parameters = count_parameters(model, lambda name, module: name in shapes)
+        limit = Budget(keep, count).limit(shapes, parameters.rest)
+        if limit > parameters.linear:
+            raise ValueError(
+                f"keep={keep} of {count} is more than this model keeps ({parameters.kept(count):.3f}): it can only be "
+                "cut further."
+            )
+        margins = {name: layer.margins().tolist() for name, layer in layers.items()}
+        kept = refill(shapes, dict.fromkeys(shapes, 1), limit, margins)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.deployed(kept[name]).train(layer.training))
     return model
 
 
@@ -125,22 +192,25 @@ def ranks(model: nn.Module) -> dict[str, int]:
     return {name: layer.rank for name, layer in soft_layers(model).items()}
 
 
-def _dense_targets(model: nn.Module, targets: Predicate | None) -> dict[str, nn.Linear]:
-    """All targets by name, after a check that each is a dense layer with finite weights."""
-    linears = {}
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for target in find_targets(model, targets):
-        name, linear = target.name, target.module
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{name} is factored already (a {type(linear).__name__}): load the dense model again.")
-        if not linear.weight.is_floating_point():
-            raise ValueError(f"{name}.weight is quantized ({linear.weight.dtype}): load the model unquantized.")
-        if uses[id(linear.weight)] > 1:
-            raise ValueError(f"{name}.weight is shared with another layer, it cannot be factored alone: leave it out.")
-        bad = [parameter for parameter, values in linear.named_parameters() if not torch.isfinite(values).all()]
-        if bad:
-            raise ValueError(f"{name}.{bad[0]} holds NaN or infinite values: repair the checkpoint first.")
-        if not linear.weight.any():
-            raise ValueError(f"{name}.weight is all zeros, it has no components: leave it out with targets=...")
-        linears[name] = linear
-    return linears
+def _maker(
+    linears: Mapping[str, nn.Linear], factors: str | Mapping[str, Factors], statistics: Statistics | None
+) -> Callable[[str], Factors]:
+    """A function from a layer's name to its factors: made when asked for, so that one layer is in memory at a time."""
+    if isinstance(factors, str):
+        check_method(factors, linears, statistics)
+        return lambda name: factorize_weight(linears[name].weight, factors, statistics[name] if statistics else None)
+    for name, linear in linears.items():
+        if name not in factors or (len(factors[name].U), len(factors[name].V)) != linear.weight.shape:
+            raise ValueError(f"factors miss {name}, or have another shape: factorize the same model and targets.")
+    return factors.__getitem__
+
+
+def _check_ranks(layers: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+    if layers.keys() != ranks.keys():
+        raise ValueError(
+            f"ranks must name each target once; missing or unknown: {sorted(layers.keys() ^ ranks.keys())}."
+        )
+    for name, layer in layers.items():
+        full = min(layer.out_features, layer.in_features)
+        if not 1 <= ranks[name] <= full:
+            raise ValueError(f"Rank of {name} must be 1 to {full}, got {ranks[name]}.")

@@ -261,11 +261,8 @@ class SoftTrainer(DistillingTrainer):
 
     def freeze(self) -> None:
         """Fill the ranks up to the budget, fix them, and start afresh with optimizer and learning rate."""
-        margins, start = {}, {}
-        for name, layer in self.soft_layers.items():
-            margin = layer.sigma.detach() / layer.threshold.unit - layer.threshold.alpha.detach()
-            margins[name] = margin[layer.sigma > 0].sort(descending=True).values.tolist()
-            start[name] = layer.rank
+        start = {name: layer.rank for name, layer in self.soft_layers.items()}
+        margins = {name: layer.margins(dead=True).tolist() for name, layer in self.soft_layers.items()}
         for name, rank in refill(self.shapes, start, self.limit, margins).items():
             self.soft_layers[name].set_rank_(rank)
             self.soft_layers[name].freeze_()

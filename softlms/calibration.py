@@ -1,0 +1,165 @@
+"""What data-aware factorizations know of a layer: its inputs, and how much the loss depends on its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import DataCollator, PreTrainedModel
+
+from softlms.architectures import Predicate, find_targets
+
+__all__ = ["LayerStatistics", "calibrate"]
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one linear layer with n inputs, in float64.
+
+    Attributes
+    ----------
+    gram : Tensor
+        Shape (n, n): mean of x x^T over the tokens, padding left out.
+    mean_abs : Tensor
+        Shape (n,): mean of |x|.
+    fisher : Tensor or None
+        Shape (n,): sum over the outputs i of the mean over examples of g_ij^2, with g the gradient of one
+        example's loss in W; None where the calibration was asked to do without.
+    """
+
+    gram: Tensor
+    mean_abs: Tensor
+    fisher: Tensor | None = None
+
+
+def calibrate(
+    model: PreTrainedModel,
+    dataset: datasets.Dataset,
+    data_collator: DataCollator,
+    *,
+    rows: int = 256,
+    batch_size: int = 32,
+    fisher: bool = False,
+    targets: Predicate | None = None,
+) -> dict[str, LayerStatistics]:
+    """Run the first `rows` rows of a data set through the dense model and keep what its target layers see.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense; it is not changed. Dropout is off.
+    dataset : datasets.Dataset
+        Training rows as from `softlms.encode`; never those that a score is reported on.
+    data_collator : callable
+        Pads a batch, as for ``transformers.Trainer``.
+    rows : int
+        Rows to use, at most ``len(dataset)``.
+    batch_size : int
+        Rows a forward pass. The Fisher information takes one row at a time.
+    fisher : bool
+        Also collect `LayerStatistics.fisher`; the rows then need labels. For a causal language model give
+        ``labels = input_ids`` unshifted: transformers shifts them itself.
+    targets : callable, optional
+        Chooses the layers; see `find_targets`.
+
+    Returns
+    -------
+    dict
+        Statistics of each target by name.
+
+    Raises
+    ------
+    ValueError
+        `rows` is below 1 or more than the data set has, labels are missing, or an input is not finite (the layer is
+        named).
+    """
+    if rows < 1:
+        raise ValueError(f"Calibration needs at least one row, got rows={rows}.")
+    if rows > len(dataset):
+        raise ValueError(f"Calibration asks for {rows} rows, the data set has {len(dataset)}: lower rows.")
+    if fisher and "labels" not in dataset.column_names:
+        raise ValueError("The Fisher information needs a column 'labels': use softlms.encode, or fisher=False.")
+    layers = {target.name: target.module for target in find_targets(model, targets)}
+    used = dataset.select(range(rows))
+    inputs = used.select_columns([c for c in used.column_names if c in MODEL_INPUTS])
+    moments = {name: _Moments(layer.in_features) for name, layer in layers.items()}
+    with _in_eval_mode(model):
+        with torch.inference_mode(), _watching(layers, moments):
+            for batch in DataLoader(inputs, batch_size, collate_fn=data_collator):
+                mask = batch["attention_mask"].bool().to(model.device)
+                for moment in moments.values():
+                    moment.mask = mask
+                model(**_on(batch, model))
+        squares = _fisher(model, layers, used, data_collator) if fisher else dict.fromkeys(layers)
+    for name, moment in moments.items():
+        if not torch.isfinite(moment.gram).all():
+            raise ValueError(f"The inputs of {name} are not finite: check the model's weights and dtype.")
+    return {
+        name: LayerStatistics(moment.gram / moment.tokens, moment.absolute / moment.tokens, squares[name])
+        for name, moment in moments.items()
+    }
+
+
+class _Moments:
+    """Running sums over the tokens that a layer has seen."""
+
+    def __init__(self, n: int) -> None:
+        self.tokens = 0
+        self.gram = torch.zeros(n, n, dtype=torch.float64)
+        self.absolute = torch.zeros(n, dtype=torch.float64)
+        self.mask = torch.empty(0)
+
+    def see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])
+        if len(x) != self.mask.numel():
+            raise ValueError(f"A layer sees {len(x)} rows, the batch has {self.mask.numel()} tokens: leave it out.")
+        x = x[self.mask.flatten()].double()
+        self.tokens += len(x)
+        self.gram += (x.T @ x).cpu()
+        self.absolute += x.abs().sum(0).cpu()
+
+
+@contextmanager
+def _watching(layers: dict[str, Any], moments: dict[str, _Moments]) -> Iterator[None]:
+    handles = [layer.register_forward_pre_hook(moments[name].see) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _fisher(
+    model: PreTrainedModel, layers: dict[str, Any], dataset: datasets.Dataset, data_collator: DataCollator
+) -> dict[str, Tensor]:
+    """Row by row: the square of a batch's mean gradient is not the mean of the squares."""
+    rows = dataset.select_columns([c for c in dataset.column_names if c in (*MODEL_INPUTS, "labels")])
+    squares = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+    weights = [layer.weight for layer in layers.values()]
+    for batch in DataLoader(rows, 1, collate_fn=data_collator):
+        gradients = torch.autograd.grad(model(**_on(batch, model)).loss, weights)
+        for name, gradient in zip(layers, gradients, strict=True):
+            squares[name] += gradient.double().square().sum(0).cpu()
+    return {name: square / len(dataset) for name, square in squares.items()}
+
+
+def _on(batch: Any, model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: values.to(model.device) for name, values in batch.items()}

@@ -1,0 +1,157 @@
+"""A learned mask over components, the rival of the soft threshold (in the style of ACIP, arXiv 2502.01717).
+
+One score a component; a component is on where its score is positive. The gate is a hard step forwards and the
+identity backwards (straight-through), an L1 term pulls every score down, and its weight grows until the
+model meets its budget. The weights themselves stay as they are: what is learned is the allocation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from softlms.budget import Budget, count_parameters, refill
+from softlms.factorize import Factors, linear_targets
+from softlms.layers import kept_parameters
+from softlms.training import BudgetNotMet, DistillingTrainer
+
+__all__ = ["MaskTrainer", "MaskedLinear"]
+
+
+class MaskedLinear(nn.Module):
+    """y = x (U diag(sigma * gate) V^T)^T + bias with gate = 1 where score > 0; only the scores are trained.
+
+    Parameters
+    ----------
+    factors : Factors
+        Shapes (m, r), (r,), (n, r).
+    bias : Tensor, optional
+        Shape (m,).
+    """
+
+    left: Tensor
+    V: Tensor
+    bias: Tensor | None
+
+    def __init__(self, factors: Factors, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("left", factors.U * factors.sigma)
+        self.register_buffer("V", factors.V)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.score = nn.Parameter(torch.ones_like(factors.sigma))
+
+    @property
+    def rank(self) -> int:
+        return int((self.score > 0).sum())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        hard = (self.score > 0).to(self.score.dtype)
+        gate = hard + self.score - self.score.detach()
+        return F.linear(F.linear(x, self.V.T) * gate, self.left, self.bias)
+
+
+class MaskTrainer(DistillingTrainer):
+    """Learns which components a budget should keep; `train`, then read `ranks`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense. Its target layers are replaced by `MaskedLinear` and everything else is frozen: load it again for
+        `softlms.truncate`.
+    factors : mapping
+        From `softlms.factorize`.
+    keep, count
+        See `softlms.Budget`.
+    l1, growth : float
+        Weight of the L1 term at the start, and its factor from step to step; positive, and above 1.
+    distillation, **kwargs
+        See `DistillingTrainer`. The learning rate in `args` is that of the scores, which start at 1.
+
+    Raises
+    ------
+    ValueError
+        The budget cannot be met, the factors do not fit, or a setting is out of range: before any work.
+    BudgetNotMet
+        From `train`, when its steps end before the budget is met.
+
+    Notes
+    -----
+    ACIP trains low-rank adapters along with the masks and takes the components themselves from the scores. Here
+    the weights stay (recovery comes afterwards, as for every other allocation) and the scores decide how many
+    components a layer keeps, so that masks can be compared with the other allocations and nothing else differs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        factors: Mapping[str, Factors],
+        *,
+        keep: float,
+        count: str,
+        l1: float = 1e-6,
+        growth: float = 1.15,
+        **kwargs: Any,
+    ) -> None:
+        if not l1 > 0 or not growth > 1:
+            raise ValueError(f"l1 must be positive and growth above 1, got {l1!r} and {growth!r}.")
+        linears = linear_targets(model, lambda name, module: name in factors)
+        if linears.keys() != factors.keys():
+            raise ValueError(f"factors name layers that the model lacks: {sorted(factors.keys() - linears.keys())}.")
+        self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in linears.items()}
+        rest = count_parameters(model, lambda name, module: name in factors).rest
+        self.limit = Budget(keep, count).limit(self.shapes, rest)
+        model.requires_grad_(False)
+        self.masks: dict[str, MaskedLinear] = {}
+        for name, linear in linears.items():
+            self.masks[name] = MaskedLinear(factors[name], linear.bias).to(linear.weight.device)
+            model.set_submodule(name, self.masks[name])
+        super().__init__(model, **kwargs)
+        self.l1, self.growth = l1, growth
+        self.add_callback(_StopAtBudget(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss plus l1 times the sum of |score|."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + self.l1 * sum(mask.score.abs().sum() for mask in self.masks.values())
+        return (loss, outputs) if return_outputs else loss
+
+    def kept_weights(self) -> int:
+        """Weights that the layers would store if cut to their open gates now."""
+        return sum(kept_parameters(*self.shapes[name], mask.rank) for name, mask in self.masks.items())
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Components of each layer, taken by falling score until the budget is full."""
+        scores = {name: mask.score.detach().sort(descending=True).values for name, mask in self.masks.items()}
+        return refill(self.shapes, dict.fromkeys(self.shapes, 1), self.limit, scores)
+
+
+class _StopAtBudget(TrainerCallback):
+    def __init__(self, trainer: MaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.l1 *= self.trainer.growth
+        control.should_training_stop = self.trainer.kept_weights() <= self.trainer.limit
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept, limit = self.trainer.kept_weights(), self.trainer.limit
+        if kept > limit:
+            raise BudgetNotMet(
+                f"After {state.global_step} steps the masks keep {kept:,} weights, the budget allows {limit:,}. "
+                f"Train longer, or raise l1, growth ({self.trainer.growth}) or the learning rate."
+            )
