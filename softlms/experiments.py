@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from softlms.budget import Budget, count_parameters
 from softlms.calibration import LayerStatistics, calibrate
 from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
 from softlms.factorize import FACTORIZATIONS, Factors, factorize
+from softlms.jobs import Job, available_processes, run_jobs
 from softlms.masks import MaskTrainer
 from softlms.provenance import code_hash, hardware, versions, weights_hash
 from softlms.surgery import decompose, deploy, truncate
@@ -221,45 +222,58 @@ class Bench:
         ValueError
             Unknown method.
         """
-        pair = "dense" if method == "dense" else "+".join(parse_method(method))
-        if method != "dense" and (recipe.start == "fine-tuned" or recipe.distillation):
+        stored = self.stored(method, recipe, seed)
+        if stored is not None:
+            return stored
+        pair, folder = self._place(method, recipe, seed)
+        if pair != "dense" and (recipe.start == "fine-tuned" or recipe.distillation):
             self.run("dense", recipe, seed)  # first, so that its time is not counted here
-        folder = self.folder / f"{pair}-{seed}-{self._key(pair, recipe, seed)}"
-        if (folder / "result.json").is_file():
-            result = json.loads((folder / "result.json").read_text())
-        else:
-            partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            started = time.monotonic()
-            transformers.set_seed(seed)
-            do = _dense if pair == "dense" else _soft if pair.endswith("+soft") else _cut
-            result = {"seed": seed} | do(self, recipe, seed, partial, pair)
-            result |= {
-                "seconds": round(time.monotonic() - started, 1),
-                "hardware": hardware(),
-                "versions": versions(),
-                "encoder": self.encoder.source,
-                "data": self.data.source,
-            }
-            (partial / "result.json").write_text(json.dumps(result, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)  # a folder without result.json is no run
-            partial.rename(folder)
-        return Run(result | {"method": method}, folder / "model" if (folder / "model").is_dir() else None)
+        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        started = time.monotonic()
+        transformers.set_seed(seed)
+        do = _dense if pair == "dense" else _soft if pair.endswith("+soft") else _cut
+        result = {"seed": seed} | do(self, recipe, seed, partial, pair)
+        result |= {
+            "seconds": round(time.monotonic() - started, 1),
+            "hardware": hardware(),
+            "versions": versions(),
+            "encoder": self.encoder.source,
+            "data": self.data.source,
+        }
+        (partial / "result.json").write_text(json.dumps(result, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # a folder without result.json is no run
+        partial.rename(folder)
+        return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
 
-    def runs(self, methods: tuple[str, ...], recipe: Recipe, seeds: tuple[int, ...]) -> Iterator[Run]:
-        """All methods at all seeds, seed by seed, with a line of progress and time left for each."""
+    def stored(self, method: str, recipe: Recipe, seed: int) -> Run | None:
+        """A run that was done before, as `run` gives it, or None."""
+        pair, folder = self._place(method, recipe, seed)
+        if not (folder / "result.json").is_file():
+            return None
+        result = json.loads((folder / "result.json").read_text())
+        return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
+
+    def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
+        """A method's name in full, and the folder of its run."""
+        pair = "dense" if method == "dense" else "+".join(parse_method(method))
+        return pair, self.folder / f"{pair}-{seed}-{self._key(pair, recipe, seed)}"
+
+    def runs(self, methods: tuple[str, ...], recipe: Recipe, seeds: tuple[int, ...]) -> list[Run]:
+        """All methods at all seeds, in that order; seeds side by side, with a line of progress for each run."""
         started, total = time.monotonic(), len(methods) * len(seeds)
-        for done, (seed, method) in enumerate(((s, m) for s in seeds for m in methods), 1):
-            run = self.run(method, recipe, seed)
+        units = [[Job(self, method, recipe, seed) for method in methods] for seed in seeds]
+        runs, metric = {}, self.data.task.metrics[0]
+        for done, (job, run) in enumerate(run_jobs(units, available_processes()), 1):
             left = (time.monotonic() - started) / done * (total - done)
-            metric = self.data.task.metrics[0]
             self.note(
-                f"{done:>3} of {total}: {method:<8} seed {seed}, "
+                f"{done:>3} of {total}: {job.method:<8} seed {job.seed}, "
                 f"dev {metric} {run.result['scores']['dev'][metric]:.3f}, "
                 f"{run.result['kept_linear']:.3f} of the linears; about {left / 60:.0f} min left"
             )
-            yield run
+            runs[job.method, job.seed] = run
+        return [runs[method, seed] for seed in seeds for method in methods]
 
     def dense_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
         """The dense model of `seed`, fine-tuned now if it was not before."""
@@ -285,8 +299,9 @@ class Bench:
 
     def factors(self, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Factors]:
         """Factors of a dense model; those of one model are kept in memory, to be shared by several allocations."""
-        if self._factored != (recipe.start, recipe.calibration_rows, seed):
-            self._factored = (recipe.start, recipe.calibration_rows, seed)
+        model_key = (self._key("dense", recipe, seed), recipe.start, recipe.calibration_rows)
+        if self._factored != model_key:
+            self._factored = model_key
             self._known.clear()
         if factorization not in self._known:
             statistics = self._statistics(model, recipe, seed) if factorization != "svd" else None

@@ -1,4 +1,4 @@
-"""How long a training step takes: dense against soft, interleaved, one thread, median."""
+"""How long a training step or a forward pass takes: forms take turns, one thread, median."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import copy
 import csv
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softlms.architectures import find_targets
@@ -23,7 +23,7 @@ from softlms.surgery import decompose, soft_layers
 from softlms.tasks import TASKS
 from softlms.zoo import find_encoder
 
-__all__ = ["print_step_times", "step_times"]
+__all__ = ["forward_times", "print_step_times", "random_rows", "step_times"]
 
 
 def step_times(
@@ -63,19 +63,55 @@ def step_times(
     for name, layer in soft_layers(budget).items():
         layer.set_rank_(ranks[name])
         layer.freeze_()
-    ids = torch.randint(model.config.vocab_size, (batch, tokens))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(batch, dtype=torch.long)}
+    inputs = random_rows(model.config.vocab_size, batch, tokens) | {"labels": torch.zeros(batch, dtype=torch.long)}
     models = {"dense": copy.deepcopy(model), "soft, full rank": full, "soft, at the budget": budget}
     steps = {name: _step(model, inputs) for name, model in models.items()}
 
+    return _interleaved(steps, rounds, threads, "timing training steps")
+
+
+def forward_times(
+    models: Mapping[str, PreTrainedModel], inputs: Mapping[str, Tensor], *, rounds: int = 15, threads: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each forward pass: models take turns, `rounds` measured after two that warm up.
+
+    Parameters
+    ----------
+    models : mapping
+        In eval mode.
+    inputs : mapping
+        As from `random_rows`.
+    rounds, threads
+        As in `step_times`.
+    """
+
+    def forward(model: PreTrainedModel) -> Callable[[], None]:
+        def call() -> None:
+            with torch.inference_mode():
+                model(**inputs)
+
+        return call
+
+    return _interleaved({name: forward(model) for name, model in models.items()}, rounds, threads, "timing forwards")
+
+
+def random_rows(vocabulary: int, batch: int, tokens: int) -> dict[str, Tensor]:
+    """A batch of random tokens without padding."""
+    ids = torch.randint(vocabulary, (batch, tokens))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _interleaved(
+    calls: Mapping[str, Callable[[], None]], rounds: int, threads: int, description: str
+) -> dict[str, list[float]]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     try:
-        for _ in track(range(rounds + 2), "timing training steps", transient=True):
-            for name, step in steps.items():
+        for _ in track(range(rounds + 2), description, transient=True):
+            for name, call in calls.items():
                 started = time.perf_counter()
-                step()
+                call()
                 seconds[name].append(time.perf_counter() - started)
     finally:
         torch.set_num_threads(before)

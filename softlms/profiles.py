@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pandas as pd
-import transformers
+import torch
 from matplotlib.figure import Figure
 
 from softlms import plotting
+from softlms.comparison import Setting
 from softlms.experiments import Bench, Recipe
+from softlms.jobs import be_quiet
 from softlms.provenance import hardware, versions
 from softlms.tasks import load_task
 from softlms.zoo import find_encoder
@@ -120,6 +121,8 @@ class Book:
     bench : Bench
     figures, results : Path
         ``figures/<profile>`` and ``results/<profile>``.
+    data : str
+        Where tasks come from; see `softlms.tasks.load_task`.
     """
 
     name: str
@@ -127,7 +130,22 @@ class Book:
     bench: Bench
     figures: Path
     results: Path
+    data: str
     written: list[Path] = field(default_factory=list)
+
+    def benches(self, tasks: Mapping[str, Setting]) -> dict[str, Bench]:
+        """A bench for each task, on the book's encoder and data.
+
+        Raises
+        ------
+        ValueError, FileNotFoundError
+            As from `softlms.load_task`, before any work.
+        """
+        folder = self.bench.folder
+        return {
+            name: Bench(self.bench.encoder, load_task(name, self.data), folder, setting.max_length, setting.train_rows)
+            for name, setting in tasks.items()
+        }
 
     def save_figure(self, fig: Figure, suffix: str = "") -> None:
         """Write the figure as PNG and PDF, named after the notebook."""
@@ -194,11 +212,9 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
         chosen.train_rows,
     )
     plotting.use_style()
-    # a notebook shows its own lines: bars of a second would stay in it, and the report of a new head is expected
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    return Book(name, chosen, bench, root / "figures" / profile, root / "results" / profile)
+    be_quiet()
+    torch.set_num_threads(1)  # as in the processes of softlms.jobs: a number depends on nothing that is free by chance
+    return Book(name, chosen, bench, root / "figures" / profile, root / "results" / profile, source)
 
 
 def project_root() -> Path:

@@ -1,0 +1,285 @@
+"""The table: every method at every budget on every task, on the same rows, steps and seeds.
+
+The grid is done cell by cell (`run_grid`); a cell is one method at one seed, stored like any other run, so a killed
+grid continues with the first cell that is missing. Cells are ordered so that a grid that is stopped early is still a
+table.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from softlms.experiments import Bench, Recipe, Run, parse_method
+from softlms.jobs import Job, available_processes, run_jobs
+from softlms.latency import forward_times, random_rows
+from softlms.surgery import shrink
+
+__all__ = ["GRIDS", "Grid", "Pass", "Setting", "costs", "grid_rows", "run_grid", "summarize"]
+
+BASELINES = ("svd+uniform", "whitened+uniform")
+SOFT = ("svd+soft", "whitened+soft")
+OTHERS = (
+    "fwsvd+uniform", "asvd+uniform", "whitened+energy", "whitened+greedy", "whitened+sensitivity", "svd+mask",
+    "whitened+mask",
+)  # fmt: skip
+UNTUNED = tuple(f"{f}+{a}" for f in ("svd", "fwsvd", "asvd", "whitened") for a in ("uniform", "energy", "greedy"))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a task is run: changes to the grid's recipe, and limits of its rows (see `softlms.experiments.Bench`)."""
+
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    train_rows: int | None = None
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Methods at budgets, on the tasks named (all of the grid's where none is); without `recover`, untuned."""
+
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    tasks: tuple[str, ...] = ()
+    recover: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All cells of a profile's table, the most telling first.
+
+    Attributes
+    ----------
+    recipe : Recipe
+        What all cells share.
+    tasks : mapping
+        Setting of each task.
+    seeds : tuple of int
+    passes : tuple of Pass
+        Done one after the other.
+    """
+
+    recipe: Recipe
+    tasks: Mapping[str, Setting]
+    seeds: tuple[int, ...]
+    passes: tuple[Pass, ...]
+
+    def units(self, benches: Mapping[str, Bench]) -> Iterator[list[Job]]:
+        """Jobs that share a dense model, budget and seed, in the order of the passes; dense is done with the first.
+
+        Parameters
+        ----------
+        benches : mapping
+            The bench of each task.
+        """
+        for one in self.passes:
+            for keep in one.keeps:
+                for task in one.tasks or self.tasks:
+                    for seed in self.seeds:
+                        recipe = self.recipe.changed(**self.tasks[task].changes, keep=keep)
+                        recipe = recipe if one.recover else recipe.changed(epochs=0, distillation=0.0)
+                        yield [Job(benches[task], method, recipe, seed) for method in ("dense", *one.methods)]
+
+
+# settings were chosen on MRPC's dev split at keep 0.5 and seed 0 (see notebook 05); other tasks take them as they are
+GRIDS = {
+    "quick": Grid(
+        Recipe(
+            dense_epochs=2,
+            epochs=2,
+            static_learning_rate=1e-4,
+            distillation=0.9,
+            alpha_learning_rate=8e-3,
+            calibration_rows=128,
+            further_keeps=(0.35,),
+            bf16=True,
+        ),
+        {"docpairs": Setting(train_rows=1024, max_length=48)},
+        (0, 1),
+        (
+            Pass(("svd+uniform", "svd+soft", "whitened+uniform", "whitened+soft"), (0.5,)),
+            Pass(UNTUNED, (0.5,), recover=False),
+        ),
+    ),
+    "laptop": Grid(
+        Recipe(distillation=0.9, epochs=1, alpha_learning_rate=4e-3, further_keeps=(0.5, 0.35), bf16=True),
+        {
+            "mrpc": Setting(),
+            "rte": Setting({"epochs": 1.5}),
+            "sst2": Setting({"epochs": 0.3, "dense_epochs": 2}, train_rows=16000),
+        },
+        (0, 1, 2),
+        (
+            Pass((*BASELINES, *SOFT), (0.5,)),
+            Pass((*BASELINES, *SOFT), (0.35, 0.75)),
+            Pass(OTHERS, (0.5,)),
+            Pass(UNTUNED, (0.5, 0.35, 0.75), recover=False),
+            Pass(OTHERS, (0.35, 0.75)),
+        ),
+    ),
+}
+GRIDS["paper"] = Grid(
+    Recipe(distillation=0.9, epochs=3, further_keeps=(0.5, 0.35)),
+    {
+        "mrpc": Setting(),
+        "rte": Setting(),
+        "sst2": Setting({"epochs": 1}),
+        "cola": Setting(),
+        "stsb": Setting(),
+    },
+    (0, 1, 2, 3, 4),
+    GRIDS["laptop"].passes,
+)
+
+
+def run_grid(
+    grid: Grid,
+    benches: Mapping[str, Bench],
+    *,
+    processes: int | None = None,
+    note: Callable[[str], None] = print,
+    grown: Callable[[pd.DataFrame], None] = lambda rows: None,
+) -> pd.DataFrame:
+    """Do every cell that is missing and return the rows of all.
+
+    Parameters
+    ----------
+    grid : Grid
+    benches : mapping
+        The bench of each task.
+    processes : int, optional
+        Cells at a time; `softlms.jobs.available_processes` when not given.
+    note : callable
+        Takes a line for each cell done.
+    grown : callable
+        Takes the rows so far after each cell, to store them as they grow.
+
+    Returns
+    -------
+    DataFrame
+        See `grid_rows`.
+    """
+    units = list(grid.units(benches))
+    total, started = sum(map(len, units)), time.monotonic()
+    done: dict[tuple, pd.DataFrame] = {}
+    for job, run in run_jobs(units, processes or available_processes()):
+        task = job.bench.data.task
+        key = (task.name, job.method, job.recipe, job.seed)
+        done[key] = grid_rows(job, run)
+        left = (time.monotonic() - started) / len(done) * (total - len(done))
+        note(
+            f"{len(done):>4} of {total}: {task.name}, keep {job.recipe.keep}, {job.method}"
+            f"{'' if job.recipe.epochs else ' untuned'}, seed {job.seed}: dev {task.metrics[0]} "
+            f"{run.result['scores']['dev'][task.metrics[0]]:.3f}; about {left / 60:.0f} min left"
+        )
+        grown(_together(done.values()))
+    return _together(done.values())
+
+
+def _together(cells: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Rows of all cells, sorted; the dense model is in many units, and counts once."""
+    keys = ["task", "keep", "method", "recovered", "seed", "split", "metric"]
+    return pd.concat(cells).drop_duplicates(keys).sort_values(keys, ignore_index=True)
+
+
+def grid_rows(job: Job, run: Run) -> pd.DataFrame:
+    """One tidy row for each score of a cell.
+
+    Columns: task, method, factorize, allocate, keep, seed, recovered, split, metric, value (0 to 1), kept_linear,
+    kept_total, parameters_linear, parameters_total, steps, frozen_at, seconds, hardware, versions, data, encoder.
+    """
+    result = run.result
+    factorization, allocation = ("", "") if job.method == "dense" else parse_method(job.method)
+    cell = {
+        "task": job.bench.data.task.name,
+        "method": job.method,
+        "factorize": factorization,
+        "allocate": allocation,
+        "keep": 1.0 if job.method == "dense" else job.recipe.keep,
+        "seed": job.seed,
+    }
+    counts = ("kept_linear", "kept_total", "parameters_linear", "parameters_total", "steps")
+    origin = ("seconds", "hardware", "versions", "data", "encoder")
+    facts = {key: result[key] for key in (*counts, *origin)} | {"frozen_at": result.get("frozen_at")}
+    scores = [(bool(job.recipe.epochs) or job.method == "dense", split, s) for split, s in result["scores"].items()]
+    if job.recipe.epochs and "untuned" in result:
+        scores += [(False, split, values) for split, values in result["untuned"].items()]
+    rows = [
+        cell | {"recovered": recovered, "split": split, "metric": metric, "value": value} | facts
+        for recovered, split, values in scores
+        for metric, value in values.items()
+    ]
+    for keep, splits in result.get("further", {}).items():
+        # a smaller model cut from this one: its budget is exact, its other counts are not stored
+        cut = {"kept_linear": float(keep)} | dict.fromkeys(("kept_total", "parameters_linear", "parameters_total"))
+        rows += [
+            cell | {"keep": float(keep), "method": f"{job.method} cut from {job.recipe.keep}", "recovered": True}
+            | {"split": split, "metric": metric, "value": value} | facts | cut
+            for split, values in splits.items()
+            for metric, value in values.items()
+        ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def summarize(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean, standard deviation and number of seeds of every score, in %."""
+    keys = ["task", "keep", "method", "recovered", "split", "metric"]
+    summary = (100 * rows.set_index(keys).value).groupby(level=keys, sort=False).agg(["mean", "std", "count"])
+    return summary.reset_index()
+
+
+def costs(
+    encoder: str, profiles: Mapping[str, Mapping[str, int]], *, tokens: int = 128, rounds: int = 15
+) -> pd.DataFrame:
+    """FLOPs and forward time of deployed models against dense, from their ranks alone: values do not matter for speed.
+
+    Parameters
+    ----------
+    encoder : str
+        Folder or hub name of the dense model's configuration.
+    profiles : mapping
+        Ranks of each model, by the name of its row.
+    tokens : int
+        Tokens a row; batches of 8 rows.
+    rounds : int
+        Interleaved rounds, after two that warm up; one thread.
+
+    Returns
+    -------
+    DataFrame
+        Columns row, gflops (a batch), flops_of_dense, ms (median), quartile1_ms, quartile3_ms, speedup.
+    """
+    config = AutoConfig.from_pretrained(encoder)
+    models: dict[str, PreTrainedModel] = {"dense": AutoModelForSequenceClassification.from_config(config).eval()}
+    for row, ranks in profiles.items():
+        models[row] = shrink(AutoModelForSequenceClassification.from_config(config).eval(), ranks)
+    inputs = random_rows(config.vocab_size, 8, tokens)
+    flops = {}
+    for row, model in models.items():
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+        flops[row] = counter.get_total_flops()
+    seconds = forward_times(models, inputs, rounds=rounds)
+    table = []
+    for row, taken in seconds.items():
+        low, middle, high = (1e3 * q for q in statistics.quantiles(taken, n=4))
+        table.append(
+            {
+                "row": row,
+                "gflops": flops[row] / 1e9,
+                "flops_of_dense": flops[row] / flops["dense"],
+                "ms": middle,
+                "quartile1_ms": low,
+                "quartile3_ms": high,
+                "speedup": statistics.median(seconds["dense"]) / statistics.median(taken),
+            }
+        )
+    return pd.DataFrame(table)

@@ -1,0 +1,110 @@
+"""Runs side by side: one thread each, so that a number does not depend on how many cores are free."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+import transformers
+
+if TYPE_CHECKING:
+    from softlms.experiments import Bench, Recipe, Run
+
+__all__ = ["Job", "available_processes", "be_quiet", "run_jobs"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method at one seed, on one bench."""
+
+    bench: Bench
+    method: str
+    recipe: Recipe
+    seed: int
+
+
+def available_processes() -> int:
+    """How many runs this machine takes side by side: its cores, two at most; one where an accelerator does the work."""
+    return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+
+
+def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[Job, Run]]:
+    """Do all jobs and yield each with its run as it ends; those that were done before come first.
+
+    Parameters
+    ----------
+    units : sequence of sequence of Job
+        The jobs of a unit run in one process, one after the other (they share the dense model and its factors); units
+        run side by side and must not depend on each other. They start in the order given.
+    processes : int
+        Units at a time; with 1 all happens in this process.
+
+    Raises
+    ------
+    Exception
+        Whatever a job raised, when its unit ends. What the others have finished is stored by then.
+    """
+    missing: list[list[Job]] = []
+    for unit in units:
+        missing.append([])
+        for job in unit:
+            run = job.bench.stored(job.method, job.recipe, job.seed)
+            if run is None:
+                missing[-1].append(job)
+            else:
+                yield job, run
+    units = [unit for unit in missing if unit]
+    if processes == 1 or len(units) < 2:
+        for unit in units:
+            for job in unit:
+                yield job, job.bench.run(job.method, job.recipe, job.seed)
+        return
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context, _one_thread) as pool:
+        finished: Any = manager.Queue()
+        # a bench's note may be anything, also what cannot travel; the caller says what was done
+        travelling = [[replace(job, bench=replace(job.bench, note=print)) for job in unit] for unit in units]
+        futures = [pool.submit(_work, unit, number, finished) for number, unit in enumerate(travelling)]
+        try:
+            yield from _collect(units, futures, finished)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _collect(units: Sequence[Sequence[Job]], futures: list[Future], finished: Any) -> Iterator[tuple[Job, Run]]:
+    left = sum(map(len, units))
+    while left:
+        try:
+            unit, job, run = finished.get(timeout=0.5)
+        except queue.Empty:
+            for future in futures:
+                if future.done() and future.exception() is not None:
+                    raise future.exception() from None  # type: ignore[misc]
+            continue
+        left -= 1
+        yield units[unit][job], run
+
+
+def be_quiet() -> None:
+    """No bars of a second, and no report of a new head: both are expected where many models are made."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    be_quiet()
+
+
+def _work(unit: Sequence[Job], number: int, finished: Any) -> None:
+    bench = unit[0].bench  # one object for all, so that they share what it keeps in memory
+    for i, job in enumerate(unit):
+        finished.put((number, i, bench.run(job.method, job.recipe, job.seed)))
