@@ -7,6 +7,7 @@ from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import Budget, ParameterCount, count_parameters, refill, uniform_ranks
 from softlms.calibration import LayerStatistics, calibrate
+from softlms.checkpoint import load_compressed, save_compressed
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorize import FACTORIZATIONS, Factors, factorize
 from softlms.layers import LowRankLinear, SoftLinear
@@ -49,9 +50,11 @@ __all__ = [
     "find_targets",
     "hard_threshold",
     "linear_compression_loss",
+    "load_compressed",
     "load_task",
     "ranks",
     "refill",
+    "save_compressed",
     "sensitivity_curves",
     "shifted_tanh",
     "soft_threshold",

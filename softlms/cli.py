@@ -8,6 +8,23 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
+# the defaults are those of softlms.compress.Compression, which --help should not wait for
+COMPRESSION_OPTIONS = {
+    "data": (str, "folder in GLUE's layout, hub (default), or embedded for docpairs"),
+    "count": (str, "what keep is a share of: linear (default) or total"),
+    "factors": (str, "svd, fwsvd, asvd or whitened (default)"),
+    "epochs": (float, "of compressing and recovering (default 3)"),
+    "learning_rate": (float, "of the weights then (default 1e-4)"),
+    "alpha_learning_rate": (float, "of the thresholds (default 2e-3)"),
+    "distillation": (float, "share of the dense model's logits in the loss (default 0.9)"),
+    "dense_epochs": (float, "of fine-tuning, where the model has no head yet (default 3)"),
+    "dense_learning_rate": (float, "of that fine-tuning (default 5e-5)"),
+    "calibration_rows": (int, "training rows for data-aware factors (default 256)"),
+    "batch_size": (int, "rows a step (default 16)"),
+    "max_length": (int, "tokens a row at most (default 128)"),
+    "seed": (int, "default 0"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if all went well, 1 if a notebook failed, 2 for bad input."""
@@ -19,6 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures.add_argument("--profile", default="quick", help="quick (default), laptop or paper")
     figures.add_argument("--data", default="", help="folder in GLUE's layout, or hub; default: SOFTLMS_DATA, else hub")
     figures.add_argument("--model", default="", help="folder or hub name of another encoder")
+
+    compress = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")
+    compress.add_argument("--model", required=True, help="fine-tuned classifier or encoder: folder, hub name, minilm")
+    compress.add_argument("--task", required=True, help="mrpc, rte, sst2, cola, stsb or docpairs")
+    compress.add_argument("--keep", required=True, type=float, help="share of parameters that stays")
+    compress.add_argument("--out", required=True, help="folder for the compressed model")
+    for name, (kind, meaning) in COMPRESSION_OPTIONS.items():
+        option = f"--{name.replace('_', '-')}"
+        compress.add_argument(option, type=kind, default=argparse.SUPPRESS, help=meaning)
+    compress.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
 
     benchmark = commands.add_parser("benchmark", help="time a training step: dense, soft at full rank, soft at budget")
     benchmark.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
@@ -35,10 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softlms.workbook import make_figures
 
             return make_figures(options.pop("notebooks"), **options)
+        if command == "compress":
+            from softlms.compress import Compression
+            from softlms.compress import compress as run
+
+            out = options.pop("out")
+            run(Compression(**options), out)
+            return 0
         from softlms.latency import print_step_times
 
         print_step_times(**options)
         return 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
         print(f"softlms {command}: {error}", file=sys.stderr)
         return 2

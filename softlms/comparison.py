@@ -22,7 +22,7 @@ from softlms.jobs import Job, available_processes, run_jobs
 from softlms.latency import forward_times, random_rows
 from softlms.surgery import shrink
 
-__all__ = ["GRIDS", "Grid", "Pass", "Setting", "costs", "grid_rows", "run_grid", "summarize"]
+__all__ = ["GRIDS", "Grid", "Pass", "Setting", "costs", "grid_rows", "rank_rows", "run_grid", "summarize"]
 
 BASELINES = ("svd+uniform", "whitened+uniform")
 SOFT = ("svd+soft", "whitened+soft")
@@ -140,62 +140,96 @@ GRIDS["paper"] = Grid(
 )
 
 
+Cell = tuple[Job, Run]
+
+
 def run_grid(
     grid: Grid,
     benches: Mapping[str, Bench],
     *,
+    stored_only: bool = False,
     processes: int | None = None,
     note: Callable[[str], None] = print,
-    grown: Callable[[pd.DataFrame], None] = lambda rows: None,
-) -> pd.DataFrame:
-    """Do every cell that is missing and return the rows of all.
+    grown: Callable[[list[Cell]], None] = lambda cells: None,
+) -> list[Cell]:
+    """Do every cell that is missing and return all, the dense model of a seed once.
 
     Parameters
     ----------
     grid : Grid
     benches : mapping
         The bench of each task.
+    stored_only : bool
+        Run nothing: return the cells that are there.
     processes : int, optional
         Cells at a time; `softlms.jobs.available_processes` when not given.
     note : callable
         Takes a line for each cell done.
     grown : callable
-        Takes the rows so far after each cell, to store them as they grow.
+        Takes the cells so far after each that was not there before, to store their rows as they grow.
 
     Returns
     -------
-    DataFrame
-        See `grid_rows`.
+    list of (Job, Run)
+
+    Raises
+    ------
+    FileNotFoundError
+        `stored_only`, and nothing is there.
     """
     units = list(grid.units(benches))
-    total, started = sum(map(len, units)), time.monotonic()
-    done: dict[tuple, pd.DataFrame] = {}
-    for job, run in run_jobs(units, processes or available_processes()):
-        task = job.bench.data.task
-        key = (task.name, job.method, job.recipe, job.seed)
-        done[key] = grid_rows(job, run)
-        left = (time.monotonic() - started) / len(done) * (total - len(done))
+    stored = {job: run for unit in units for job in unit if (run := job.bench.stored(job.method, job.recipe, job.seed))}
+    note(f"{len(stored)} of {sum(map(len, units))} cells are there")
+    if stored_only and not stored:
+        raise FileNotFoundError("No cell of this grid is stored here yet: run it with stored_only = False.")
+    cells = list(stored.items())
+    missing = [] if stored_only else [[job for job in unit if job not in stored] for unit in units]
+    total, started = sum(map(len, missing)), time.monotonic()
+    for done, (job, run) in enumerate(run_jobs([u for u in missing if u], processes or available_processes()), 1):
+        task, left = job.bench.data.task, (time.monotonic() - started) / done * (total - done)
         note(
-            f"{len(done):>4} of {total}: {task.name}, keep {job.recipe.keep}, {job.method}"
+            f"{done:>4} of {total}: {task.name}, keep {job.recipe.keep}, {job.method}"
             f"{'' if job.recipe.epochs else ' untuned'}, seed {job.seed}: dev {task.metrics[0]} "
             f"{run.result['scores']['dev'][task.metrics[0]]:.3f}; about {left / 60:.0f} min left"
         )
-        grown(_together(done.values()))
-    return _together(done.values())
+        cells.append((job, run))
+        grown(_once(cells))
+    return _once(cells)
 
 
-def _together(cells: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Rows of all cells, sorted; the dense model is in many units, and counts once."""
-    keys = ["task", "keep", "method", "recovered", "seed", "split", "metric"]
-    return pd.concat(cells).drop_duplicates(keys).sort_values(keys, ignore_index=True)
+def _once(cells: Iterable[Cell]) -> list[Cell]:
+    """The dense model is in many units, and counts once."""
+    unique = {}
+    for job, run in cells:
+        budget = None if job.method == "dense" else (job.recipe.keep, bool(job.recipe.epochs))
+        unique[job.bench.data.task.name, job.method, budget, job.seed] = (job, run)
+    return list(unique.values())
 
 
-def grid_rows(job: Job, run: Run) -> pd.DataFrame:
-    """One tidy row for each score of a cell.
+def grid_rows(cells: Iterable[Cell]) -> pd.DataFrame:
+    """One tidy row for each score.
 
     Columns: task, method, factorize, allocate, keep, seed, recovered, split, metric, value (0 to 1), kept_linear,
     kept_total, parameters_linear, parameters_total, steps, frozen_at, seconds, hardware, versions, data, encoder.
     """
+    keys = ["task", "keep", "method", "recovered", "seed", "split", "metric"]
+    rows = pd.concat(_cell_rows(job, run) for job, run in cells)
+    # a recovered run measures its untuned state too
+    return rows.drop_duplicates(keys).sort_values(keys, ignore_index=True)
+
+
+def rank_rows(cells: Iterable[Cell]) -> pd.DataFrame:
+    """One tidy row for each layer of each recovered model: task, method, keep, seed, layer, rank."""
+    return pd.DataFrame(
+        {"task": job.bench.data.task.name, "method": job.method, "keep": job.recipe.keep, "seed": job.seed}
+        | {"layer": layer, "rank": rank}
+        for job, run in cells
+        if job.recipe.epochs and job.method != "dense"
+        for layer, rank in run.result["ranks"].items()
+    )
+
+
+def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
     result = run.result
     factorization, allocation = ("", "") if job.method == "dense" else parse_method(job.method)
     cell = {

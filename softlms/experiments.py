@@ -24,7 +24,13 @@ from typing import Any, TypeVar
 import datasets
 import torch
 import transformers
-from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
 from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
@@ -162,7 +168,7 @@ class Run:
     model: Path | None = None
 
 
-@dataclass
+@dataclass(eq=False)  # by identity: the same bench, not one like it
 class Bench:
     """An encoder, a task and a folder: where runs are made and found again.
 
@@ -194,6 +200,12 @@ class Bench:
         if self.train_rows is not None:
             sentences["train"] = sentences["train"].select(range(min(self.train_rows, len(sentences["train"]))))
         return encode(dataclasses.replace(self.data, splits=sentences), self.encoder.tokenizer(), self.max_length)
+
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """(m, n) of each layer that is factored, by name."""
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(self.encoder.location))
+        return {target.name: target.shape for target in find_targets(model)}
 
     @cached_property
     def collator(self) -> DataCollatorWithPadding:
@@ -304,15 +316,19 @@ class Bench:
             self._factored = model_key
             self._known.clear()
         if factorization not in self._known:
-            statistics = self._statistics(model, recipe, seed) if factorization != "svd" else None
+            needed = factorization != "svd"
+            statistics = self._statistics(model, recipe, seed, factorization == "fwsvd") if needed else None
             self._known[factorization] = factorize(model, factorization, statistics)
         return self._known[factorization]
 
-    def _statistics(self, model: PreTrainedModel, recipe: Recipe, seed: int) -> dict[str, LayerStatistics]:
-        if "statistics" not in self._known:
+    def _statistics(
+        self, model: PreTrainedModel, recipe: Recipe, seed: int, fisher: bool
+    ) -> dict[str, LayerStatistics]:
+        key = f"statistics, {fisher=}"
+        if key not in self._known:
             rows = self.calibration_rows(recipe.calibration_rows, seed)
-            self._known["statistics"] = calibrate(model, rows, self.collator, rows=len(rows), fisher=True)
-        return self._known["statistics"]
+            self._known[key] = calibrate(model, rows, self.collator, rows=len(rows), fisher=fisher)
+        return self._known[key]
 
     def curves(self, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Any]:
         """Sensitivity curves of a dense model, kept in memory like its factors."""

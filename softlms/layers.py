@@ -231,8 +231,9 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_factors(cls, U: Tensor, sigma: Tensor, V: Tensor, bias: Tensor | None, rank: int) -> LowRankLinear:
-        """The leading `rank` components of U diag(sigma) V^T; sigma goes to `up`."""
-        return cls(V[:, :rank].T, U[:, :rank] * sigma[:rank], bias)
+        """The leading `rank` components of U diag(sigma) V^T; `down` gets unit rows, `up` the scale."""
+        length = V[:, :rank].norm(dim=0)
+        return cls((V[:, :rank] / length).T, U[:, :rank] * (sigma[:rank] * length), bias)
 
     @property
     def out_features(self) -> int:

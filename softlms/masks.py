@@ -1,8 +1,8 @@
 """A learned mask over components, the rival of the soft threshold (in the style of ACIP, arXiv 2502.01717).
 
 One score a component; a component is on where its score is positive. The gate is a hard step forwards and the
-identity backwards (straight-through), an L1 term pulls every score down, and its weight grows until the
-model meets its budget. The weights themselves stay as they are: what is learned is the allocation.
+identity backwards (straight-through), an L1 term pulls open scores down, and its weight grows from step to step until
+the model meets its budget. The weights themselves stay as they are: what is learned is the allocation.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class MaskTrainer(DistillingTrainer):
         From `softlms.factorize`.
     keep, count
         See `softlms.Budget`.
-    l1, growth : float
-        Weight of the L1 term at the start, and its factor from step to step; positive, and above 1.
+    l1 : tuple of float
+        Weight of the L1 term at the first step and, growing geometrically, half-way through the steps of `args`;
+        positive and rising. A component's score is weighed by the weights that it stores (mean 1).
     distillation, **kwargs
         See `DistillingTrainer`. The learning rate in `args` is that of the scores, which start at 1.
 
@@ -94,12 +95,11 @@ class MaskTrainer(DistillingTrainer):
         *,
         keep: float,
         count: str,
-        l1: float = 1e-6,
-        growth: float = 1.15,
+        l1: tuple[float, float] = (1e-6, 1.0),
         **kwargs: Any,
     ) -> None:
-        if not l1 > 0 or not growth > 1:
-            raise ValueError(f"l1 must be positive and growth above 1, got {l1!r} and {growth!r}.")
+        if not 0 < l1[0] < l1[1]:
+            raise ValueError(f"l1 must be two positive weights, the second larger; got {l1!r}.")
         linears = linear_targets(model, lambda name, module: name in factors)
         if linears.keys() != factors.keys():
             raise ValueError(f"factors name layers that the model lacks: {sorted(factors.keys() - linears.keys())}.")
@@ -112,7 +112,9 @@ class MaskTrainer(DistillingTrainer):
             self.masks[name] = MaskedLinear(factors[name], linear.bias).to(linear.weight.device)
             model.set_submodule(name, self.masks[name])
         super().__init__(model, **kwargs)
-        self.l1, self.growth = l1, growth
+        self.l1 = l1
+        prices = {name: float(m + n) for name, (m, n) in self.shapes.items()}
+        self.prices = {name: price * len(prices) / sum(prices.values()) for name, price in prices.items()}
         self.add_callback(_StopAtBudget(self))
 
     def compute_loss(
@@ -122,9 +124,13 @@ class MaskTrainer(DistillingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss plus l1 times the sum of |score|."""
+        """The task's loss plus the L1 term."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = loss + self.l1 * sum(mask.score.abs().sum() for mask in self.masks.values())
+        start, end = self.l1
+        weight = start * (end / start) ** (2 * self.state.global_step / self.state.max_steps)
+        # open components only: |score| would pull closed ones back up to the edge
+        size = sum(self.prices[name] * mask.score.clamp(min=0).sum() for name, mask in self.masks.items())
+        loss = loss + weight * size
         return (loss, outputs) if return_outputs else loss
 
     def kept_weights(self) -> int:
@@ -143,8 +149,8 @@ class _StopAtBudget(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.l1 *= self.trainer.growth
-        control.should_training_stop = self.trainer.kept_weights() <= self.trainer.limit
+        if self.trainer.kept_weights() <= self.trainer.limit:
+            control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,5 +159,5 @@ class _StopAtBudget(TrainerCallback):
         if kept > limit:
             raise BudgetNotMet(
                 f"After {state.global_step} steps the masks keep {kept:,} weights, the budget allows {limit:,}. "
-                f"Train longer, or raise l1, growth ({self.trainer.growth}) or the learning rate."
+                f"Train longer, or raise l1 ({self.trainer.l1}) or the learning rate."
             )

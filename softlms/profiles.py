@@ -172,6 +172,12 @@ class Book:
         partial.replace(path)
         self.written.append(path)
 
+    def save_text(self, text: str, suffix: str) -> None:
+        """Write a table for people, Markdown or LaTeX; `suffix` ends in the file's kind."""
+        path = self.results / f"{self.name}{suffix}"
+        path.write_text(text if text.endswith("\n") else text + "\n")
+        self.written.append(path)
+
     def check(self) -> None:
         """Say what was written; an error if a file is missing or empty."""
         missing = [path for path in self.written if not path.is_file() or path.stat().st_size == 0]

@@ -38,7 +38,8 @@ class Encoder:
 
     def for_task(self, task: Task) -> PreTrainedModel:
         """The encoder with a new head for `task`; torch's seed decides how the head starts."""
-        return load_classifier(self.location, num_labels=task.num_labels)
+        # a head of another task that came along is replaced
+        return load_classifier(self.location, num_labels=task.num_labels, ignore_mismatched_sizes=True)
 
 
 def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from softlms.zoo import find_encoder
+
 # timings on a shared machine say nothing about the code
 hypothesis.settings.register_profile("softlms", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("softlms")
@@ -45,3 +47,16 @@ def tiny_bert():
 @pytest.fixture
 def tokens():
     return torch.randint(0, 200, (3, 17))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny BERT with MiniLM's tokenizer, saved as a user would have it."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("tiny")
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.2
+    )
+    BertForSequenceClassification(config).save_pretrained(place)
+    find_encoder("minilm").tokenizer().save_pretrained(place)
+    return place

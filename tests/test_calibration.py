@@ -48,10 +48,8 @@ def test_fisher_is_the_mean_square_of_each_examples_gradient(tiny_bert, collator
     for row in data:
         model.zero_grad()
         logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
-        if num_labels == 1:
-            loss = (logits[0] - row["labels"]) ** 2
-        else:
-            loss = logits.logsumexp(0) - logits[row["labels"]]
+        regression = num_labels == 1
+        loss = (logits[0] - row["labels"]) ** 2 if regression else logits.logsumexp(0) - logits[row["labels"]]
         loss.backward()
         for name in found:
             expected[name] += model.get_submodule(name).weight.grad.double().square().sum(0) / 6

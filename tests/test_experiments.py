@@ -1,34 +1,21 @@
 import json
 import logging
+import re
 
 import pytest
 import torch
 
 from softlms.experiments import Bench, Recipe
 from softlms.tasks import TaskData, load_task
+from softlms.training import BudgetNotMet
 from softlms.zoo import Encoder, find_encoder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny BERT with MiniLM's tokenizer, saved as a user would have it."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    place = tmp_path_factory.mktemp("tiny")
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.2
-    )
-    BertForSequenceClassification(config).save_pretrained(place)
-    find_encoder("minilm").tokenizer().save_pretrained(place)
-    return place
-
-
 @pytest.fixture
-def bench(folder, tmp_path):
+def bench(tiny_folder, tmp_path):
     data = load_task("docpairs", "embedded")
     small = TaskData(data.task, {name: rows.select(range(48)) for name, rows in data.splits.items()}, data.source)
-    return Bench(find_encoder(str(folder)), small, tmp_path / "runs", max_length=32, note=lambda line: None)
+    return Bench(find_encoder(str(tiny_folder)), small, tmp_path / "runs", max_length=32, note=lambda line: None)
 
 
 RECIPE = Recipe(
@@ -112,3 +99,60 @@ def test_find_encoder(tmp_path, monkeypatch):
 
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@pytest.mark.parametrize("factorization", ["fwsvd", "asvd", "whitened"])
+@pytest.mark.parametrize("allocation", ["energy", "greedy", "sensitivity", "mask", "soft"])
+def test_every_pair_meets_the_budget_with_and_without_recovery(bench, factorization, allocation):
+    recipe = RECIPE.changed(calibration_rows=16, mask_learning_rate=0.5)
+    tuned = bench.run(f"{factorization}+{allocation}", recipe, 0).result
+    assert 0.49 < tuned["kept_linear"] <= 0.5 and tuned["steps"] == 24
+    assert set(tuned["scores"]) == {"dev", "test"} and set(tuned["untuned"]) == {"dev"}
+    if allocation != "mask":  # masks have to learn
+        untuned = bench.run(f"{factorization}+{allocation}", recipe.changed(epochs=0, distillation=0.0), 0).result
+        assert untuned["steps"] == 0 and untuned["scores"] == untuned["untuned"] == tuned["untuned"]
+        assert allocation == "soft" or untuned["ranks"] == tuned["ranks"]
+
+
+def test_masks_learn_and_recover_within_the_same_steps(bench):
+    result = bench.run("svd+mask", RECIPE.changed(mask_learning_rate=0.5), 0).result
+    assert 0 < result["mask_steps"] < result["steps"] == 24
+    assert len({entry["step"] for entry in result["history"]}) == len(result["history"])
+
+
+def test_one_run_gives_smaller_models(bench):
+    result = bench.run("adaptive", RECIPE.changed(further_keeps=(0.7, 0.3, 0.2)), 0).result
+    assert set(map(float, result["further"])) == {0.3, 0.2}  # only smaller ones
+
+
+def test_the_papers_names_are_pairs(bench):
+    named, pair = (bench.run(method, RECIPE, 0).result for method in ("static", "svd+uniform"))
+    assert named | {"method": ""} == pair | {"method": ""} and named["method"] == "static"
+    for wrong in ("svd", "svd+best", "pca+soft", "soft"):
+        with pytest.raises(ValueError, match=f"Unknown method '{re.escape(wrong)}'; known: dense, static, adaptive"):
+            bench.run(wrong, RECIPE, 0)
+
+
+def test_runs_side_by_side_are_those_of_one_process(bench, monkeypatch):
+    from softlms.jobs import Job, run_jobs
+
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # the machine's name, part of the key
+    units = [[Job(bench, method, RECIPE, seed) for method in ("dense", "static")] for seed in (0, 1)]
+    there = {(job.method, job.seed): run.result for job, run in run_jobs(units, processes=2)}
+    stored = {path.name: path.stat().st_mtime_ns for path in bench.folder.glob("*/result.json")}
+    assert there.keys() == {("dense", 0), ("static", 0), ("dense", 1), ("static", 1)}
+    again = {(job.method, job.seed): run.result for job, run in run_jobs(units, processes=1)}
+    assert again == there and stored == {p.name: p.stat().st_mtime_ns for p in bench.folder.glob("*/result.json")}
+    other = Bench(bench.encoder, bench.data, bench.folder.parent / "other", bench.max_length)
+    torch.set_num_threads(1)
+    for (method, seed), result in there.items():
+        alone = other.run(method, RECIPE, seed).result
+        assert (alone["scores"], alone["ranks"]) == (result["scores"], result["ranks"])
+
+
+def test_a_failing_run_names_its_error_and_spares_the_others(bench):
+    from softlms.jobs import Job, run_jobs
+
+    units = [[Job(bench, "dense", RECIPE, 0)], [Job(bench, "adaptive", RECIPE.changed(epochs=0.2), 1)]]
+    with pytest.raises(BudgetNotMet):
+        list(run_jobs(units, processes=2))

@@ -7,7 +7,7 @@ from torch import nn
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import count_parameters
 from softlms.layers import LowRankLinear, SoftLinear
-from softlms.surgery import decompose, deploy, ranks, soft_layers, truncate
+from softlms.surgery import decompose, deploy, ranks, shrink, soft_layers, truncate
 
 
 def outputs(model, tokens):
@@ -153,3 +153,60 @@ def test_wrong_ranks(tiny_bert):
     with pytest.raises(ValueError, match="must be 1 to 32, got 0"):
         truncate(model, good | {name: 0})
     assert all(isinstance(t.module, nn.Linear) for t in find_targets(model))
+
+
+def trained(model):
+    """A soft model with ranks and thresholds as after training."""
+    decompose(model, relative=True)
+    for i, layer in enumerate(soft_layers(model).values()):
+        layer.set_rank_(1 + 5 * i % 15)  # below break-even
+        layer.freeze_()
+    return model
+
+
+@pytest.mark.parametrize("keep, count", [(0.3, "linear"), (0.2, "linear"), (0.75, "total")])
+def test_a_trained_model_can_be_cut_further(tiny_bert, tokens, keep, count):
+    model = trained(tiny_bert())
+    before = ranks(model)
+    margins = {name: layer.margins() for name, layer in soft_layers(model).items()}
+    full = {name: layer.deployed() for name, layer in soft_layers(model).items()}
+    assert count_parameters(model).kept(count) > keep
+    deploy(model, keep=keep, count=count)
+    kept = count_parameters(model)
+    assert keep - 0.01 < kept.kept(count) <= keep
+    after = {t.name: getattr(t.module, "rank", 32) for t in find_targets(model)}
+    assert all(after[name] <= before[name] for name in before) and after != before
+    # as one threshold for all would cut: no component that stays has a smaller margin than one that goes, but for those
+    # that the last few weights of the budget did not pay for, and the one that each layer keeps
+    lowest_kept = min(margins[name][after[name] - 1].item() for name in after if after[name] > 1)
+    highest_cut = [margins[name][after[name]].item() for name in after if after[name] < before[name]]
+    assert sum(margin > lowest_kept + 1e-6 for margin in highest_cut) <= 2
+    # what stays is as it was trained: the components themselves do not shrink
+    name = next(name for name in after if 1 < after[name] < before[name])
+    cut, whole = model.get_submodule(name), full[name]
+    left = {tuple(row) for row in cut.down.weight.tolist()}
+    assert left <= {tuple(row) for row in whole.down.weight.tolist()}
+
+
+def test_cutting_further_checks_its_budget(tiny_bert):
+    model = trained(tiny_bert())
+    for wrong, message in (
+        ({"keep": 0.3}, "belong together"),
+        ({"keep": 0.9, "count": "linear"}, "more than this model keeps"),
+        ({"keep": 0.001, "count": "linear"}, "one component a layer"),
+        ({"keep": 0.3, "count": "all"}, "count must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            deploy(model, **wrong)
+    assert len(soft_layers(model)) == 12
+
+
+def test_shrink_gives_the_shapes_of_a_cut(tiny_bert, tokens):
+    wanted = {t.name: 1 + 2 * i for i, t in enumerate(find_targets(tiny_bert()))}
+    hollow, cut = shrink(tiny_bert(), wanted), truncate(tiny_bert(), wanted)
+    shapes = {name: p.shape for name, p in hollow.state_dict().items()}
+    assert shapes == {name: p.shape for name, p in cut.state_dict().items()}
+    hollow.load_state_dict(cut.state_dict())
+    assert torch.equal(outputs(hollow, tokens), outputs(cut, tokens))
+    with pytest.raises(ValueError, match="must be 1 to 32, got 33"):
+        shrink(tiny_bert(), wanted | {"bert.encoder.layer.0.output.dense": 33})

@@ -1,0 +1,112 @@
+"""Save a deployed model at its compressed size, and load it again.
+
+A folder holds the model's own ``config.json``, its weights (``softlms.safetensors``) and ``softlms.json``: the ranks,
+and whatever the maker noted. The weights' name is not one that transformers looks for: its ``from_pretrained`` fails on
+such a folder instead of filling a full-size model with random values.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from softlms.architectures import find_targets
+from softlms.layers import SoftLinear
+from softlms.surgery import shrink
+
+__all__ = ["load_compressed", "save_compressed"]
+
+FORMAT = 1
+WEIGHTS, CARD = "softlms.safetensors", "softlms.json"
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    notes: dict[str, Any] | None = None,
+) -> Path:
+    """Write a deployed model; the folder appears whole or not at all.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        After `softlms.deploy` or `softlms.truncate`, of a family in `softlms.ARCHITECTURES`.
+    folder : str or Path
+        Must not exist, or be empty.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Saved beside the model.
+    notes : dict, optional
+        What JSON can hold: metrics, data, how it was made.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ValueError
+        A layer is still in its soft form, or the family is unknown.
+    FileExistsError
+        The folder holds something.
+    """
+    folder = Path(folder)
+    targets = find_targets(model)
+    if any(isinstance(target.module, SoftLinear) for target in targets):
+        raise ValueError("The model is in its soft form: call softlms.deploy(model) first.")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something already: choose another folder, or remove it.")
+    card = {
+        "format": FORMAT,
+        "class": type(model).__name__,
+        "ranks": {t.name: getattr(t.module, "rank", min(t.shape)) for t in targets},
+        "notes": notes or {},
+    }
+    partial = folder.with_name(f"{folder.name}.saving")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.config.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    state = {name: values.contiguous() for name, values in model.state_dict().items()}
+    save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
+    (partial / CARD).write_text(json.dumps(card, indent=1))
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+    return folder
+
+
+def load_compressed(folder: str | Path) -> PreTrainedModel:
+    """Load what `save_compressed` wrote: the same outputs, bit for bit, at the compressed size, in eval mode.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder or one of its files is missing.
+    ValueError
+        It was written by a newer format.
+    RuntimeError
+        The weights do not fit the ranks.
+    """
+    folder = Path(folder)
+    for name in (CARD, WEIGHTS, "config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no compressed model: {name} is missing.")
+    card = json.loads((folder / CARD).read_text())
+    if card["format"] > FORMAT:
+        raise ValueError(f"{folder} has format {card['format']}, this softlms knows {FORMAT}: update softlms.")
+    config = AutoConfig.from_pretrained(folder)
+    state = load_file(folder / WEIGHTS)
+    model: PreTrainedModel = getattr(transformers, card["class"])(config)
+    shrink(model, card["ranks"], targets=lambda name, module: name in card["ranks"])
+    model.to(next(iter(state.values())).dtype).load_state_dict(state)
+    return model.eval()

@@ -1,0 +1,133 @@
+import pandas as pd
+import pytest
+import torch
+
+from softlms.comparison import GRIDS, Grid, Pass, Setting, costs, grid_rows, rank_rows, run_grid, summarize
+from softlms.experiments import Bench, Recipe, parse_method
+from softlms.profiles import PROFILES
+from softlms.surgery import truncate
+from softlms.tasks import TASKS, TaskData, load_task
+from softlms.zoo import find_encoder
+
+
+@pytest.fixture
+def bench(tiny_folder, tmp_path):
+    data = load_task("docpairs", "embedded")
+    small = TaskData(data.task, {name: rows.select(range(48)) for name, rows in data.splits.items()}, data.source)
+    return Bench(find_encoder(str(tiny_folder)), small, tmp_path / "runs", max_length=32)
+
+
+RECIPE = Recipe(
+    dense_epochs=1, epochs=4, batch_size=8, learning_rate=1e-3, alpha_learning_rate=0.1, further_keeps=(0.3,),
+    bf16=True, calibration_rows=16, distillation=0.5,
+)  # fmt: skip
+GRID = Grid(
+    RECIPE,
+    {"docpairs": Setting()},
+    (0, 1),
+    (
+        Pass(("svd+uniform", "svd+soft"), (0.5,)),
+        Pass(("svd+uniform", "whitened+greedy"), (0.5,), recover=False),
+        Pass(("svd+uniform",), (0.3,), tasks=("docpairs",)),
+    ),
+)
+
+
+def test_a_grid_is_done_in_order_and_only_once(bench):
+    lines, grown = [], []
+    cells = run_grid(GRID, {"docpairs": bench}, processes=1, note=lines.append, grown=grown.append)
+    done = [
+        (job.method, job.recipe.keep, bool(job.recipe.epochs), job.seed) for job, _ in cells if job.method != "dense"
+    ]
+    assert done == [
+        (method, keep, recovered, seed)
+        for methods, keep, recovered in (
+            (("svd+uniform", "svd+soft"), 0.5, True),
+            (("svd+uniform", "whitened+greedy"), 0.5, False),
+            (("svd+uniform",), 0.3, True),
+        )
+        for seed in (0, 1)
+        for method in methods
+    ]
+    assert sum(job.method == "dense" for job, _ in cells) == 2
+    assert [len(part) for part in grown] == sorted(len(part) for part in grown) and len(grown[-1]) == len(cells)
+    stored = {path: path.stat().st_mtime_ns for path in bench.folder.glob("*/result.json")}
+    again = run_grid(GRID, {"docpairs": bench}, stored_only=True, note=lines.append)
+    assert lines[-1] == "16 of 16 cells are there" or lines[-1].split()[0] == lines[-1].split()[2]
+    pd.testing.assert_frame_equal(grid_rows(again), grid_rows(cells))
+    assert stored == {path: path.stat().st_mtime_ns for path in bench.folder.glob("*/result.json")}
+
+    rows = grid_rows(cells)
+    assert not rows.duplicated(["task", "method", "keep", "seed", "recovered", "split", "metric"]).any()
+    soft = rows[rows.method == "svd+soft cut from 0.5"]
+    assert set(soft.keep) == {0.3} and set(soft.split) == {"dev"}
+    summary = summarize(rows)
+    one = rows[(rows.method == "svd+soft") & rows.recovered & (rows.split == "test") & (rows.metric == "f1")]
+    mean, std, count = summary[
+        (summary.method == "svd+soft") & summary.recovered & (summary.split == "test") & (summary.metric == "f1")
+    ][["mean", "std", "count"]].to_numpy()[0]
+    assert count == 2 and mean == pytest.approx(100 * one.value.mean()) and std == pytest.approx(100 * one.value.std())
+    ranks = rank_rows(cells)
+    assert set(ranks.method) == {"svd+uniform", "svd+soft"} and len(ranks) == 6 * 12
+
+
+def test_nothing_stored_is_said(bench):
+    with pytest.raises(FileNotFoundError, match="run it with stored_only = False"):
+        run_grid(GRID, {"docpairs": bench}, stored_only=True, note=lambda line: None)
+
+
+def test_every_profile_has_a_grid_that_can_be_done():
+    assert GRIDS.keys() == PROFILES.keys()
+    for name, grid in GRIDS.items():
+        assert grid.tasks.keys() <= TASKS.keys() and len(grid.seeds) >= 2
+        if name != "quick":
+            assert {"mrpc", "rte", "sst2"} <= grid.tasks.keys() and len(grid.seeds) >= 3
+            assert {keep for part in grid.passes for keep in part.keeps} == {0.75, 0.5, 0.35}
+        for part in grid.passes:
+            assert all(parse_method(method) for method in part.methods) and set(part.tasks) <= grid.tasks.keys()
+        jobs = [job for unit in grid.units(dict.fromkeys(grid.tasks)) for job in unit]
+        assert jobs[0].recipe.keep == 0.5 and jobs[0].method == "dense"
+    first = next(iter(GRIDS["laptop"].tasks))
+    assert first == "mrpc"
+
+
+def test_costs_are_those_of_the_deployed_model(tiny_folder, bench):
+    ranks = dict.fromkeys(bench.targets(), 3)
+    table = costs(str(tiny_folder), {"thin": ranks}, tokens=16, rounds=2).set_index("row")
+    model = truncate(bench.encoder.for_task(bench.data.task), ranks)
+    assert table.loc["dense", "flops_of_dense"] == table.loc["dense", "speedup"] == 1
+    saved = sum(m * n - 3 * (m + n) for m, n in bench.targets().values())
+    difference = 1e9 * (table.loc["dense", "gflops"] - table.loc["thin", "gflops"])
+    assert difference == pytest.approx(2 * 8 * 16 * saved, rel=1e-6)
+    assert sum(p.numel() for p in model.parameters()) > 0 and (table.ms > 0).all()
+    assert torch.get_num_threads() >= 1
+
+
+def test_cola_and_stsb_run_too(tiny_folder, tmp_path):
+    """Where the data is given: single sentences, and a regression that is distilled by the mean squared error."""
+    (tmp_path / "CoLA").mkdir()
+    (tmp_path / "STS-B").mkdir()
+    for split in ("train", "dev"):
+        sentences = [f"the model number {i} reads a sentence" for i in range(24)]
+        (tmp_path / "CoLA" / f"{split}.tsv").write_text(
+            "".join(f"x\t{i % 2}\t\t{s}\n" for i, s in enumerate(sentences))
+        )
+        (tmp_path / "STS-B" / f"{split}.tsv").write_text(
+            "index\tsentence1\tsentence2\tscore\n"
+            + "".join(f"{i}\t{s}\t{sentences[i // 2]}\t{i % 6 * 0.9}\n" for i, s in enumerate(sentences))
+        )
+    encoder = find_encoder(str(tiny_folder))
+    benches = {
+        name: Bench(encoder, load_task(name, tmp_path), tmp_path / "runs", 32, note=lambda line: None)
+        for name in ("cola", "stsb")
+    }
+    grid = Grid(
+        RECIPE.changed(epochs=8),
+        dict.fromkeys(benches, Setting()),
+        (0, 1),
+        (Pass(("fwsvd+uniform", "whitened+soft"), (0.5,)),),
+    )
+    rows = grid_rows(run_grid(grid, benches, processes=1, note=lambda line: None))
+    assert set(rows[rows.task == "cola"].metric) == {"matthews"}
+    assert set(rows[rows.task == "stsb"].metric) == {"pearson", "spearman"}
+    assert set(rows.method) == {"dense", "fwsvd+uniform", "whitened+soft", "whitened+soft cut from 0.5"}

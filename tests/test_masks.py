@@ -1,0 +1,71 @@
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, TrainingArguments
+
+from softlms.architectures import find_targets
+from softlms.budget import count_parameters
+from softlms.factorize import factorize
+from softlms.masks import MaskedLinear, MaskTrainer
+from softlms.surgery import truncate
+from softlms.training import BudgetNotMet
+from softlms.zoo import find_encoder
+
+
+def trainer(model, factors, folder, steps=60, **options):
+    data = Dataset.from_dict(
+        {"input_ids": torch.randint(5, 200, (16, 9)).tolist(), "attention_mask": [[1] * 9] * 16, "labels": [0, 1] * 8}
+    )
+    args = TrainingArguments(
+        str(folder), max_steps=steps, learning_rate=0.05, lr_scheduler_type="constant", use_cpu=True, report_to=[],
+        disable_tqdm=True, save_strategy="no", per_device_train_batch_size=8, logging_strategy="no",
+    )  # fmt: skip
+    collator = DataCollatorWithPadding(find_encoder("minilm").tokenizer())
+    return MaskTrainer(
+        model, factors, keep=0.5, count="linear", args=args, train_dataset=data, data_collator=collator, **options
+    )
+
+
+def test_open_masks_change_nothing_and_closed_ones_cut(tiny_bert, tokens):
+    model = tiny_bert()
+    name = "bert.encoder.layer.0.output.dense"
+    factors, linear, x = factorize(model)[name], model.get_submodule(name), torch.randn(3, 5, 64)
+    masked = MaskedLinear(factors, linear.bias)
+    torch.testing.assert_close(masked(x), linear(x), rtol=0, atol=1e-5)
+    assert [n for n, _ in masked.named_parameters()] == ["score"] and masked.rank == 32
+    with torch.no_grad():
+        masked.score[4:] = -0.5
+        truncated = truncate(copy.deepcopy(model), {t.name: 4 for t in find_targets(model)}).get_submodule(name)
+    torch.testing.assert_close(masked(x), truncated(x), rtol=0, atol=1e-5)
+    masked(x).square().sum().backward()
+    assert (masked.score.grad != 0).all()  # straight through: closed gates hear from the loss too
+
+
+def test_masks_find_ranks_that_fill_the_budget(tiny_bert, tmp_path):
+    model = tiny_bert()
+    dense, factors = copy.deepcopy(model), factorize(model)
+    search = trainer(model, factors, tmp_path)
+    search.train()
+    assert 0 < search.state.global_step < 60  # it stops when the budget is met
+    kept = count_parameters(truncate(copy.deepcopy(dense), search.ranks))
+    assert 0.49 < kept.kept("linear") <= 0.5
+    assert len(set(search.ranks.values())) > 2  # the masks have learned something: no uniform ranks
+    for name, layer in search.masks.items():
+        assert torch.equal(layer.left, factors[name].U * factors[name].sigma)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.classifier.parameters(), dense.classifier.parameters(), strict=True)
+    )
+
+
+def test_masks_that_run_out_of_steps_and_wrong_input(tiny_bert, tmp_path):
+    model = tiny_bert()
+    factors = factorize(model)
+    with pytest.raises(BudgetNotMet, match=r"After 3 steps .* raise l1 "):
+        trainer(copy.deepcopy(model), factors, tmp_path, steps=3).train()
+    with pytest.raises(ValueError, match="two positive weights, the second larger"):
+        trainer(model, factors, tmp_path, l1=(1.0, 0.1))
+    with pytest.raises(ValueError, match="layers that the model lacks"):
+        trainer(model, factors | {"nowhere": next(iter(factors.values()))}, tmp_path)
+    assert find_targets(model)[0].module.weight.requires_grad
