@@ -110,7 +110,15 @@ GRIDS = {
         ),
     ),
     "laptop": Grid(
-        Recipe(distillation=0.9, epochs=1, alpha_learning_rate=4e-3, further_keeps=(0.5, 0.35), bf16=True),
+        Recipe(
+            distillation=0.9,
+            epochs=1,
+            static_learning_rate=1e-4,
+            alpha_learning_rate=8e-3,
+            deadline=0.6,
+            further_keeps=(0.5, 0.35),
+            bf16=True,
+        ),
         {
             "mrpc": Setting(),
             "rte": Setting({"epochs": 1.5}),

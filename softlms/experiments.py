@@ -104,7 +104,7 @@ class Recipe:
         Share of the dense model's logits in the task loss, for all methods alike.
     keep, count
         The budget; see `softlms.budget.Budget`.
-    gamma, alpha_learning_rate, s, relative, compression_loss, weigh_by_size
+    gamma, alpha_learning_rate, deadline, s, relative, compression_loss, weigh_by_size
         See `softlms.training.SoftTrainer` and `softlms.surgery.decompose`.
     start : {"fine-tuned", "pretrained"}
         The weights that are decomposed.
@@ -129,6 +129,7 @@ class Recipe:
     count: str = "linear"
     gamma: float = 0.1
     alpha_learning_rate: float = 2e-3
+    deadline: float = 1.0
     s: float = 50.0
     relative: bool = True
     compression_loss: str = "adaptive"
@@ -411,7 +412,7 @@ class Bench:
 
 
 _SOFT_ONLY = (
-    "learning_rate", "gamma", "alpha_learning_rate", "s", "relative", "compression_loss", "weigh_by_size",
+    "learning_rate", "gamma", "alpha_learning_rate", "deadline", "s", "relative", "compression_loss", "weigh_by_size",
     "further_keeps",
 )  # fmt: skip
 
@@ -481,6 +482,7 @@ def _soft(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> d
         count=recipe.count,
         gamma=recipe.gamma,
         alpha_learning_rate=recipe.alpha_learning_rate,
+        deadline=recipe.deadline,
         compression_loss=recipe.compression_loss,
         weigh_by_size=recipe.weigh_by_size,
         **_after_the_cut(bench, recipe, seed, folder, recipe.learning_rate),

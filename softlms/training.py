@@ -133,6 +133,10 @@ class SoftTrainer(DistillingTrainer):
         L_acmp or L_cmp.
     weigh_by_size : bool
         Weigh each layer's compression loss by its number of parameters (mean weight 1) instead of equally.
+    deadline : float
+        Share of the training's steps, above 0 and at most 1. Where the budget is not met by then, all thresholds are
+        raised together until it is, so that the rest of the steps is left to recover. With 1 nothing is forced:
+        a budget that is not met is an error.
     distillation : float
         See `DistillingTrainer`.
     **kwargs
@@ -148,8 +152,8 @@ class SoftTrainer(DistillingTrainer):
 
     Notes
     -----
-    Defaults from the successor (alpha rate 1e-2, gamma 0.1, no weight decay on alpha). Exact fit, size weights and
-    the constant rates while compressing are ours.
+    Defaults from the successor (alpha rate 1e-2, gamma 0.1, no weight decay on alpha). Exact fit, size weights, the
+    deadline and the constant rates while compressing are ours.
     """
 
     def __init__(
@@ -162,6 +166,7 @@ class SoftTrainer(DistillingTrainer):
         alpha_learning_rate: float = 1e-2,
         compression_loss: str = "adaptive",
         weigh_by_size: bool = False,
+        deadline: float = 1.0,
         distillation: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -172,10 +177,13 @@ class SoftTrainer(DistillingTrainer):
         for name, value in (("gamma", gamma), ("alpha_learning_rate", alpha_learning_rate)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}.")
+        if not 0 < deadline <= 1:
+            raise ValueError(f"deadline is a share of the steps, above 0 and at most 1; got {deadline!r}.")
         if compression_loss not in COMPRESSION_LOSSES:
             known = ", ".join(map(repr, COMPRESSION_LOSSES))
             raise ValueError(f"compression_loss must be one of {known}, got {compression_loss!r}.")
         self.gamma = gamma
+        self.deadline = deadline
         self.alpha_learning_rate = alpha_learning_rate
         self.compression_loss = COMPRESSION_LOSSES[compression_loss]
         sizes = torch.tensor([float(m * n) for m, n in self.shapes.values()])
@@ -260,8 +268,9 @@ class SoftTrainer(DistillingTrainer):
         return sum(kept_parameters(*self.shapes[name], layer.rank) for name, layer in self.soft_layers.items())
 
     def freeze(self) -> None:
-        """Fill the ranks up to the budget, fix them, and start afresh with optimizer and learning rate."""
-        start = {name: layer.rank for name, layer in self.soft_layers.items()}
+        """Cut or fill the ranks up to the budget, fix them, and start afresh with optimizer and learning rate."""
+        met = self.kept_weights() <= self.limit
+        start = {name: layer.rank if met else 1 for name, layer in self.soft_layers.items()}
         margins = {name: layer.margins(dead=True).tolist() for name, layer in self.soft_layers.items()}
         for name, rank in refill(self.shapes, start, self.limit, margins).items():
             self.soft_layers[name].set_rank_(rank)
@@ -330,11 +339,13 @@ class SoftSchedule(TrainerCallback):
     def _compress(self, state: TrainerState) -> None:
         trainer = self.trainer
         kept = trainer.kept_weights()
-        if kept <= trainer.limit:
+        late = trainer.deadline < 1 and state.global_step >= trainer.deadline * state.max_steps
+        if kept <= trainer.limit or late:
             self.check_finite(state)
             self.frozen_at = state.global_step
             trainer.freeze()
-            logger.info(f"Budget met at step {state.global_step} of {state.max_steps}; ranks are fixed from here.")
+            how = "met" if kept <= trainer.limit else "forced"
+            logger.info(f"Budget {how} at step {state.global_step} of {state.max_steps}; ranks are fixed from here.")
             if state.global_step >= state.max_steps:
                 logger.warning("The budget was met at the very last step: none is left to recover. Train longer.")
             return

@@ -156,6 +156,29 @@ def test_unmet_budget_is_an_error_that_says_what_to_do(tiny_bert, rows, tmp_path
         run.train()
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_deadline_forces_the_budget_and_leaves_steps_to_recover(tiny_bert, rows, tmp_path, relative):
+    model = decompose(tiny_bert(), relative=relative)
+    before = {}
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 9:
+                before.update({name: layer.margins() for name, layer in run.soft_layers.items()})
+
+    run = trainer(model, rows, tmp_path, steps=20, deadline=0.5, alpha_learning_rate=1e-4, callbacks=[Watch()])
+    run.train()
+    assert run.schedule.frozen_at == 10 and run.state.global_step == 20
+    kept = count_parameters(deploy(model))
+    assert 0.49 < kept.kept("linear") <= 0.5
+    learned = {name: layer.rank for name, layer in run.soft_layers.items()}
+    assert len(set(learned.values())) > 2
+    # one threshold for all: what stays has larger margins than what goes (a step earlier, hence the tolerance)
+    stays = min(before[name][rank - 1].item() for name, rank in learned.items() if 1 < rank)
+    goes = max(before[name][rank].item() for name, rank in learned.items() if rank < len(before[name]))
+    assert goes - stays < 0.1 * max(margins[0].item() for margins in before.values())
+
+
 def test_stall_is_warned_about(tiny_bert, rows, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("softlms.training.STALL_STEPS", 5)
     run = trainer(decompose(tiny_bert()), rows, tmp_path, steps=8, alpha_learning_rate=1e-6)
@@ -222,6 +245,12 @@ def test_wrong_settings_fail_before_any_work(tiny_bert, rows, tmp_path):
         with pytest.raises(ValueError, match=message):
             trainer(model, rows, tmp_path, **options)
     assert all(layer.rank > 1 for layer in soft_layers(model).values())
+
+
+@pytest.mark.parametrize("deadline", [0, 1.5, float("nan")])
+def test_a_wrong_deadline_is_named(tiny_bert, rows, tmp_path, deadline):
+    with pytest.raises(ValueError, match=f"deadline is a share of the steps.* got {deadline}"):
+        trainer(decompose(tiny_bert()), rows, tmp_path, deadline=deadline)
 
 
 def test_budget_errors_name_what_is_possible(tiny_bert, rows, tmp_path):
