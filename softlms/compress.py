@@ -116,6 +116,8 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     # the budget is checked here and now: it would be a pity after an hour of fine-tuning
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear_targets(dense).items()}
     Budget(settings.keep, settings.count).limit(shapes, count_parameters(dense).rest)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "settings.json").write_text(_as_text(settings))
     if report["missing_keys"]:
         console.print(f"{encoder.source} has no head for {settings.task}: fine-tuning first")
         args = _arguments(settings, work / "fine-tuning", settings.dense_learning_rate, settings.dense_epochs)
@@ -171,12 +173,13 @@ def _work_folder(settings: Compression, out: Path) -> Path:
     """Where the work is kept while it lasts; an error if an earlier run with other settings is there."""
     work = out.with_name(f"{out.name}.partial")
     note = work / "settings.json"
-    wanted = json.dumps(asdict(settings), indent=1)
-    if note.is_file() and note.read_text() != wanted:
+    if note.is_file() and note.read_text() != _as_text(settings):
         raise FileExistsError(f"{work} is from a run with other settings: give those, or remove it.")
-    work.mkdir(parents=True, exist_ok=True)
-    note.write_text(wanted)
     return work
+
+
+def _as_text(settings: Compression) -> str:
+    return json.dumps(asdict(settings), indent=1)
 
 
 def _arguments(settings: Compression, folder: Path, rate: float, epochs: float) -> TrainingArguments:
