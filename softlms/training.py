@@ -99,6 +99,16 @@ class DistillingTrainer(Trainer):
             )
         return sampler
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's train; afterwards the model computes in its own precision again, whatever it was trained in."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # accelerate replaces forward by one under autocast, for good
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            vars(self.model).pop("forward", None)
+            vars(self.model).pop("_is_accelerate_prepared", None)
+
     def compute_loss(
         self,
         model: nn.Module,

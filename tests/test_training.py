@@ -274,6 +274,29 @@ def test_bfloat16_autocast_trains_to_the_budget(tiny_bert, rows, tmp_path):
     assert all(parameter.isfinite().all() and parameter.dtype == torch.float32 for parameter in run.model.parameters())
 
 
+def test_a_model_trained_in_bfloat16_computes_in_float32_afterwards(tiny_bert, rows, tmp_path, tokens):
+    model = decompose(tiny_bert())
+    run = trainer(model, rows, tmp_path, arguments={"bf16": True})
+    under_autocast = []
+    step = SoftTrainer.training_step
+
+    def watched(model, inputs, *args):
+        under_autocast.append("_original_forward" in vars(model))
+        return step(run, model, inputs, *args)
+
+    run.training_step = watched
+    for _ in range(2):  # training again is in bfloat16 again
+        run.train()
+        with torch.no_grad():
+            fresh = decompose(tiny_bert())
+            for name, layer in run.soft_layers.items():
+                fresh.set_submodule(name, layer)
+            fresh.load_state_dict(model.state_dict())
+            assert torch.equal(model.eval()(tokens).logits, fresh.eval()(tokens).logits)
+        model.train()
+    assert len(under_autocast) == 48 and all(under_autocast)
+
+
 def test_stopping_early_does_not_hide_an_unmet_budget(tiny_bert, rows, tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
