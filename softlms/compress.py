@@ -136,7 +136,7 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
         sample = train.shuffle(seed=settings.seed)
         number = min(settings.calibration_rows, len(sample))
         statistics = calibrate(dense, sample, collator, rows=number, fisher=settings.factors == "fwsvd")
-    model = decompose(dense, settings.factors, statistics, relative=True)
+    model = decompose(dense, settings.factors, statistics, unit="mean")
     console.print(f"learning ranks, to keep {settings.keep:.0%} of {settings.count}")
     trainer = SoftTrainer(
         model,

@@ -104,7 +104,7 @@ class Recipe:
         Share of the dense model's logits in the task loss, for all methods alike.
     keep, count
         The budget; see `softlms.budget.Budget`.
-    gamma, alpha_learning_rate, deadline, s, relative, compression_loss, weigh_by_size
+    gamma, alpha_learning_rate, deadline, s, unit, compression_loss, weigh_by_size
         See `softlms.training.SoftTrainer` and `softlms.surgery.decompose`.
     start : {"fine-tuned", "pretrained"}
         The weights that are decomposed.
@@ -131,7 +131,7 @@ class Recipe:
     alpha_learning_rate: float = 2e-3
     deadline: float = 1.0
     s: float = 50.0
-    relative: bool = True
+    unit: str = "max"
     compression_loss: str = "adaptive"
     weigh_by_size: bool = False
     start: str = "fine-tuned"
@@ -412,7 +412,7 @@ class Bench:
 
 
 _SOFT_ONLY = (
-    "learning_rate", "gamma", "alpha_learning_rate", "deadline", "s", "relative", "compression_loss", "weigh_by_size",
+    "learning_rate", "gamma", "alpha_learning_rate", "deadline", "s", "unit", "compression_loss", "weigh_by_size",
     "further_keeps",
 )  # fmt: skip
 
@@ -471,7 +471,7 @@ def _soft(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> d
     """Factors, soft thresholds that learn ranks, recovery."""
     model = bench.starting_model(recipe, seed)
     factors = bench.factors(model, parse_method(pair)[0], recipe, seed)
-    decompose(model, factors, s=recipe.s, relative=recipe.relative)
+    decompose(model, factors, s=recipe.s, unit=recipe.unit)
     untrained = deploy(copy.deepcopy(model), recipe.keep, recipe.count)
     untuned = bench.scores(untrained, ("dev",))
     if not recipe.epochs:

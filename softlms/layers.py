@@ -5,6 +5,8 @@ Shapes: W is (m, n) as in ``nn.Linear.weight``, m outputs and n inputs; W = U di
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,13 @@ from torch import Tensor, nn
 from softlms.thresholds import SoftThreshold, inverse_soft_threshold
 
 __all__ = ["LowRankLinear", "SoftLinear", "kept_parameters", "svd"]
+
+
+UNITS: dict[str, Callable[[Tensor], float]] = {
+    "raw": lambda sigma: 1.0,
+    "max": lambda sigma: sigma.max().item(),
+    "mean": lambda sigma: sigma.mean().item(),
+}
 
 
 def kept_parameters(m: int, n: int, rank: int) -> int:
@@ -68,7 +77,7 @@ class SoftLinear(nn.Module):
         *,
         alpha: float = 0.0,
         s: float = 50.0,
-        relative: bool = False,
+        unit: str = "raw",
     ) -> SoftLinear:
         """Decompose `linear` so that the output does not change.
 
@@ -80,15 +89,15 @@ class SoftLinear(nn.Module):
             U, sigma (falling), V with W = U diag(sigma) V^T; the SVD when not given.
         alpha, s : float
             Start of the threshold and its sharpness, as in `SoftThreshold`.
-        relative : bool
-            Measure alpha in multiples of the layer's largest singular value instead of raw singular values.
+        unit : {"raw", "max", "mean"}
+            What alpha (and 1 / s) is measured in: sigma as it is, the layer's largest sigma, or its mean.
         """
         weight = linear.weight
         U, sigma, V = svd(weight) if factors is None else factors
         # a zero matrix has no scale of its own
-        unit = sigma[0].item() if relative and sigma[0] > 0 else 1.0
-        sigma = inverse_soft_threshold(sigma / unit, alpha, s) * unit
-        threshold = SoftThreshold(alpha, s, unit).to(weight.device)
+        scale = UNITS[unit](sigma) if sigma[0] > 0 else 1.0
+        sigma = inverse_soft_threshold(sigma / scale, alpha, s) * scale
+        threshold = SoftThreshold(alpha, s, scale).to(weight.device)
         dtype = weight.dtype
         bias = None if linear.bias is None else linear.bias.detach().clone()
         # copies: what is given may be used again, and a parameter changes in place

@@ -60,7 +60,7 @@ class Profile:
 
 # one setting at a time
 ABLATION: dict[str, dict[str, Any]] = {
-    "raw sigma, alpha rate x 10": {"relative": False, "alpha_learning_rate": 2e-2},
+    "raw sigma, alpha rate x 10": {"unit": "raw", "alpha_learning_rate": 2e-2},
     "linear loss": {"compression_loss": "linear"},
     "no distillation": {"distillation": 0.0},
     "from the pretrained encoder": {"start": "pretrained"},

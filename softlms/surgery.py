@@ -10,7 +10,8 @@ from torch import nn
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Budget, count_parameters, refill
 from softlms.factorize import Factors, Statistics, check_method, factorize_weight, linear_targets
-from softlms.layers import LowRankLinear, SoftLinear, kept_parameters
+from softlms.layers import UNITS, LowRankLinear, SoftLinear, kept_parameters
+from softlms.thresholds import SoftThreshold
 
 __all__ = ["decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]
 
@@ -24,7 +25,7 @@ def decompose(
     *,
     alpha: float = 0.0,
     s: float = 50.0,
-    relative: bool = False,
+    unit: str = "raw",
     targets: Predicate | None = None,
 ) -> M:
     """Replace every target linear by its factors with a learnable threshold; the outputs stay the same.
@@ -37,9 +38,9 @@ def decompose(
         How sigma and its bases are made, or what `softlms.factorize` made of this model.
     statistics : mapping, optional
         From `softlms.calibrate`; needed by all but "svd".
-    alpha, s, relative
-        Start of each threshold, its sharpness, and whether alpha counts in multiples of the layer's largest
-        sigma; see `SoftLinear.from_linear`.
+    alpha, s, unit
+        Start of each threshold, its sharpness, and what both are measured in ("raw", "max" or "mean" sigma of the
+        layer); see `SoftLinear.from_linear`.
     targets : callable, optional
         Chooses the layers; see `find_targets`.
 
@@ -52,13 +53,16 @@ def decompose(
     ------
     ValueError
         The model is decomposed already, its family is unknown, a weight is NaN, infinite, all zeros, shared or
-        quantized, factors or statistics do not fit, or alpha or s is out of range. Nothing has been changed then.
+        quantized, factors or statistics do not fit, or alpha, s or unit is out of range. Nothing has been changed then.
     """
     linears = linear_targets(model, targets)
     make = _maker(linears, factors, statistics)
+    SoftThreshold(alpha, s)  # refuses what is out of range
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}.")
     for name, linear in linears.items():
         f = make(name)
-        soft = SoftLinear.from_linear(linear, (f.U, f.sigma, f.V), alpha=alpha, s=s, relative=relative)
+        soft = SoftLinear.from_linear(linear, (f.U, f.sigma, f.V), alpha=alpha, s=s, unit=unit)
         model.set_submodule(name, soft.train(linear.training))
     return model
 

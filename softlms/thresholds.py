@@ -179,7 +179,7 @@ class SoftThreshold(nn.Module):
         Sharpness, positive and finite, in multiples of 1 / `unit`.
     unit : float
         What one unit of alpha is worth in units of sigma: 1 for the raw singular values, the layer's largest
-        singular value for relative ones (then alpha = 1 is everything).
+        singular value, or their mean.
 
     Raises
     ------

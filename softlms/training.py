@@ -106,8 +106,8 @@ class DistillingTrainer(Trainer):
         finally:
             # accelerate replaces forward by one under autocast, for good
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            vars(self.model).pop("forward", None)
-            vars(self.model).pop("_is_accelerate_prepared", None)
+            for name in ("forward", "_is_accelerate_prepared"):
+                self.model.__dict__.pop(name, None)
 
     def compute_loss(
         self,

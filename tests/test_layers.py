@@ -6,23 +6,24 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from softlms.layers import LowRankLinear, SoftLinear, kept_parameters
+from softlms.layers import UNITS, LowRankLinear, SoftLinear, kept_parameters
 from softlms.thresholds import SoftThreshold, hard_threshold, soft_threshold
 
 sizes = st.integers(1, 20)
+units = st.sampled_from(sorted(UNITS))
 
 
-@given(sizes, sizes, st.sampled_from([0.0, 0.3]), st.sampled_from([5.0, 50.0]), st.booleans(), st.booleans())
-def test_decomposing_keeps_the_output(m, n, alpha, s, relative, bias):
+@given(sizes, sizes, st.sampled_from([0.0, 0.3]), st.sampled_from([5.0, 50.0]), units, st.booleans())
+def test_decomposing_keeps_the_output(m, n, alpha, s, unit, bias):
     linear = nn.Linear(n, m, bias=bias)
-    soft = SoftLinear.from_linear(linear, alpha=alpha, s=s, relative=relative)
+    soft = SoftLinear.from_linear(linear, alpha=alpha, s=s, unit=unit)
     x = torch.randn(4, n)
     torch.testing.assert_close(soft(x), linear(x), rtol=1e-4, atol=1e-5)
 
 
 @given(sizes, sizes, st.integers(1, 40), st.floats(0, 0.9))
 def test_forward_is_the_formula_and_deploys_to_the_same(m, n, tokens, alpha):
-    soft = SoftLinear.from_linear(nn.Linear(n, m), relative=True)
+    soft = SoftLinear.from_linear(nn.Linear(n, m), unit="max")
     soft.threshold.alpha.data.fill_(alpha)
     x = torch.randn(tokens, n)
     t = soft_threshold(soft.sigma / soft.threshold.unit, alpha, 50.0) * soft.threshold.unit

@@ -32,12 +32,12 @@ def test_targets_of_bert_are_the_papers():
     assert all(any(name.endswith(key) for key in reasons) for name in others)
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("unit", ["raw", "max", "mean"])
 @pytest.mark.parametrize("s", [1.0, 50.0, 1e4])
-def test_decomposed_model_equals_dense(tiny_bert, tokens, relative, s):
+def test_decomposed_model_equals_dense(tiny_bert, tokens, unit, s):
     model = tiny_bert()
     dense = outputs(model, tokens)
-    assert decompose(model, s=s, relative=relative) is model
+    assert decompose(model, s=s, unit=unit) is model
     torch.testing.assert_close(outputs(model, tokens), dense, rtol=0, atol=1e-5)
 
 
@@ -157,7 +157,7 @@ def test_wrong_ranks(tiny_bert):
 
 def trained(model):
     """A soft model with ranks and thresholds as after training."""
-    decompose(model, relative=True)
+    decompose(model, unit="max")
     for i, layer in enumerate(soft_layers(model).values()):
         layer.set_rank_(1 + 5 * i % 15)  # below break-even
         layer.freeze_()
@@ -210,3 +210,12 @@ def test_shrink_gives_the_shapes_of_a_cut(tiny_bert, tokens):
     assert torch.equal(outputs(hollow, tokens), outputs(cut, tokens))
     with pytest.raises(ValueError, match="must be 1 to 32, got 33"):
         shrink(tiny_bert(), wanted | {"bert.encoder.layer.0.output.dense": 33})
+
+
+def test_a_unit_is_one_of_three(tiny_bert):
+    model = tiny_bert()
+    with pytest.raises(ValueError, match="unit must be one of 'raw', 'max', 'mean', got 'median'"):
+        decompose(model, unit="median")
+    with pytest.raises(ValueError, match="alpha"):
+        decompose(model, alpha=-1.0)
+    assert all(isinstance(t.module, nn.Linear) for t in find_targets(model))

@@ -110,11 +110,11 @@ def test_rates_while_compressing_are_constant_then_follow_the_arguments(tiny_ber
 
 
 @pytest.mark.parametrize("loss", ["linear", "adaptive"])
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("unit", ["raw", "max", "mean"])
 @pytest.mark.parametrize("weigh_by_size", [False, True])
-def test_every_option_reaches_the_budget(tiny_bert, rows, tmp_path, loss, relative, weigh_by_size):
-    model = decompose(tiny_bert(), relative=relative)
-    rate = 0.1 if relative else 0.3
+def test_every_option_reaches_the_budget(tiny_bert, rows, tmp_path, loss, unit, weigh_by_size):
+    model = decompose(tiny_bert(), unit=unit)
+    rate = {"raw": 0.3, "max": 0.1, "mean": 0.3}[unit]
     options = {"compression_loss": loss, "weigh_by_size": weigh_by_size, "alpha_learning_rate": rate}
     run = trainer(model, rows, tmp_path, steps=60, **options)
     run.train()
@@ -156,9 +156,9 @@ def test_unmet_budget_is_an_error_that_says_what_to_do(tiny_bert, rows, tmp_path
         run.train()
 
 
-@pytest.mark.parametrize("relative", [False, True])
-def test_a_deadline_forces_the_budget_and_leaves_steps_to_recover(tiny_bert, rows, tmp_path, relative):
-    model = decompose(tiny_bert(), relative=relative)
+@pytest.mark.parametrize("unit", ["raw", "max", "mean"])
+def test_a_deadline_forces_the_budget_and_leaves_steps_to_recover(tiny_bert, rows, tmp_path, unit):
+    model = decompose(tiny_bert(), unit=unit)
     before = {}
 
     class Watch(TrainerCallback):
