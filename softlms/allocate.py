@@ -12,6 +12,7 @@ The learned allocations are trainers: `softlms.SoftTrainer` (soft thresholds) an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def sensitivity_curves(
     """
     dense = loss()
     curves = {}
-    for name, f in track(factors.items(), "sensitivity of each layer", transient=True):
+    for name, f in track(factors.items(), "sensitivity of each layer", transient=True, disable=not sys.stdout.isatty()):
         m, n = f.U.shape[0], f.V.shape[0]
         layer: Any = model.get_submodule(name)
         points = []

@@ -67,6 +67,7 @@ def save_compressed(
     card = {
         "format": FORMAT,
         "class": type(model).__name__,
+        "attention": model.config._attn_implementation,  # implementations differ in the last bits
         "ranks": {t.name: getattr(t.module, "rank", min(t.shape)) for t in targets},
         "notes": notes or {},
     }
@@ -104,7 +105,7 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     card = json.loads((folder / CARD).read_text())
     if card["format"] > FORMAT:
         raise ValueError(f"{folder} has format {card['format']}, this softlms knows {FORMAT}: update softlms.")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, attn_implementation=card["attention"])
     state = load_file(folder / WEIGHTS)
     model: PreTrainedModel = getattr(transformers, card["class"])(config)
     shrink(model, card["ranks"], targets=lambda name, module: name in card["ranks"])

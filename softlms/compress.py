@@ -26,6 +26,10 @@ from softlms.zoo import find_encoder, load_classifier
 
 __all__ = ["Compression", "compress"]
 
+# as in the table of notebook 05
+SHARPNESS = 12.5  # in multiples of a layer's mean sigma
+DEADLINE = 0.6
+
 
 @dataclass(frozen=True)
 class Compression:
@@ -58,7 +62,7 @@ class Compression:
     factors: str = "whitened"
     epochs: float = 3
     learning_rate: float = 1e-4
-    alpha_learning_rate: float = 2e-3
+    alpha_learning_rate: float = 1e-2
     distillation: float = 0.9
     dense_epochs: float = 3
     dense_learning_rate: float = 5e-5
@@ -98,8 +102,6 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     ------
     ValueError, FileNotFoundError, FileExistsError
         Wrong settings, model, data or output folder, or an interrupted run with other settings: before any work.
-    BudgetNotMet
-        See `softlms.SoftTrainer`.
     """
     console, out = console or Console(), Path(out)
     if out.exists() and any(out.iterdir()):
@@ -136,13 +138,14 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
         sample = train.shuffle(seed=settings.seed)
         number = min(settings.calibration_rows, len(sample))
         statistics = calibrate(dense, sample, collator, rows=number, fisher=settings.factors == "fwsvd")
-    model = decompose(dense, settings.factors, statistics, unit="mean")
+    model = decompose(dense, settings.factors, statistics, unit="mean", s=SHARPNESS)
     console.print(f"learning ranks, to keep {settings.keep:.0%} of {settings.count}")
     trainer = SoftTrainer(
         model,
         keep=settings.keep,
         count=settings.count,
         alpha_learning_rate=settings.alpha_learning_rate,
+        deadline=DEADLINE,
         distillation=settings.distillation,
         args=_arguments(settings, work / "compressing", settings.learning_rate, settings.epochs),
         train_dataset=train,

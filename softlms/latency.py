@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,7 +109,7 @@ def _interleaved(
     torch.set_num_threads(threads)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     try:
-        for _ in track(range(rounds + 2), description, transient=True):
+        for _ in track(range(rounds + 2), description, transient=True, disable=not sys.stdout.isatty()):
             for name, call in calls.items():
                 started = time.perf_counter()
                 call()

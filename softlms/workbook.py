@@ -17,7 +17,7 @@ from softlms.profiles import DATA_VARIABLE, PROFILES, project_root
 
 __all__ = ["make_figures"]
 
-CELL_TIMEOUT = 6 * 3600  # seconds; papermill would wait for ever
+CELL_TIMEOUT = 12 * 3600  # seconds; papermill would wait for ever
 KERNEL = "python3"
 
 

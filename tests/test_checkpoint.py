@@ -19,12 +19,14 @@ LAST = "bert.encoder.layer.1.output.dense"  # at full rank: stored dense
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_labels", [1, 3])
-def test_round_trip_is_bit_equal_at_the_compressed_size(tiny_bert, tokens, tmp_path, dtype, num_labels):
+@pytest.mark.parametrize("num_labels, attention", [(1, "eager"), (3, "sdpa")])
+def test_round_trip_is_bit_equal_at_the_compressed_size(tiny_bert, tokens, tmp_path, dtype, num_labels, attention):
     model = small(tiny_bert, num_labels=num_labels).to(dtype)
+    model.set_attn_implementation(attention)
     folder = save_compressed(model, tmp_path / "out", notes={"f1": 0.8})
     again = load_compressed(folder)
     assert not again.training and next(again.parameters()).dtype == dtype
+    assert again.config._attn_implementation == attention
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
     assert count_parameters(again) == count_parameters(model)

@@ -10,7 +10,7 @@ from softlms.cli import COMPRESSION_OPTIONS, main
 from softlms.compress import Compression, compress
 from softlms.evaluation import evaluate
 from softlms.tasks import encode, load_task
-from softlms.training import BudgetNotMet, SoftTrainer
+from softlms.training import SoftTrainer
 
 
 @pytest.fixture
@@ -54,9 +54,7 @@ def test_the_command_leaves_a_model_that_scores_what_it_says(tiny_folder, data, 
 
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = encode(task, tokenizer, 32)["dev"]
-    model = load_compressed(out)
-    model.set_attn_implementation("eager")  # as it was trained here; the random task has near ties
-    scored = evaluate(model, task.task, rows, DataCollatorWithPadding(tokenizer))
+    scored = evaluate(load_compressed(out), task.task, rows, DataCollatorWithPadding(tokenizer))
     assert scored == notes["dev"]["compressed"]
     assert not (tmp_path / "small.partial").exists()
 
@@ -109,9 +107,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_folder, data, tmp_path, c
         error = capsys.readouterr().err
         assert message in error and error.startswith("softlms compress: ") and error.count("\n") == 1
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-    with pytest.raises(BudgetNotMet):
-        compress(settings(tiny_folder, data, alpha_learning_rate=1e-9), tmp_path / "out", console=quiet())
-    assert not (tmp_path / "out").exists()
+
+
+def test_slow_thresholds_still_end_within_the_budget(tiny_folder, data, tmp_path):
+    compress(settings(tiny_folder, data, alpha_learning_rate=1e-9), tmp_path / "out", console=quiet())
+    notes = json.loads((tmp_path / "out" / "softlms.json").read_text())["notes"]
+    assert 0.49 < notes["kept_linear"] <= 0.5
 
 
 def test_options_are_the_settings():
