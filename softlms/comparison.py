@@ -132,8 +132,8 @@ GRIDS = {
         ),
         {
             "mrpc": Setting(),
-            "rte": Setting({"epochs": 1.5}),
-            "sst2": Setting({"epochs": 0.3, "dense_epochs": 2}, train_rows=16000),
+            "rte": Setting({"epochs": 0.75}),
+            "sst2": Setting({"epochs": 0.2, "dense_epochs": 2}, train_rows=16000),
         },
         (0, 1, 2),
         (

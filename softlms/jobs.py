@@ -1,4 +1,4 @@
-"""Runs side by side: one thread each, so that a number does not depend on how many cores are free."""
+"""Runs side by side, one thread each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import queue
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import transformers
 if TYPE_CHECKING:
     from softlms.experiments import Bench, Recipe, Run
 
-__all__ = ["Job", "available_processes", "be_quiet", "run_jobs"]
+__all__ = ["Job", "available_processes", "be_quiet", "run_jobs", "use_threads"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,17 @@ class Job:
 def available_processes() -> int:
     """How many runs this machine takes side by side: its cores, two at most; one where an accelerator does the work."""
     return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+
+
+@contextmanager
+def use_threads(number: int) -> Iterator[None]:
+    """Torch computes with so many threads inside, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[Job, Run]]:
@@ -67,7 +79,7 @@ def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[J
                 yield job, job.bench.run(job.method, job.recipe, job.seed)
         return
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with context.Manager() as manager, ProcessPoolExecutor(processes, context, _one_thread) as pool:
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context, be_quiet) as pool:
         finished: Any = manager.Queue()
         # a bench's note may be anything, also what cannot travel; the caller says what was done
         travelling = [[replace(job, bench=replace(job.bench, note=print)) for job in unit] for unit in units]
@@ -97,11 +109,6 @@ def be_quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    be_quiet()
 
 
 def _work(unit: Sequence[Job], number: int, finished: Any) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, uniform_ranks
+from softlms.jobs import use_threads
 from softlms.provenance import hardware, versions
 from softlms.surgery import decompose, soft_layers
 from softlms.tasks import TASKS
@@ -105,17 +106,13 @@ def random_rows(vocabulary: int, batch: int, tokens: int) -> dict[str, Tensor]:
 def _interleaved(
     calls: Mapping[str, Callable[[], None]], rounds: int, threads: int, description: str
 ) -> dict[str, list[float]]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    try:
+    with use_threads(threads):
         for _ in track(range(rounds + 2), description, transient=True, disable=not sys.stdout.isatty()):
             for name, call in calls.items():
                 started = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - started)
-    finally:
-        torch.set_num_threads(before)
     return {name: taken[2:] for name, taken in seconds.items()}
 
 
@@ -145,7 +142,7 @@ def print_step_times(
                 "threads": threads,
                 "rounds": rounds,
             }
-            settings |= {"hardware": hardware(), "versions": versions()}
+            settings |= {"hardware": hardware(threads), "versions": versions()}
             writer.writerow(["form", "median_ms", "quartile1_ms", "quartile3_ms", "of_dense", *settings])
             writer.writerows([*row, *settings.values()] for row in rows)
 

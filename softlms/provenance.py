@@ -14,16 +14,26 @@ import transformers
 __all__ = ["code_hash", "hardware", "versions", "weights_hash"]
 
 
+def hardware(threads: int | None = None) -> str:
+    """Processor, threads and accelerator: numbers of two machines are never mixed in one comparison.
+
+    Parameters
+    ----------
+    threads : int, optional
+        Those that the work uses; torch's number at the moment when not given.
+    """
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{_processor()}, {threads or torch.get_num_threads()} threads{gpu}"
+
+
 @cache
-def hardware() -> str:
-    """Processor, cores used and accelerator: numbers of two machines are never mixed in one comparison."""
+def _processor() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model}, {torch.get_num_threads()} threads{gpu}"
+    return model
 
 
 @cache

@@ -133,10 +133,9 @@ def test_the_papers_names_are_pairs(bench):
             bench.run(wrong, RECIPE, 0)
 
 
-def test_runs_side_by_side_are_those_of_one_process(bench, monkeypatch):
-    from softlms.jobs import Job, run_jobs
+def test_runs_side_by_side_are_those_of_one_process(bench):
+    from softlms.jobs import Job, run_jobs, use_threads
 
-    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # the machine's name, part of the key
     units = [[Job(bench, method, RECIPE, seed) for method in ("dense", "static")] for seed in (0, 1)]
     there = {(job.method, job.seed): run.result for job, run in run_jobs(units, processes=2)}
     stored = {path.name: path.stat().st_mtime_ns for path in bench.folder.glob("*/result.json")}
@@ -144,10 +143,13 @@ def test_runs_side_by_side_are_those_of_one_process(bench, monkeypatch):
     again = {(job.method, job.seed): run.result for job, run in run_jobs(units, processes=1)}
     assert again == there and stored == {p.name: p.stat().st_mtime_ns for p in bench.folder.glob("*/result.json")}
     other = Bench(bench.encoder, bench.data, bench.folder.parent / "other", bench.max_length)
-    torch.set_num_threads(1)
-    for (method, seed), result in there.items():
-        alone = other.run(method, RECIPE, seed).result
-        assert (alone["scores"], alone["ranks"]) == (result["scores"], result["ranks"])
+    with use_threads(2):  # a run has one thread wherever it runs
+        assert all(bench.stored(job.method, job.recipe, job.seed) for unit in units for job in unit)
+        for (method, seed), result in there.items():
+            alone = other.run(method, RECIPE, seed).result
+            assert (alone["scores"], alone["ranks"]) == (result["scores"], result["ranks"])
+            assert alone["hardware"] == result["hardware"]
+        assert torch.get_num_threads() == 2
 
 
 def test_a_failing_run_names_its_error_and_spares_the_others(bench):
