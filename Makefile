@@ -13,7 +13,7 @@ figures: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks/01_*.ipynb
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 notebooks/0[2-9]_*.ipynb
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 notebooks/0[02-9]_*.ipynb
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

@@ -14,7 +14,7 @@ COMPRESSION_OPTIONS = {
     "count": (str, "what keep is a share of: linear (default) or total"),
     "factors": (str, "svd, fwsvd, asvd or whitened (default)"),
     "epochs": (float, "of compressing and recovering (default 3)"),
-    "learning_rate": (float, "of the weights then (default 1e-4)"),
+    "learning_rate": (float, "of the weights then (default 5e-5)"),
     "alpha_learning_rate": (float, "of the thresholds (default 1e-2)"),
     "distillation": (float, "share of the dense model's logits in the loss (default 0.9)"),
     "dense_epochs": (float, "of fine-tuning, where the model has no head yet (default 3)"),

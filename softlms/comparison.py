@@ -98,7 +98,7 @@ class Grid:
 # sigma of whitened factors fall so steeply that their largest says nothing: their mean is the scale
 WHITENED_SOFT = {"unit": "mean", "s": 12.5, "alpha_learning_rate": 3.2e-2}
 
-# settings were chosen on MRPC's dev split at keep 0.5 and seed 0 (see notebook 05); other tasks take them as they are
+# settings were chosen on MRPC's dev split and on training rows of SST-2 that no run trains on, at one seed (notebook 05)
 GRIDS = {
     "quick": Grid(
         Recipe(
@@ -124,7 +124,8 @@ GRIDS = {
         Recipe(
             distillation=0.9,
             epochs=1,
-            static_learning_rate=1e-4,
+            learning_rate=5e-5,
+            static_learning_rate=5e-5,
             alpha_learning_rate=8e-3,
             deadline=0.6,
             further_keeps=(0.5, 0.35),
@@ -147,7 +148,7 @@ GRIDS = {
     ),
 }
 GRIDS["paper"] = Grid(
-    Recipe(distillation=0.9, epochs=3, further_keeps=(0.5, 0.35)),
+    GRIDS["laptop"].recipe.changed(epochs=3, bf16=False),
     {
         "mrpc": Setting(),
         "rte": Setting(),

@@ -61,7 +61,7 @@ class Compression:
     count: str = "linear"
     factors: str = "whitened"
     epochs: float = 3
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     alpha_learning_rate: float = 1e-2
     distillation: float = 0.9
     dense_epochs: float = 3

@@ -85,6 +85,31 @@ def test_results_in_readme_are_those_of_the_runs():
         ), split
 
 
+def test_table_of_methods_in_readme_is_that_of_the_runs():
+    """Each cell of the grid's table and each verdict, recomputed from the committed rows."""
+    readme = (ROOT / "README.md").read_text().splitlines()
+    rows = pd.read_csv(ROOT / "results" / "laptop" / "05_bert_table.csv")
+    reported = {"mrpc": ("f1", "test"), "sst2": ("accuracy", "dev"), "rte": ("accuracy", "dev")}
+    rows = rows[rows.recovered & ~rows.method.str.contains("cut from")]
+    rows = rows[[reported[row.task] == (row.metric, row.split) for row in rows.itertuples()]]
+    assert set(rows.task) == set(reported) and {"dense", "svd+uniform", "svd+soft"} < set(rows.method)
+    start = next(i for i, line in enumerate(readme) if line.startswith("| method | MRPC"))
+    columns = [cell.strip().rsplit(", ", 1) for cell in readme[start].strip("| ").split("|")[1:]]
+    names = {"MRPC F1": "mrpc", "SST-2 accuracy": "sst2", "RTE accuracy": "rte"}
+    for method, of_method in rows.groupby("method"):
+        cells = []
+        for name, share in columns:
+            keep = 1.0 if method == "dense" else float(share.removesuffix(" %")) / 100
+            values = 100 * of_method[(of_method.task == names[name]) & (of_method.keep == keep)].value
+            spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
+            few = f" ({len(values)})" if 0 < len(values) < 3 else ""
+            cells.append(f"{values.mean():.1f}{spread}{few}" if len(values) else "")
+        assert f"| {method} | {' | '.join(cells)} |" in readme[start:]
+    for row in pd.read_csv(ROOT / "results" / "laptop" / "05_bert_table_verdicts.csv").itertuples():
+        line = f"| {row.task} | {100 * row.keep:.0f} % | {row.soft} | {row.rival} | {row.difference:+.1f} |"
+        assert any(shown.startswith(line) for shown in readme)
+
+
 def test_pictures_that_readme_shows_are_there():
     for path in re.findall(r"\]\((figures/[^)]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / path).is_file(), path
