@@ -98,7 +98,7 @@ class Grid:
 # sigma of whitened factors fall so steeply that their largest says nothing: their mean is the scale
 WHITENED_SOFT = {"unit": "mean", "s": 12.5, "alpha_learning_rate": 3.2e-2}
 
-# settings were chosen on MRPC's dev split and on training rows of SST-2 that no run trains on, at one seed (notebook 05)
+# settings were chosen on MRPC's dev split and on rows of SST-2's training split that no run trains on (notebook 05)
 GRIDS = {
     "quick": Grid(
         Recipe(
