@@ -116,7 +116,7 @@ GRIDS = {
         (0, 1),
         (
             Pass(("svd+uniform", "whitened+uniform", "svd+soft", "whitened+soft"), (0.5,)),
-            Pass(UNTUNED, (0.5,), recover=False),
+            Pass(("fwsvd+uniform", "asvd+uniform", "whitened+energy", "whitened+greedy"), (0.5,), recover=False),
         ),
         {"whitened+soft": WHITENED_SOFT},
     ),
