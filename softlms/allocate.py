@@ -127,7 +127,8 @@ def sensitivity_curves(
         points = []
         try:
             for rank in sorted({1, *(max(1, int(ratio * m * n / (m + n))) for ratio in RATIOS)}):
-                model.set_submodule(name, LowRankLinear.from_factors(f.U, f.sigma, f.V, layer.bias, rank))
+                cut = LowRankLinear.from_factors(f.U, f.sigma, f.V, layer.bias, rank)
+                model.set_submodule(name, cut.to(layer.weight.dtype))
                 points.append((rank, loss()))
         finally:
             model.set_submodule(name, layer)

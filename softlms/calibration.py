@@ -94,12 +94,17 @@ def calibrate(
     with _in_eval_mode(model):
         with torch.inference_mode(), _watching(layers, moments):
             for batch in DataLoader(inputs, batch_size, collate_fn=data_collator):
-                mask = batch["attention_mask"].bool().to(model.device)
+                mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(model.device)
                 for moment in moments.values():
                     moment.mask = mask
                 model(**_on(batch, model))
         squares = _fisher(model, layers, used, data_collator) if fisher else dict.fromkeys(layers)
+    for name, square in squares.items():
+        if square is not None and not torch.isfinite(square).all():
+            raise ValueError(f"The gradients of {name} are not finite: check the model's weights and dtype.")
     for name, moment in moments.items():
+        if not moment.tokens:
+            raise ValueError(f"No calibration row reaches {name}: leave it out with targets=...")
         if not torch.isfinite(moment.gram).all():
             raise ValueError(f"The inputs of {name} are not finite: check the model's weights and dtype.")
     return {
@@ -154,10 +159,17 @@ def _fisher(
     rows = dataset.select_columns([c for c in dataset.column_names if c in (*MODEL_INPUTS, "labels")])
     squares = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
     weights = [layer.weight for layer in layers.values()]
-    for batch in DataLoader(rows, 1, collate_fn=data_collator):
-        gradients = torch.autograd.grad(model(**_on(batch, model)).loss, weights)
-        for name, gradient in zip(layers, gradients, strict=True):
-            squares[name] += gradient.double().square().sum(0).cpu()
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        for batch in DataLoader(rows, 1, collate_fn=data_collator):
+            gradients = torch.autograd.grad(model(**_on(batch, model)).loss, weights)
+            for name, gradient in zip(layers, gradients, strict=True):
+                squares[name] += gradient.double().square().sum(0).cpu()
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
     return {name: square / len(dataset) for name, square in squares.items()}
 
 

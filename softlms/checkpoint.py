@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from softlms.architectures import find_targets
-from softlms.layers import SoftLinear
+from softlms.layers import LowRankLinear, SoftLinear
 from softlms.surgery import shrink
 
 __all__ = ["load_compressed", "save_compressed"]
@@ -54,14 +54,17 @@ def save_compressed(
     Raises
     ------
     ValueError
-        A layer is still in its soft form, or the family is unknown.
+        A layer is still in its soft form, or was chosen by ``targets``, or the family is unknown.
     FileExistsError
         The folder holds something.
     """
     folder = Path(folder)
     targets = find_targets(model)
-    if any(isinstance(target.module, SoftLinear) for target in targets):
+    factored = {n: m for n, m in model.named_modules() if isinstance(m, (SoftLinear, LowRankLinear))}
+    if any(isinstance(module, SoftLinear) for module in factored.values()):
         raise ValueError("The model is in its soft form: call softlms.deploy(model) first.")
+    if others := sorted(factored.keys() - {target.name for target in targets}):
+        raise ValueError(f"{others[0]} was chosen by targets=...: only a family's own targets can be saved yet.")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds something already: choose another folder, or remove it.")
     card = {
@@ -86,8 +89,15 @@ def save_compressed(
     return folder
 
 
-def load_compressed(folder: str | Path) -> PreTrainedModel:
+def load_compressed(folder: str | Path, *, attn_implementation: str | None = None) -> PreTrainedModel:
     """Load what `save_compressed` wrote: the same outputs, bit for bit, at the compressed size, in eval mode.
+
+    Parameters
+    ----------
+    folder : str or Path
+    attn_implementation : str, optional
+        As for ``from_pretrained``; that of the saved model when not given. Another one ("sdpa" on a GPU, say) moves the
+        outputs by rounding.
 
     Raises
     ------
@@ -105,7 +115,7 @@ def load_compressed(folder: str | Path) -> PreTrainedModel:
     card = json.loads((folder / CARD).read_text())
     if card["format"] > FORMAT:
         raise ValueError(f"{folder} has format {card['format']}, this softlms knows {FORMAT}: update softlms.")
-    config = AutoConfig.from_pretrained(folder, attn_implementation=card["attention"])
+    config = AutoConfig.from_pretrained(folder, attn_implementation=attn_implementation or card["attention"])
     state = load_file(folder / WEIGHTS)
     model: PreTrainedModel = getattr(transformers, card["class"])(config)
     shrink(model, card["ranks"], targets=lambda name, module: name in card["ranks"])

@@ -73,6 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print_step_times(**options)
         return 0
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         print(f"softlms {command}: {error}", file=sys.stderr)
         return 2

@@ -268,14 +268,17 @@ def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
     scores = [(bool(job.recipe.epochs) or job.method == "dense", split, s) for split, s in result["scores"].items()]
     if job.recipe.epochs and "untuned" in result:
         scores += [(False, split, values) for split, values in result["untuned"].items()]
+    no_training = {"steps": 0, "seconds": None, "frozen_at": None}
     rows = [
-        cell | {"recovered": recovered, "split": split, "metric": metric, "value": value} | facts
+        cell | {"recovered": recovered, "split": split, "metric": metric, "value": value}
+        | (facts if recovered else facts | no_training)
         for recovered, split, values in scores
         for metric, value in values.items()
-    ]
+    ]  # fmt: skip
     for keep, splits in result.get("further", {}).items():
         # a smaller model cut from this one: its budget is exact, its other counts are not stored
-        cut = {"kept_linear": float(keep)} | dict.fromkeys(("kept_total", "parameters_linear", "parameters_total"))
+        exact = float(keep) if job.recipe.count == "linear" else None
+        cut = {"kept_linear": exact} | dict.fromkeys(("kept_total", "parameters_linear", "parameters_total"))
         rows += [
             cell | {"keep": float(keep), "method": f"{job.method} cut from {job.recipe.keep}", "recovered": True}
             | {"split": split, "metric": metric, "value": value} | facts | cut
@@ -313,7 +316,8 @@ def costs(
     DataFrame
         Columns row, gflops (a batch), flops_of_dense, ms (median), quartile1_ms, quartile3_ms, speedup.
     """
-    config = AutoConfig.from_pretrained(encoder)
+    # written out, as softlms.zoo loads it on a CPU: torch counts no FLOPs for its fused attention there
+    config = AutoConfig.from_pretrained(encoder, attn_implementation="eager")
     models: dict[str, PreTrainedModel] = {"dense": AutoModelForSequenceClassification.from_config(config).eval()}
     for row, ranks in profiles.items():
         models[row] = shrink(AutoModelForSequenceClassification.from_config(config).eval(), ranks)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import datasets
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments
+from transformers import DataCollator, DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from softlms.budget import Budget, count_parameters
@@ -20,20 +23,22 @@ from softlms.checkpoint import save_compressed
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorize import FACTORIZATIONS, linear_targets
 from softlms.surgery import decompose, deploy, ranks
-from softlms.tasks import encode, load_task
+from softlms.tasks import TaskData, encode, load_task
 from softlms.training import DistillingTrainer, SoftTrainer
 from softlms.zoo import find_encoder, load_classifier
 
 __all__ = ["Compression", "compress"]
 
-# as in the table of notebook 05
-SHARPNESS = 12.5  # in multiples of a layer's mean sigma
+# unit and sharpness of the thresholds, as in the table of notebook 05: sigma of data-aware factors fall so steeply that
+# their largest says nothing
+THRESHOLDS: dict[str, dict[str, Any]] = {"svd": {"unit": "max", "s": 50.0}}
+DATA_AWARE: dict[str, Any] = {"unit": "mean", "s": 12.5}
 DEADLINE = 0.6
 
 
 @dataclass(frozen=True)
 class Compression:
-    """Settings of `compress`; the defaults are the recommended ones (see README's table).
+    """Settings of `compress`; the defaults are those of README's table, stretched to three epochs.
 
     Attributes
     ----------
@@ -79,6 +84,11 @@ class Compression:
         for name in ("epochs", "learning_rate", "alpha_learning_rate", "dense_epochs", "dense_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}.")
+        for name in ("calibration_rows", "batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation is a share, 0 to 1; got {self.distillation!r}.")
 
 
 def compress(settings: Compression, out: str | Path, *, console: Console | None = None) -> PreTrainedModel:
@@ -114,10 +124,14 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     work = _work_folder(settings, out)
     transformers.set_seed(settings.seed)
     location = work / "dense" if (work / "dense").is_dir() else encoder.location
-    dense, report = load_classifier(location, num_labels=data.task.num_labels, output_loading_info=True)
+    dense, report = load_classifier(
+        location, num_labels=data.task.num_labels, dtype=torch.float32, output_loading_info=True
+    )
     # the budget is checked here and now: it would be a pity after an hour of fine-tuning
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear_targets(dense).items()}
     Budget(settings.keep, settings.count).limit(shapes, count_parameters(dense).rest)
+    if location == encoder.location and not report["missing_keys"]:
+        _check_head(settings, dense, data, rows["dev"], collator)
     work.mkdir(parents=True, exist_ok=True)
     (work / "settings.json").write_text(_as_text(settings))
     if report["missing_keys"]:
@@ -138,7 +152,7 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
         sample = train.shuffle(seed=settings.seed)
         number = min(settings.calibration_rows, len(sample))
         statistics = calibrate(dense, sample, collator, rows=number, fisher=settings.factors == "fwsvd")
-    model = decompose(dense, settings.factors, statistics, unit="mean", s=SHARPNESS)
+    model = decompose(dense, settings.factors, statistics, **THRESHOLDS.get(settings.factors, DATA_AWARE))
     console.print(f"learning ranks, to keep {settings.keep:.0%} of {settings.count}")
     trainer = SoftTrainer(
         model,
@@ -172,10 +186,28 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     return model.eval()
 
 
+def _check_head(
+    settings: Compression, model: PreTrainedModel, data: TaskData, dev: datasets.Dataset, collator: DataCollator
+) -> None:
+    """A head of another task may have the right shape too, and would teach nonsense."""
+    if "accuracy" not in data.task.metrics:
+        return
+    accuracy = evaluate(model, data.task, dev, collator)["accuracy"]
+    commonest = max(Counter(dev["labels"]).values()) / len(dev)
+    if accuracy < commonest - 0.02:
+        raise ValueError(
+            f"{settings.model} has a head, but is right on {accuracy:.1%} of {settings.task}'s dev rows, and the "
+            f"commonest answer alone is on {commonest:.1%}. Is it fine-tuned for another task? Give the encoder "
+            "without its head."
+        )
+
+
 def _work_folder(settings: Compression, out: Path) -> Path:
     """Where the work is kept while it lasts; an error if an earlier run with other settings is there."""
     work = out.with_name(f"{out.name}.partial")
     note = work / "settings.json"
+    if work.exists() and not note.is_file():
+        raise FileExistsError(f"{work} is needed for the work in between, and holds something else: move it away.")
     if note.is_file() and note.read_text() != _as_text(settings):
         raise FileExistsError(f"{work} is from a run with other settings: give those, or remove it.")
     return work

@@ -163,7 +163,8 @@ class Run:
         "method", "seed", "scores" (split, then metric, 0 to 1), "untuned" (those of dev before any training after
         the cut), "ranks" (layer to components), "kept_linear", "kept_total", "steps", "frozen_at" (soft thresholds:
         the step at which the budget was met), "further" (keep to scores on dev; see `Recipe`), "history" (one entry
-        a logging step), "seconds", "hardware", "versions", "encoder", "data".
+        a logging step), "seconds" (what several methods share, the teacher's logits, calibration and factors, counts
+        for the first that needs it), "hardware", "versions", "encoder", "data".
     model : Path or None
         The saved model, where the run keeps one (the dense ones do).
     """
@@ -260,6 +261,9 @@ class Bench:
             "data": self.data.source,
         }
         (partial / "result.json").write_text(json.dumps(result, indent=1))
+        if (stored := self.stored(method, recipe, seed)) is not None:  # done meanwhile by a process beside this one
+            shutil.rmtree(partial)
+            return stored
         shutil.rmtree(folder, ignore_errors=True)  # a folder without result.json is no run
         partial.rename(folder)
         return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
@@ -340,7 +344,7 @@ class Bench:
         factors = self.factors(model, factorization, recipe, seed)
         key = f"{factorization}: curves"
         if key not in self._known:
-            rows = self.calibration_rows(recipe.calibration_rows // 4, seed)
+            rows = self.calibration_rows(max(1, recipe.calibration_rows // 4), seed)
             self._known[key] = sensitivity_curves(model, factors, lambda: mean_loss(model, rows, self.collator))
         return self._known[key]
 
@@ -448,9 +452,10 @@ def _cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> di
     if not recipe.epochs:
         return {"scores": untuned, "untuned": untuned, "ranks": ranks} | _outcome(model, None)
     options = _after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate)
-    if spent:
+    trainer = None
+    if spent < bench.steps(recipe):  # a search may take all the steps there are
         options["args"].max_steps = bench.steps(recipe) - spent
-    trainer = _train(DistillingTrainer(model, **options))
+        trainer = _train(DistillingTrainer(model, **options))
     outcome = _outcome(model, trainer)
     outcome["steps"] += spent
     return {"scores": bench.scores(model), "untuned": untuned, "ranks": ranks, "mask_steps": spent} | outcome
@@ -494,7 +499,7 @@ def _soft(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> d
     _train(trainer)
     ranks = {name: layer.rank for name, layer in trainer.soft_layers.items()}
     further = {
-        keep: bench.scores(deploy(copy.deepcopy(model), keep, recipe.count), ("dev",))
+        str(keep): bench.scores(deploy(copy.deepcopy(model), keep, recipe.count), ("dev",))
         for keep in recipe.further_keeps
         if keep < recipe.keep
     }

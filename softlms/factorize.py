@@ -128,9 +128,12 @@ def check_method(method: str, names: Iterable[str], statistics: Statistics | Non
     if not known or (method == "fwsvd" and any(entry.fisher is None for entry in known.values())):
         fisher = ", fisher=True" if method == "fwsvd" else ""
         raise ValueError(f"{method!r} needs statistics=softlms.calibrate(model, rows, collator{fisher}).")
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise ValueError(f"The statistics miss {missing[0]}: calibrate the same model with the same targets.")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"The statistics miss {name}: calibrate the same model with the same targets.")
+        seen = {"fwsvd": known[name].fisher, "asvd": known[name].mean_abs, "whitened": known[name].gram}[method]
+        if seen is None or not seen.any():
+            raise ValueError(f"The statistics of {name} are all zero: the calibration rows never excite it.")
 
 
 def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[str, nn.Linear]:

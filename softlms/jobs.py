@@ -54,14 +54,15 @@ def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[J
     ----------
     units : sequence of sequence of Job
         The jobs of a unit run in one process, one after the other (they share the dense model and its factors); units
-        run side by side and must not depend on each other. They start in the order given.
+        run side by side and do not wait for each other: what two of them need, both do. They start in the order given.
     processes : int
         Units at a time; with 1 all happens in this process.
 
     Raises
     ------
     Exception
-        Whatever a job raised, when its unit ends. What the others have finished is stored by then.
+        Whatever a job raised. The job that runs beside it is done first; nothing else is started, and what is
+        finished is stored.
     """
     missing: list[list[Job]] = []
     for unit in units:
@@ -81,13 +82,15 @@ def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[J
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with context.Manager() as manager, ProcessPoolExecutor(processes, context, be_quiet) as pool:
         finished: Any = manager.Queue()
+        stop: Any = manager.Event()
         # a bench's note may be anything, also what cannot travel; the caller says what was done
         travelling = [[replace(job, bench=replace(job.bench, note=print)) for job in unit] for unit in units]
-        futures = [pool.submit(_work, unit, number, finished) for number, unit in enumerate(travelling)]
+        futures = [pool.submit(_work, unit, number, finished, stop) for number, unit in enumerate(travelling)]
         try:
             yield from _collect(units, futures, finished)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def _collect(units: Sequence[Sequence[Job]], futures: list[Future], finished: Any) -> Iterator[tuple[Job, Run]]:
@@ -111,7 +114,9 @@ def be_quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def _work(unit: Sequence[Job], number: int, finished: Any) -> None:
+def _work(unit: Sequence[Job], number: int, finished: Any, stop: Any) -> None:
     bench = unit[0].bench  # one object for all, so that they share what it keeps in memory
     for i, job in enumerate(unit):
+        if stop.is_set():
+            return
         finished.put((number, i, bench.run(job.method, job.recipe, job.seed)))

@@ -241,7 +241,7 @@ class LowRankLinear(nn.Module):
     @classmethod
     def from_factors(cls, U: Tensor, sigma: Tensor, V: Tensor, bias: Tensor | None, rank: int) -> LowRankLinear:
         """The leading `rank` components of U diag(sigma) V^T; `down` gets unit rows, `up` the scale."""
-        length = V[:, :rank].norm(dim=0)
+        length = V[:, :rank].norm(dim=0).clamp(min=torch.finfo(V.dtype).tiny)  # a component may be zero
         return cls((V[:, :rank] / length).T, U[:, :rank] * (sigma[:rank] * length), bias)
 
     @property

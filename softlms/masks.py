@@ -104,14 +104,17 @@ class MaskTrainer(DistillingTrainer):
         if linears.keys() != factors.keys():
             raise ValueError(f"factors name layers that the model lacks: {sorted(factors.keys() - linears.keys())}.")
         self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in linears.items()}
+        for name, shape in self.shapes.items():
+            if (len(factors[name].U), len(factors[name].V)) != shape:
+                raise ValueError(f"The factors of {name} do not fit its shape {shape}: factorize the same model.")
         rest = count_parameters(model, lambda name, module: name in factors).rest
         self.limit = Budget(keep, count).limit(self.shapes, rest)
+        super().__init__(model, **kwargs)
         model.requires_grad_(False)
         self.masks: dict[str, MaskedLinear] = {}
         for name, linear in linears.items():
-            self.masks[name] = MaskedLinear(factors[name], linear.bias).to(linear.weight.device)
+            self.masks[name] = MaskedLinear(factors[name], linear.bias).to(linear.weight)
             model.set_submodule(name, self.masks[name])
-        super().__init__(model, **kwargs)
         self.l1 = l1
         prices = {name: float(m + n) for name, (m, n) in self.shapes.items()}
         self.prices = {name: price * len(prices) / sum(prices.values()) for name, price in prices.items()}
@@ -124,8 +127,10 @@ class MaskTrainer(DistillingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss plus the L1 term."""
+        """The task's loss, plus the L1 term in training."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not model.training:
+            return (loss, outputs) if return_outputs else loss
         start, end = self.l1
         weight = start * (end / start) ** (2 * self.state.global_step / self.state.max_steps)
         # open components only: |score| would pull closed ones back up to the edge

@@ -154,7 +154,7 @@ class Book:
     def save_table(self, table: pd.DataFrame, suffix: str = "") -> None:
         """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware and versions.
 
-        Rows of stored runs bring the last two along: the machine that draws is not always the one that trained.
+        Rows of stored runs bring the last two along, as they were when the run was made.
         """
         self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{self.name}{suffix}.csv"

@@ -79,7 +79,25 @@ def test_bad_calibration_is_refused(tiny_bert, collator):
         calibrate(model, data.remove_columns("labels"), collator, rows=4, fisher=True)
     with pytest.raises(ValueError, match=r"sees 4 rows, the batch has \d+ tokens"):
         calibrate(model, data, collator, rows=4, targets=lambda name, module: name == "classifier")
+    model.unused = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="No calibration row reaches unused"):
+        calibrate(model, data, collator, rows=4, targets=lambda name, module: name == "unused")
     with torch.no_grad():
         model.bert.encoder.layer[0].output.LayerNorm.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"inputs of bert\.encoder\.layer\.1\.attention\.self\.query are not finite"):
         softlms.calibrate(model, data, collator, rows=4)
+
+
+def test_frozen_weights_and_rows_without_a_mask(tiny_bert, collator):
+    model, data = tiny_bert(), rows(4, lengths=(7,))
+    expected = calibrate(model, data, collator, rows=4, fisher=True)
+    model.requires_grad_(False)
+
+    def unmasked(examples):
+        return {key: values for key, values in collator(examples).items() if key != "attention_mask"}
+
+    found = calibrate(model, data, unmasked, rows=4, fisher=True)
+    assert not any(p.requires_grad for p in model.parameters())
+    for name, statistics in found.items():
+        torch.testing.assert_close(statistics.gram, expected[name].gram)
+        torch.testing.assert_close(statistics.fisher, expected[name].fisher)

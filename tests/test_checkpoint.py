@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
 from softlms.checkpoint import load_compressed, save_compressed
-from softlms.surgery import decompose, truncate
+from softlms.surgery import decompose, deploy, truncate
 
 
 def small(tiny_bert, **changes):
@@ -45,7 +45,12 @@ def test_bad_folders_are_refused(tiny_bert, tmp_path):
     model = small(tiny_bert)
     with pytest.raises(ValueError, match="soft form: call softlms.deploy"):
         save_compressed(decompose(tiny_bert()), tmp_path / "soft")
+    with pytest.raises(ValueError, match=r"bert\.pooler\.dense was chosen by targets"):
+        save_compressed(
+            deploy(decompose(tiny_bert(), targets=lambda name, module: "pooler" in name), 0.5, "linear"), tmp_path / "x"
+        )
     folder = save_compressed(model, tmp_path / "out")
+    assert load_compressed(folder, attn_implementation="sdpa").config._attn_implementation == "sdpa"
     with pytest.raises(FileExistsError, match="holds something already"):
         save_compressed(model, folder)
     card = json.loads((folder / "softlms.json").read_text())

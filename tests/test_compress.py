@@ -82,9 +82,22 @@ def test_an_interrupted_run_continues_to_the_same_model(tiny_folder, data, tmp_p
 
 
 def test_a_fine_tuned_model_is_taken_as_it_is(tiny_folder, data, tmp_path, monkeypatch):
-    """The tiny folder has a head of two labels: nothing is fine-tuned."""
+    """The tiny folder has a head of two labels: nothing is fine-tuned, unless it is of another task."""
     monkeypatch.setattr("softlms.compress.DistillingTrainer", None)
+    monkeypatch.setattr("softlms.compress.evaluate", lambda *_: {"accuracy": 0.49})
     compress(settings(tiny_folder, data), tmp_path / "out", console=quiet())
+    monkeypatch.setattr("softlms.compress.evaluate", lambda *_: {"accuracy": 0.1})
+    with pytest.raises(ValueError, match=r"right on 10.0% of rte's dev rows, and the commonest answer .* 50.0%"):
+        compress(settings(tiny_folder, data), tmp_path / "other", console=quiet())
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_a_stranger_in_the_work_folder_is_left_alone(tiny_folder, data, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    with pytest.raises(FileExistsError, match="holds something else"):
+        compress(settings(tiny_folder, data), tmp_path / "out", console=quiet())
+    assert (tmp_path / "out.partial" / "mine").is_file()
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tiny_folder, data, tmp_path, capsys):
@@ -101,6 +114,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_folder, data, tmp_path, c
         ({"model": "./nowhere"}, "holds no model"),
         ({"out": str(tmp_path / "full")}, "holds something already"),
         ({"epochs": "0"}, "epochs must be positive"),
+        ({"distillation": "2"}, "distillation is a share"),
+        ({"calibration-rows": "0"}, "calibration_rows must be at least 1"),
     ):
         options = [part for name, value in (good | wrong).items() for part in (f"--{name}", value)]
         assert main(["compress", *options]) == 2, wrong

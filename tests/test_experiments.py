@@ -120,9 +120,38 @@ def test_masks_learn_and_recover_within_the_same_steps(bench):
     assert len({entry["step"] for entry in result["history"]}) == len(result["history"])
 
 
+def test_masks_may_take_all_the_steps_there_are(bench, monkeypatch):
+    def search(bench, recipe, seed, folder, factors):
+        return dict.fromkeys(factors, 5), bench.steps(recipe)
+
+    monkeypatch.setattr("softlms.experiments._learn_mask", search)
+    result = bench.run("svd+mask", RECIPE, 0).result
+    assert result["steps"] == result["mask_steps"] == 24 and result["history"] == []
+
+
+def test_two_processes_with_one_dense_model_agree(bench, monkeypatch):
+    """Both train it; the one that ends later takes what is there, and what is there stays."""
+    from softlms import experiments
+
+    train, beside = experiments._dense, []
+
+    def overtaken(own, *args):
+        if not beside:
+            beside.append(None)
+            beside[0] = bench.run("dense", RECIPE, 0)
+            (beside[0].model / "read_by_others").touch()
+        return train(own, *args)
+
+    monkeypatch.setattr(experiments, "_dense", overtaken)
+    run = bench.run("dense", RECIPE, 0)
+    assert run == beside[0] and (run.model / "read_by_others").is_file()
+    assert [path for path in bench.folder.iterdir() if "partial" in path.name] == []
+
+
 def test_one_run_gives_smaller_models(bench):
     result = bench.run("adaptive", RECIPE.changed(further_keeps=(0.7, 0.3, 0.2)), 0).result
-    assert set(map(float, result["further"])) == {0.3, 0.2}  # only smaller ones
+    assert set(result["further"]) == {"0.3", "0.2"}  # only smaller ones
+    assert bench.run("adaptive", RECIPE.changed(further_keeps=(0.7, 0.3, 0.2)), 0).result == result
 
 
 def test_the_papers_names_are_pairs(bench):

@@ -148,3 +148,11 @@ def test_half_precision_compares_as_it_computes():
     sigma = torch.tensor([1.0], dtype=torch.bfloat16)
     assert SoftThreshold(alpha=0.999).is_live(sigma).all()
     assert hard_threshold(sigma, 0.999).item() == soft_threshold(sigma, 0.999, 1e6).item() == 1
+
+
+def test_a_component_of_zeros_is_no_nan():
+    U, V = torch.linalg.qr(torch.randn(4, 3))[0], torch.randn(5, 3)
+    V[:, 2] = 0
+    layer = LowRankLinear.from_factors(U, torch.tensor([2.0, 1.0, 1e-6]), V, None, 3)
+    assert all(p.isfinite().all() for p in layer.parameters())
+    torch.testing.assert_close(layer.up.weight @ layer.down.weight, U * torch.tensor([2.0, 1.0, 0.0]) @ V.T)

@@ -69,3 +69,14 @@ def test_masks_that_run_out_of_steps_and_wrong_input(tiny_bert, tmp_path):
     with pytest.raises(ValueError, match="layers that the model lacks"):
         trainer(model, factors | {"nowhere": next(iter(factors.values()))}, tmp_path)
     assert find_targets(model)[0].module.weight.requires_grad
+    with pytest.raises(ValueError, match=r"factors of bert\.encoder\.layer\.0\.attention\.self\.query do not fit"):
+        trainer(model, dict(zip(factors, reversed(factors.values()), strict=True)), tmp_path)
+    with pytest.raises(ValueError, match="teacher_logits"):
+        trainer(model, factors, tmp_path, distillation=0.5)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(module, MaskedLinear) for module in model.modules())
+
+
+def test_evaluation_sees_the_tasks_loss_alone(tiny_bert, tmp_path):
+    search = trainer(tiny_bert(), factorize(tiny_bert()), tmp_path, l1=(10.0, 100.0))
+    assert search.evaluate(search.train_dataset)["eval_loss"] < 10
