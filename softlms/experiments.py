@@ -453,8 +453,9 @@ def _cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> di
         return {"scores": untuned, "untuned": untuned, "ranks": ranks} | _outcome(model, None)
     options = _after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate)
     trainer = None
-    if spent < bench.steps(recipe):  # a search may take all the steps there are
+    if spent:
         options["args"].max_steps = bench.steps(recipe) - spent
+    if spent < bench.steps(recipe):  # a search may take all the steps there are
         trainer = _train(DistillingTrainer(model, **options))
     outcome = _outcome(model, trainer)
     outcome["steps"] += spent
