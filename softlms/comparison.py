@@ -97,7 +97,6 @@ class Grid:
 
 # sigma of whitened factors fall so steeply that their largest says nothing: their mean is the scale
 WHITENED_SOFT = {"unit": "mean", "s": 12.5, "alpha_learning_rate": 3.2e-2}
-WHITENED_MASK = {"mask_learning_rate": 0.01}
 
 # settings were chosen on MRPC's dev split and on rows of SST-2's training split that no run trains on (notebook 05)
 GRIDS = {
@@ -145,7 +144,7 @@ GRIDS = {
             Pass(UNTUNED, (0.5, 0.35, 0.75), recover=False),
             Pass(OTHERS, (0.35, 0.75)),
         ),
-        {"whitened+soft": WHITENED_SOFT, "whitened+mask": WHITENED_MASK},
+        {"whitened+soft": WHITENED_SOFT},
     ),
 }
 GRIDS["paper"] = Grid(
