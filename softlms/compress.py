@@ -33,6 +33,8 @@ __all__ = ["Compression", "compress"]
 # their largest says nothing
 THRESHOLDS: dict[str, dict[str, Any]] = {"svd": {"unit": "max", "s": 50.0}}
 DATA_AWARE: dict[str, Any] = {"unit": "mean", "s": 12.5}
+# weight of the compression loss: at SVD's, thresholds of data-aware factors do not hear the task
+GAMMA, DATA_AWARE_GAMMA = 0.1, 0.01
 DEADLINE = 0.6
 
 
@@ -158,6 +160,7 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
         model,
         keep=settings.keep,
         count=settings.count,
+        gamma=GAMMA if settings.factors == "svd" else DATA_AWARE_GAMMA,
         alpha_learning_rate=settings.alpha_learning_rate,
         deadline=DEADLINE,
         distillation=settings.distillation,

@@ -156,6 +156,22 @@ def test_unmet_budget_is_an_error_that_says_what_to_do(tiny_bert, rows, tmp_path
         run.train()
 
 
+@pytest.mark.parametrize(("gamma", "alike"), [(10, True), (1e-6, False)])
+def test_a_heavy_push_drowns_the_task(tiny_bert, rows, tmp_path, gamma, alike):
+    """Adam's steps do not know a gradient's size: pushed hard all thresholds rise alike, and no rank is learned."""
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, steps=9, gamma=gamma, deadline=0.9, alpha_learning_rate=1e-3)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append(torch.stack(run.alphas).detach().clone())
+
+    run.add_callback(Watch())
+    run.train()
+    spread = (seen[6].std() / seen[6].mean()).item()  # before the cut
+    assert spread < 0.01 if alike else spread > 0.3
+
+
 @pytest.mark.parametrize("unit", ["raw", "max", "mean"])
 def test_a_deadline_forces_the_budget_and_leaves_steps_to_recover(tiny_bert, rows, tmp_path, unit):
     model = decompose(tiny_bert(), unit=unit)
