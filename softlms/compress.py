@@ -34,7 +34,7 @@ __all__ = ["Compression", "compress"]
 THRESHOLDS: dict[str, dict[str, Any]] = {"svd": {"unit": "max", "s": 50.0}}
 DATA_AWARE: dict[str, Any] = {"unit": "mean", "s": 12.5}
 # weight of the compression loss: at SVD's, thresholds of data-aware factors do not hear the task
-GAMMA, DATA_AWARE_GAMMA = 0.1, 0.01
+GAMMA, DATA_AWARE_GAMMA = 0.1, 0.03
 DEADLINE = 0.6
 
 

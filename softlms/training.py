@@ -138,7 +138,7 @@ class SoftTrainer(DistillingTrainer):
     gamma : float
         Weight of the compression loss, positive. Adam's steps do not depend on the size of a gradient: where this one
         outweighs the task's in every threshold, all rise alike and the ranks are those of one threshold for all,
-        however small the rate; lower it until the task is heard (0.01 for whitened factors, see notebook 05).
+        however small the rate; lower it until the task is heard (0.03 for whitened factors, see notebook 05).
     alpha_learning_rate : float
         Rate of the thresholds, positive; constant while they learn.
     compression_loss : {"adaptive", "linear"}
