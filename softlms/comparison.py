@@ -217,7 +217,7 @@ def run_grid(
         task, left = job.bench.data.task, (time.monotonic() - started) / done * (total - done)
         note(
             f"{done:>4} of {total}: {task.name}, keep {job.recipe.keep}, {job.method}"
-            f"{'' if job.recipe.epochs else ' untuned'}, seed {job.seed}: dev {task.metrics[0]} "
+            f"{'' if job.recipe.epochs or job.method == 'dense' else ' untuned'}, seed {job.seed}: dev {task.metrics[0]} "
             f"{run.result['scores']['dev'][task.metrics[0]]:.3f}; about {left / 60:.0f} min left"
         )
         cells.append((job, run))

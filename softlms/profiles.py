@@ -183,7 +183,7 @@ class Book:
         missing = [path for path in self.written if not path.is_file() or path.stat().st_size == 0]
         if missing or not self.written:
             raise FileNotFoundError(f"The notebook should have written {missing or 'a figure and a table'}.")
-        print("written:", ", ".join(sorted(path.name for path in self.written)))
+        print("written:", ", ".join(sorted({path.name for path in self.written})))
 
 
 def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Book:
