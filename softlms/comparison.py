@@ -215,10 +215,10 @@ def run_grid(
     total, started = sum(map(len, missing)), time.monotonic()
     for done, (job, run) in enumerate(run_jobs([u for u in missing if u], processes or available_processes()), 1):
         task, left = job.bench.data.task, (time.monotonic() - started) / done * (total - done)
+        untuned = "" if job.recipe.epochs or job.method == "dense" else " untuned"
         note(
-            f"{done:>4} of {total}: {task.name}, keep {job.recipe.keep}, {job.method}"
-            f"{'' if job.recipe.epochs or job.method == 'dense' else ' untuned'}, seed {job.seed}: dev {task.metrics[0]} "
-            f"{run.result['scores']['dev'][task.metrics[0]]:.3f}; about {left / 60:.0f} min left"
+            f"{done:>4} of {total}: {task.name}, keep {job.recipe.keep}, {job.method}{untuned}, seed {job.seed}: "
+            f"dev {task.metrics[0]} {run.result['scores']['dev'][task.metrics[0]]:.3f}; about {left / 60:.0f} min left"
         )
         cells.append((job, run))
         grown(_once(cells))
