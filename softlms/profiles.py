@@ -132,6 +132,7 @@ class Book:
     results: Path
     data: str
     written: list[Path] = field(default_factory=list)
+    _sources: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def benches(self, tasks: Mapping[str, Setting]) -> dict[str, Bench]:
         """A bench for each task, on the book's encoder and data.
@@ -142,10 +143,12 @@ class Book:
             As from `softlms.load_task`, before any work.
         """
         folder = self.bench.folder
-        return {
+        benches = {
             name: Bench(self.bench.encoder, load_task(name, self.data), folder, setting.max_length, setting.train_rows)
             for name, setting in tasks.items()
         }
+        self._sources |= {name: bench.data.source for name, bench in benches.items()}
+        return benches
 
     def save_figure(self, fig: Figure, suffix: str = "") -> None:
         """Write the figure as PNG and PDF, named after the notebook."""
@@ -158,7 +161,7 @@ class Book:
         """
         self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{self.name}{suffix}.csv"
-        provenance = {
+        provenance: dict[str, Any] = {
             "profile": self.profile.name,
             "task": self.bench.data.task.name,
             "data": self.bench.data.source,
@@ -167,6 +170,8 @@ class Book:
             "versions": versions(),
         }
         partial = path.with_suffix(".partial")
+        if "task" in table:  # of several tasks, each row says its own
+            provenance["data"] = table.task.map({self.bench.data.task.name: self.bench.data.source} | self._sources)
         missing = {name: value for name, value in provenance.items() if name not in table}
         table.assign(**missing).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
         partial.replace(path)
