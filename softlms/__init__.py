@@ -10,6 +10,7 @@ from softlms.calibration import LayerStatistics, calibrate
 from softlms.checkpoint import load_compressed, save_compressed
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorize import FACTORIZATIONS, Factors, factorize
+from softlms.fused import split_fused
 from softlms.layers import LowRankLinear, SoftLinear
 from softlms.losses import adaptive_compression_loss, distillation_loss, linear_compression_loss
 from softlms.masks import MaskTrainer
@@ -58,6 +59,7 @@ __all__ = [
     "sensitivity_curves",
     "shifted_tanh",
     "soft_threshold",
+    "split_fused",
     "truncate",
     "uniform_ranks",
 ]

@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from softlms.layers import LowRankLinear, SoftLinear
 
@@ -34,6 +35,9 @@ class Architecture:
     left_alone: dict[str, str] = field(default_factory=dict)
 
 
+_TIED = "the vocabulary's table, mostly one with the embeddings: looked up, and counted once"
+_HEAD = "the task's head: a handful of outputs, its rank is full already"
+
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(  # Fig. 2 of the paper
         block=r"encoder\.layer\.(\d+)",
@@ -47,8 +51,43 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         left_alone={
             "pooler.dense": "runs on one token a sentence, outside the encoder's blocks",
-            "classifier": "the task's head: a handful of outputs, its rank is full already",
+            "classifier": _HEAD,
             "embeddings": "a table that is looked up, not multiplied",
+        },
+    ),
+    "gpt2": Architecture(
+        block=r"h\.(\d+)",
+        targets={
+            "attn.c_attn": "W_QKV",
+            "attn.c_attn.q": "W_Q",  # after softlms.split_fused
+            "attn.c_attn.k": "W_K",
+            "attn.c_attn.v": "W_V",
+            "attn.c_proj": "W_proj",
+            "mlp.c_fc": "W_fc1",
+            "mlp.c_proj": "W_fc2",
+        },
+        left_alone={"lm_head": _TIED, "score": _HEAD},
+    ),
+    "llama": Architecture(
+        block=r"layers\.(\d+)",
+        targets={
+            "self_attn.q_proj": "W_Q",
+            "self_attn.k_proj": "W_K",
+            "self_attn.v_proj": "W_V",
+            "self_attn.o_proj": "W_proj",
+            "mlp.gate_proj": "W_gate",
+            "mlp.up_proj": "W_up",
+            "mlp.down_proj": "W_down",
+        },
+        left_alone={"lm_head": _TIED, "score": _HEAD},
+    ),
+    "mamba": Architecture(
+        block=r"layers\.(\d+)",
+        targets={"mixer.in_proj": "W_in", "mixer.out_proj": "W_out"},
+        left_alone={
+            "mixer.x_proj": "80 x 1536 in Mamba-130m: two factors are smaller below rank 76 of 80 only",
+            "mixer.dt_proj": "1536 x 48 in Mamba-130m: two factors are smaller below rank 47 of 48 only",
+            "lm_head": _TIED,
         },
     ),
 }
@@ -66,19 +105,25 @@ class Target:
         Index of its block; None where a predicate chose it.
     symbol : str
         The paper's symbol, or the name where there is none.
-    module : nn.Linear, SoftLinear or LowRankLinear
+    module : nn.Linear, Conv1D, SoftLinear or LowRankLinear
         The layer, in its present form.
     """
 
     name: str
     block: int | None
     symbol: str
-    module: nn.Linear | SoftLinear | LowRankLinear
+    module: nn.Linear | Conv1D | SoftLinear | LowRankLinear
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n): outputs, inputs."""
+        if isinstance(self.module, Conv1D):
+            return self.module.nf, self.module.nx
         return self.module.out_features, self.module.in_features
+
+    def as_weight(self, stored: Tensor) -> Tensor:
+        """A tensor laid out as this layer's parameter (or its gradient), as (m, n)."""
+        return stored.T if isinstance(self.module, Conv1D) else stored
 
 
 def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Target]:
@@ -96,7 +141,8 @@ def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Tar
     ValueError
         The family is unknown, or no layer matches.
     """
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, SoftLinear, LowRankLinear))]
+    kinds = (nn.Linear, Conv1D, SoftLinear, LowRankLinear)
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
     inside = {f"{n}.{part}" for n, m in linears if isinstance(m, LowRankLinear) for part in ("down", "up")}
     linears = [(n, m) for n, m in linears if n not in inside]
     if targets is not None:

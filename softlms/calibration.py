@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel
 
-from softlms.architectures import Predicate, find_targets
+from softlms.architectures import Predicate, Target, find_targets
 
 __all__ = ["LayerStatistics", "calibrate"]
 
@@ -87,10 +87,11 @@ def calibrate(
         raise ValueError(f"Calibration asks for {rows} rows, the data set has {len(dataset)}: lower rows.")
     if fisher and "labels" not in dataset.column_names:
         raise ValueError("The Fisher information needs a column 'labels': use softlms.encode, or fisher=False.")
-    layers = {target.name: target.module for target in find_targets(model, targets)}
+    found = find_targets(model, targets)
+    layers = {target.name: target.module for target in found}
     used = dataset.select(range(rows))
     inputs = used.select_columns([c for c in used.column_names if c in MODEL_INPUTS])
-    moments = {name: _Moments(layer.in_features) for name, layer in layers.items()}
+    moments = {target.name: _Moments(target.shape[1]) for target in found}
     with _in_eval_mode(model):
         with torch.inference_mode(), _watching(layers, moments):
             for batch in DataLoader(inputs, batch_size, collate_fn=data_collator):
@@ -98,7 +99,7 @@ def calibrate(
                 for moment in moments.values():
                     moment.mask = mask
                 model(**_on(batch, model))
-        squares = _fisher(model, layers, used, data_collator) if fisher else dict.fromkeys(layers)
+        squares = _fisher(model, found, used, data_collator) if fisher else dict.fromkeys(layers)
     for name, square in squares.items():
         if square is not None and not torch.isfinite(square).all():
             raise ValueError(f"The gradients of {name} are not finite: check the model's weights and dtype.")
@@ -153,20 +154,20 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _fisher(
-    model: PreTrainedModel, layers: dict[str, Any], dataset: datasets.Dataset, data_collator: DataCollator
+    model: PreTrainedModel, targets: list[Target], dataset: datasets.Dataset, data_collator: DataCollator
 ) -> dict[str, Tensor]:
     """Row by row: the square of a batch's mean gradient is not the mean of the squares."""
     rows = dataset.select_columns([c for c in dataset.column_names if c in (*MODEL_INPUTS, "labels")])
-    squares = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
-    weights = [layer.weight for layer in layers.values()]
+    squares = {target.name: torch.zeros(target.shape[1], dtype=torch.float64) for target in targets}
+    weights: list[Any] = [target.module.weight for target in targets]
     frozen = [weight for weight in weights if not weight.requires_grad]
     for weight in frozen:
         weight.requires_grad_(True)
     try:
         for batch in DataLoader(rows, 1, collate_fn=data_collator):
             gradients = torch.autograd.grad(model(**_on(batch, model)).loss, weights)
-            for name, gradient in zip(layers, gradients, strict=True):
-                squares[name] += gradient.double().square().sum(0).cpu()
+            for target, gradient in zip(targets, gradients, strict=True):
+                squares[target.name] += target.as_weight(gradient).double().square().sum(0).cpu()
     finally:
         for weight in frozen:
             weight.requires_grad_(False)

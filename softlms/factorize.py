@@ -17,12 +17,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from softlms.architectures import Predicate, find_targets
 from softlms.calibration import LayerStatistics
 from softlms.layers import svd
 
-__all__ = ["FACTORIZATIONS", "Factors", "check_method", "factorize", "factorize_weight", "linear_targets"]
+__all__ = [
+    "FACTORIZATIONS",
+    "Factors",
+    "as_linear",
+    "check_method",
+    "factorize",
+    "factorize_weight",
+    "linear_targets",
+]
 
 FACTORIZATIONS = ("svd", "fwsvd", "asvd", "whitened")
 
@@ -137,7 +146,7 @@ def check_method(method: str, names: Iterable[str], statistics: Statistics | Non
 
 
 def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[str, nn.Linear]:
-    """All target layers by name, after a check that each can be factored.
+    """All target layers by name, after a check that each can be factored; a Conv1D (GPT-2) as the equal nn.Linear.
 
     Raises
     ------
@@ -149,7 +158,7 @@ def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[s
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for target in find_targets(model, targets):
         name, linear = target.name, target.module
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, (nn.Linear, Conv1D)):
             raise ValueError(f"{name} is factored already (a {type(linear).__name__}): load the dense model again.")
         if not linear.weight.is_floating_point():
             raise ValueError(f"{name}.weight is quantized ({linear.weight.dtype}): load the model unquantized.")
@@ -160,8 +169,19 @@ def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[s
             raise ValueError(f"{name}.{bad[0]} holds NaN or infinite values: repair the checkpoint first.")
         if not linear.weight.any():
             raise ValueError(f"{name}.weight is all zeros, it has no components: leave it out with targets=...")
-        linears[name] = linear
+        linears[name] = as_linear(linear)
     return linears
+
+
+def as_linear(layer: nn.Linear | Conv1D) -> nn.Linear:
+    """GPT-2's Conv1D, whose weight is stored (n, m), as an nn.Linear on the same memory; an nn.Linear as it is."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    with torch.device("meta"):
+        linear = nn.Linear(layer.nx, layer.nf)
+    linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=layer.weight.requires_grad)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
 
 
 def _input_weights(method: str, statistics: LayerStatistics) -> Tensor:

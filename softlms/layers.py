@@ -256,6 +256,15 @@ class LowRankLinear(nn.Module):
     def rank(self) -> int:
         return self.down.out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """The recomposed W, shape (m, n): for code that reads it, such as Mamba's fused kernels."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
         return self.up(self.down(x))

@@ -9,7 +9,7 @@ from torch import nn
 
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Budget, count_parameters, refill
-from softlms.factorize import Factors, Statistics, check_method, factorize_weight, linear_targets
+from softlms.factorize import Factors, Statistics, as_linear, check_method, factorize_weight, linear_targets
 from softlms.layers import UNITS, LowRankLinear, SoftLinear, kept_parameters
 from softlms.thresholds import SoftThreshold
 
@@ -106,6 +106,8 @@ def truncate(
             f = make(name)
             layer = LowRankLinear.from_factors(f.U, f.sigma, f.V, linear.bias, ranks[name]).to(linear.weight.dtype)
             model.set_submodule(name, layer.train(linear.training))
+        else:
+            _keep_dense(model, name, linear)
     return model
 
 
@@ -129,14 +131,16 @@ def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = No
     ValueError
         As from `truncate` for `ranks`. Nothing has been changed then.
     """
-    layers: dict[str, Any] = {target.name: target.module for target in find_targets(model, targets)}
-    _check_ranks(layers, ranks)
-    for name, linear in layers.items():
+    linears: dict[str, Any] = {target.name: as_linear(target.module) for target in find_targets(model, targets)}
+    _check_ranks(linears, ranks)
+    for name, linear in linears.items():
         m, n, rank = linear.out_features, linear.in_features, ranks[name]
         if kept_parameters(m, n, rank) < m * n:
             weight = linear.weight.detach()
             layer = LowRankLinear(weight.new_zeros(rank, n), weight.new_zeros(m, rank), linear.bias)
             model.set_submodule(name, layer.train(linear.training))
+        else:
+            _keep_dense(model, name, linear)
     return model
 
 
@@ -207,6 +211,14 @@ def _maker(
         if name not in factors or (len(factors[name].U), len(factors[name].V)) != linear.weight.shape:
             raise ValueError(f"factors miss {name}, or have another shape: factorize the same model and targets.")
     return factors.__getitem__
+
+
+def _keep_dense(model: nn.Module, name: str, linear: nn.Linear) -> None:
+    """A Conv1D becomes the nn.Linear that it is in a deployed model, so that both have the same tensors."""
+    if model.get_submodule(name) is not linear:
+        weight = nn.Parameter(linear.weight.detach().contiguous(), requires_grad=linear.weight.requires_grad)
+        linear.weight = weight
+        model.set_submodule(name, linear)
 
 
 def _check_ranks(layers: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
