@@ -1,0 +1,144 @@
+"""Mamba's selective scan on a CPU: a loop over time whose state stays in cache, with a backward of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.mamba import modeling_mamba
+
+__all__ = ["fast_scan", "selective_scan"]
+
+CHUNK = 16  # steps between two states that are kept for the backward
+
+
+def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t and y_t = C_t h_t, from h_0 = 0.
+
+    Parameters
+    ----------
+    u, dt : Tensor
+        Inputs and step sizes (after softplus), shape (batch, d_inner, length).
+    A : Tensor
+        Shape (d_inner, d_state), negative.
+    B, C : Tensor
+        Shape (batch, d_state, length).
+
+    Returns
+    -------
+    y : Tensor
+        Shape (batch, d_inner, length).
+    h : Tensor
+        The last state, shape (batch, d_inner, d_state), without a gradient.
+
+    Notes
+    -----
+    Mamba's recurrence (arXiv 2312.00752, eq. 2); the schedule is ours. Autograd through a plain loop writes a zero
+    tensor of batch x d_inner x length x d_state for each step of time; here the backward is written out, and makes a
+    chunk's states anew from the one before it: memory grows with length / 16 states, and a step's tensors fit a cache.
+    """
+    # time first, channels last: a step's slices are contiguous
+    y, h = _Scan.apply(*(x.float().permute(2, 0, 1).contiguous() for x in (u, dt)), A.float().T.contiguous(),
+                       *(x.float().permute(2, 0, 1).contiguous() for x in (B, C)))  # fmt: skip
+    return y.permute(1, 2, 0), h.transpose(1, 2)
+
+
+class _Scan(torch.autograd.Function):
+    """Shapes: u, dt, y (L, b, d); A (N, d); B, C (L, b, N); a state h (b, N, d)."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+        length, batch, d = u.shape
+        h, decay = u.new_zeros(batch, len(A), d), u.new_empty(batch, len(A), d)
+        y, x = torch.empty_like(u), dt * u
+        kept = []
+        for t in range(length):
+            if t % CHUNK == 0:
+                kept.append(h.clone())
+            _step(h, decay, dt[t], A, B[t], x[t])
+            torch.bmm(C[t].unsqueeze(1), h, out=y[t].unsqueeze(1))
+        ctx.save_for_backward(u, dt, A, B, C, torch.stack(kept))
+        ctx.mark_non_differentiable(h)
+        return y, h
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        u, dt, A, B, C, kept = ctx.saved_tensors
+        x = dt * u
+        dx, ddt, dA, dB, dC = (torch.zeros_like(tensor) for tensor in (u, dt, A, B, C))
+        dy = dy.contiguous()
+        g = torch.zeros_like(kept[0])
+        states = kept.new_empty(CHUNK + 1, *kept[0].shape)
+        decays = kept.new_empty(CHUNK, *kept[0].shape)
+        for c in reversed(range(len(kept))):
+            steps = range(c * CHUNK, min((c + 1) * CHUNK, len(u)))
+            states[0] = kept[c]
+            for i, t in enumerate(steps):
+                states[i + 1] = states[i]
+                _step(states[i + 1], decays[i], dt[t], A, B[t], x[t])
+            here = slice(steps.start, steps.stop)
+            dC[here] = (states[1 : len(steps) + 1] @ dy[here].unsqueeze(3)).squeeze(3)
+            for i, t in reversed(list(enumerate(steps))):
+                g.addcmul_(C[t].unsqueeze(2), dy[t].unsqueeze(1))
+                torch.bmm(g, x[t].unsqueeze(2), out=dB[t].unsqueeze(2))
+                torch.bmm(B[t].unsqueeze(1), g, out=dx[t].unsqueeze(1))
+                g.mul_(decays[i])
+                q = states[i].mul_(g)  # gradient of dt_t A
+                torch.sum(q * A, 1, out=ddt[t])
+                dA += torch.sum(q * dt[t].unsqueeze(1), 0)
+        return dx * dt, ddt + dx * u, dA, dB, dC
+
+
+def _step(h: Tensor, decay: Tensor, dt: Tensor, A: Tensor, B: Tensor, x: Tensor) -> None:
+    """h becomes exp(dt A) h + B x in place; `decay` receives exp(dt A)."""
+    torch.mul(dt.unsqueeze(1), A, out=decay)
+    decay.exp_()
+    h.mul_(decay).addcmul_(B.unsqueeze(2), x.unsqueeze(1))
+
+
+@contextmanager
+def fast_scan() -> Iterator[None]:
+    """Inside, transformers' Mamba takes `selective_scan` wherever it would fall back to its plain loop.
+
+    That is: on a CPU, in eager mode. CUDA with its kernels, compilation and export are as without it.
+    """
+    original = modeling_mamba.mamba_selective_scan
+
+    @functools.wraps(original)
+    def scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **options: Any,
+    ) -> Any:
+        if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+            return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dt.dtype)[..., None]
+        y, h = selective_scan(hidden_states, F.softplus(dt) if delta_softplus else dt, A, B, C)
+        if D is not None:
+            y = y + hidden_states * D[None, :, None]
+        if z is not None:
+            y = y * F.silu(z)
+        y = y.to(hidden_states.dtype)
+        return (y, h.to(hidden_states.dtype)) if return_last_state else y
+
+    modeling_mamba.mamba_selective_scan = scan
+    try:
+        yield
+    finally:
+        modeling_mamba.mamba_selective_scan = original

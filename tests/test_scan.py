@@ -1,0 +1,100 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import MambaConfig, MambaForCausalLM
+
+from softlms.scan import CHUNK, fast_scan, selective_scan
+
+
+def inputs(batch, d, states, length, seed=0):
+    torch.manual_seed(seed)
+    return [
+        torch.randn(batch, d, length),
+        torch.rand(batch, d, length) * 0.2 + 0.001,
+        -torch.rand(d, states) * 8 - 0.1,
+        torch.randn(batch, states, length),
+        torch.randn(batch, states, length),
+    ]
+
+
+def plain(u, dt, A, B, C):
+    """The recurrence as the paper writes it."""
+    h, y = u.new_zeros(len(u), *A.shape), []
+    for t in range(u.shape[2]):
+        h = (dt[:, :, t, None] * A).exp() * h + dt[:, :, t, None] * B[:, None, :, t] * u[:, :, t, None]
+        y.append((h * C[:, None, :, t]).sum(-1))
+    return torch.stack(y, -1), h
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3 * CHUNK + 1))
+def test_scan_and_its_gradients_are_the_plain_recurrences(batch, d, states, length):
+    ours, theirs = inputs(batch, d, states, length), [x.double() for x in inputs(batch, d, states, length)]
+    weight = torch.randn(batch, d, length)
+    for xs in (ours, theirs):
+        for x in xs:
+            x.requires_grad_()
+    (y, h), (expected, last) = selective_scan(*ours), plain(*theirs)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(h.double(), last, rtol=1e-4, atol=1e-4)
+    (y * weight).sum().backward()
+    (expected * weight.double()).sum().backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        scale = reference.grad.abs().max().item()
+        torch.testing.assert_close(mine.grad.double(), reference.grad, rtol=1e-3, atol=1e-4 * max(scale, 1.0))
+
+
+@pytest.fixture
+def mamba():
+    config = MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    return MambaForCausalLM(config)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_mamba_is_the_same_model_with_it(mamba, padded):
+    tokens = torch.randint(3, 99, (3, 2 * CHUNK + 5))
+    mask = torch.ones_like(tokens)
+    if padded:
+        mask[0, :9] = 0
+    gradients = []
+    for context in (None, fast_scan()):
+        mamba.zero_grad()
+        if context is None:
+            out = mamba(tokens, attention_mask=mask, labels=tokens)
+        else:
+            with context:
+                out = mamba(tokens, attention_mask=mask, labels=tokens)
+        out.loss.backward()
+        gradients.append([out.logits.detach(), *(p.grad.clone() for p in mamba.parameters())])
+    for plain_, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, plain_, rtol=1e-3, atol=1e-5)
+
+
+def test_it_keeps_float32_under_autocast():
+    xs = inputs(2, 5, 3, 20)
+    expected, _ = selective_scan(*xs)
+    for x in xs:
+        x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = selective_scan(*xs)
+        y.sum().backward()
+    assert torch.equal(y, expected) and all(x.grad.dtype == torch.float32 for x in xs)
+
+
+def test_generation_continues_from_the_scans_state(mamba):
+    mamba.eval()
+    tokens = torch.randint(3, 99, (2, 9))
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens), "pad_token_id": 0}
+    expected = mamba.generate(tokens, **options)
+    with fast_scan():
+        assert torch.equal(mamba.generate(tokens, **options), expected)
+
+
+def test_it_ends_with_its_context(mamba):
+    from transformers.models.mamba import modeling_mamba
+
+    before = modeling_mamba.mamba_selective_scan
+    with pytest.raises(RuntimeError, match="inside"), fast_scan():
+        assert modeling_mamba.mamba_selective_scan is not before
+        raise RuntimeError("inside")
+    assert modeling_mamba.mamba_selective_scan is before
