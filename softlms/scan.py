@@ -69,7 +69,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, ...]:
         u, dt, A, B, C, kept = ctx.saved_tensors
         x = dt * u
         dx, ddt, dA, dB, dC = (torch.zeros_like(tensor) for tensor in (u, dt, A, B, C))
