@@ -1,0 +1,123 @@
+"""Perplexity of language models, and that of a 3-gram model to compare with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+__all__ = ["Trigram", "perplexity"]
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel, tokens: Sequence[int], *, window: int = 128, stride: int = 64, batch_size: int = 32
+) -> float:
+    """exp of the mean negative log-likelihood of a text's tokens, in windows that overlap.
+
+    The first window scores all its tokens but the first; each later one starts `stride` tokens on and scores only its
+    last `stride` tokens, so that each of them has seen at least ``window - stride`` tokens of context. The smaller the
+    stride, the lower the perplexity and the longer it takes: only numbers of the same window and stride compare.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model, in any form; without dropout, in its own dtype.
+    tokens : sequence of int
+        The text, tokenized as one piece.
+    window : int
+        Tokens that the model sees at a time.
+    stride : int
+        From 1 to ``window``.
+    batch_size : int
+        Windows a forward pass.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two tokens, or a stride that skips tokens.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride must be 1 to window ({window}), got {stride}: a longer one would skip tokens.")
+    if len(tokens) < 2:
+        raise ValueError(f"Perplexity needs two tokens or more, got {len(tokens)}.")
+    text = torch.as_tensor(tokens)
+    # (start, first scored, end): every token but the first is scored once
+    spans = [(0, 1, min(window, len(text)))]
+    while spans[-1][2] < len(text):
+        end = min(spans[-1][2] + stride, len(text))
+        spans.append((end - window, spans[-1][2], end))
+    training = model.training
+    model.eval()
+    total = 0.0
+    for i in range(0, len(spans), batch_size):
+        batch = spans[i : i + batch_size]
+        ids = torch.stack([text[start:end] for start, _, end in batch]).to(model.device)
+        logits = model(ids).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu().double()
+        total += sum(losses[row, first - start - 1 :].sum().item() for row, (start, first, _) in enumerate(batch))
+    model.train(training)
+    return math.exp(total / (len(text) - 1))
+
+
+class Trigram:
+    """Interpolated Kneser-Ney 3-gram model on token ids, one discount for all orders.
+
+    Parameters
+    ----------
+    tokens : sequence of int
+        Training text.
+    vocabulary : int
+        Number of token ids.
+    discount : float
+        Between 0 and 1.
+
+    Notes
+    -----
+    Kneser and Ney (1995) as interpolated by Chen and Goodman (1999), section 2.7.
+    """
+
+    def __init__(self, tokens: Sequence[int], vocabulary: int, discount: float = 0.75) -> None:
+        text = np.asarray(tokens, dtype=np.int64)
+        self.vocabulary, self.discount = vocabulary, discount
+        trigrams = _Counts((text[:-2] * vocabulary + text[1:-1]) * vocabulary + text[2:])
+        # lower orders count in how many different contexts a word was seen, not how often
+        bigrams = _Counts(np.unique((text[:-1] * vocabulary + text[1:])), trigrams.keys % vocabulary**2)
+        unigrams = _Counts(np.arange(vocabulary), bigrams.keys % vocabulary, minus=1)
+        self.orders = (trigrams, bigrams)
+        self.contexts = tuple(_Counts(counts.keys // vocabulary, weights=counts.values) for counts in self.orders)
+        self.followers = tuple(_Counts(counts.keys // vocabulary) for counts in self.orders)
+        types = unigrams.values.sum()
+        seen = (unigrams.values > 0).sum()
+        self.unigram = (np.maximum(unigrams.values - discount, 0) + discount * seen / vocabulary) / types
+
+    def perplexity(self, tokens: Sequence[int]) -> float:
+        """exp of the mean negative log-likelihood of all tokens but the first two."""
+        text, V = np.asarray(tokens, dtype=np.int64), self.vocabulary
+        probability = self.unigram[text[2:]]
+        histories = (text[1:-1], text[:-2] * V + text[1:-1])
+        for order, history in zip((1, 0), histories, strict=True):
+            total = self.contexts[order].of(history)
+            found = np.maximum(self.orders[order].of(history * V + text[2:]) - self.discount, 0)
+            kept = self.discount * self.followers[order].of(history) * probability
+            probability = np.where(total > 0, (found + kept) / np.maximum(total, 1), probability)
+        return float(np.exp(-np.log(probability).mean()))
+
+
+class _Counts:
+    """How often each key occurs, looked up in bulk; a key that never occurs counts 0."""
+
+    def __init__(
+        self, keys: np.ndarray, more: np.ndarray | None = None, *, weights: np.ndarray | None = None, minus: int = 0
+    ) -> None:
+        every = keys if more is None else np.concatenate([keys, more])
+        self.keys, place = np.unique(every, return_inverse=True)
+        self.values = np.bincount(place, weights).astype(np.int64) - minus
+
+    def of(self, keys: np.ndarray) -> np.ndarray:
+        place = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[place] == keys, self.values[place], 0)
