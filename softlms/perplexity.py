@@ -32,7 +32,7 @@ def perplexity(
     window : int
         Tokens that the model sees at a time.
     stride : int
-        From 1 to ``window``.
+        From 1 to ``window - 1``: a token needs one before it.
     batch_size : int
         Windows a forward pass.
 
@@ -41,8 +41,8 @@ def perplexity(
     ValueError
         Fewer than two tokens, or a stride that skips tokens.
     """
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride must be 1 to window ({window}), got {stride}: a longer one would skip tokens.")
+    if not 1 <= stride < window:
+        raise ValueError(f"stride must be 1 to window - 1 ({window - 1}), got {stride}: a longer one skips tokens.")
     if len(tokens) < 2:
         raise ValueError(f"Perplexity needs two tokens or more, got {len(tokens)}.")
     text = torch.as_tensor(tokens)
@@ -86,7 +86,7 @@ class Trigram:
         self.vocabulary, self.discount = vocabulary, discount
         trigrams = _Counts((text[:-2] * vocabulary + text[1:-1]) * vocabulary + text[2:])
         # lower orders count in how many different contexts a word was seen, not how often
-        bigrams = _Counts(np.unique((text[:-1] * vocabulary + text[1:])), trigrams.keys % vocabulary**2)
+        bigrams = _Counts(np.unique(text[:-1] * vocabulary + text[1:]), trigrams.keys % vocabulary**2)
         unigrams = _Counts(np.arange(vocabulary), bigrams.keys % vocabulary, minus=1)
         self.orders = (trigrams, bigrams)
         self.contexts = tuple(_Counts(counts.keys // vocabulary, weights=counts.values) for counts in self.orders)

@@ -1,0 +1,85 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from softlms.perplexity import Trigram, perplexity
+
+
+@pytest.fixture
+def model():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)).train()
+
+
+@pytest.mark.parametrize("length, window, stride", [(2, 8, 4), (8, 8, 7), (29, 8, 3), (29, 8, 7), (40, 32, 1)])
+def test_every_token_is_scored_once_with_its_context(model, length, window, stride):
+    text = torch.randint(50, (length,))
+    found = perplexity(model, text, window=window, stride=stride, batch_size=3)
+    assert model.training
+    model.eval()
+    expected, scored, begin = 0.0, 0, 0
+    while scored < length - 1:  # one window at a time, token by token
+        end = min(begin + window, length)
+        with torch.no_grad():
+            log_p = model(text[None, begin:end]).logits[0].log_softmax(-1)
+        for t in range(scored + 1, end):
+            expected -= log_p[t - 1 - begin, text[t]].item()
+        scored = end - 1
+        begin = min(end + stride, length) - window
+    assert found == pytest.approx(math.exp(expected / (length - 1)), rel=1e-5)
+
+
+def test_wrong_windows(model):
+    with pytest.raises(ValueError, match=r"stride must be 1 to window - 1 \(7\), got 8"):
+        perplexity(model, [1, 2, 3], window=8, stride=8)
+    with pytest.raises(ValueError, match="two tokens or more, got 1"):
+        perplexity(model, [1])
+
+
+def kneser_ney(text, vocabulary, d):
+    """As in the textbook, with dictionaries: P(w | u, v)."""
+    tri = {}
+    for u, v, w in zip(text, text[1:], text[2:], strict=False):
+        tri[u, v, w] = tri.get((u, v, w), 0) + 1
+    # types of contexts: every bigram counts once for the text's start, and once for each word before it
+    bi = {}
+    for pair in set(pairwise(text)):
+        bi[pair] = len({u for (u, v, w) in tri if (v, w) == pair}) + 1
+    uni = [len({v for (v, w) in bi if w == word}) for word in range(vocabulary)]
+
+    def p1(w):
+        return (max(uni[w] - d, 0) + d * sum(n > 0 for n in uni) / vocabulary) / sum(uni)
+
+    def p2(v, w):
+        total = sum(n for (a, _), n in bi.items() if a == v)
+        types = sum(a == v for a, _ in bi)
+        return (max(bi.get((v, w), 0) - d, 0) + d * types * p1(w)) / total if total else p1(w)
+
+    def p3(u, v, w):
+        total = sum(n for (a, b, _), n in tri.items() if (a, b) == (u, v))
+        types = sum((a, b) == (u, v) for a, b, _ in tri)
+        return (max(tri.get((u, v, w), 0) - d, 0) + d * types * p2(v, w)) / total if total else p2(v, w)
+
+    return p3
+
+
+@given(st.lists(st.integers(0, 4), min_size=3, max_size=40), st.lists(st.integers(0, 4), min_size=3, max_size=12))
+def test_trigram_is_kneser_ney_and_sums_to_one(text, other):
+    model, p3 = Trigram(text, 5), kneser_ney(text, 5, 0.75)
+    expected = [p3(*context) for context in zip(other, other[1:], other[2:], strict=False)]
+    assert model.perplexity(other) == pytest.approx(np.exp(-np.log(expected).mean()), rel=1e-9)
+    u, v = other[:2]
+    assert sum(1 / model.perplexity([u, v, w]) for w in range(5)) == pytest.approx(1)
+
+
+def test_trigram_learns():
+    rng = np.random.default_rng(0)
+    cycle = np.tile(np.arange(20), 200)
+    assert Trigram(cycle, 20).perplexity(cycle) < 1.02
+    noise = Trigram(rng.integers(20, size=5000), 20).perplexity(rng.integers(20, size=1000))
+    assert noise == pytest.approx(20, rel=0.3)
