@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures.add_argument("--data", default="", help="folder in GLUE's layout, or hub; default: SOFTLMS_DATA, else hub")
     figures.add_argument("--model", default="", help="folder or hub name of another encoder")
 
+    figures.add_argument("--text", default="", help="text of the language models: folder, hub or embedded")
+
     compress = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")
     compress.add_argument("--model", required=True, help="fine-tuned classifier or encoder: folder, hub name, minilm")
     compress.add_argument("--task", required=True, help="mrpc, rte, sst2, cola, stsb or docpairs")
@@ -55,6 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark.add_argument("--model", default="minilm", help="encoder (default minilm)")
     benchmark.add_argument("--out", default="", help="CSV file to write as well")
 
+    scan = commands.add_parser("benchmark-scan", help="time Mamba's training step with each selective scan")
+    scan.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    scan.add_argument("--batch", type=int, default=16, help="rows a batch (default 16)")
+    scan.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
+    scan.add_argument("--threads", type=int, default=2, help="threads (default 2)")
+    scan.add_argument("--out", default="", help="CSV file to write as well")
+
+    full_size = commands.add_parser("full-size", help="compress one of the paper's models at its real size")
+    full_size.add_argument(
+        "model", help="bert-base, gpt2, tinyllama-1.1b, mamba-130m (random weights); folder, hub name"
+    )
+    full_size.add_argument("--keep", type=float, default=0.5, help="share of parameters that stays (default 0.5)")
+    full_size.add_argument("--count", default="total", help="what keep is a share of: total (default) or linear")
+    full_size.add_argument("--layers", type=int, help="only so many blocks, for a quick look")
+    full_size.add_argument("--split", action="store_true", help="take GPT-2's fused projections apart first")
+    full_size.add_argument("--threads", type=int, default=2, help="threads (default 2)")
+    full_size.add_argument("--out", default="", help="CSV file that gets a row more")
+
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
@@ -69,9 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out = options.pop("out")
             run(Compression(**options), out)
             return 0
-        from softlms.latency import print_step_times
+        if command == "full-size":
+            from softlms.full_size import print_full_size
 
-        print_step_times(**options)
+            print_full_size(**options)
+            return 0
+        from softlms import latency
+
+        timed = {"benchmark": latency.print_step_times, "benchmark-scan": latency.print_scan_times}[command]
+        timed(**options)
         return 0
     except (ValueError, OSError) as error:
         print(f"softlms {command}: {error}", file=sys.stderr)

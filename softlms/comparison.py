@@ -10,19 +10,23 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
+import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from softlms.experiments import Bench, Recipe, Run, parse_method
 from softlms.jobs import Job, available_processes, run_jobs
 from softlms.latency import forward_times, random_rows
+from softlms.scan import fast_scan
 from softlms.surgery import shrink
 
-__all__ = ["GRIDS", "Grid", "Pass", "Setting", "costs", "grid_rows", "rank_rows", "run_grid", "summarize"]
+__all__ = ["GRIDS", "UNSCALED", "Grid", "Pass", "Setting", "costs", "grid_rows", "rank_rows", "run_grid", "summarize"]
+
+# metrics that are no share of 1, and better where they are lower
+UNSCALED = ("perplexity",)
 
 BASELINES = ("svd+uniform", "whitened+uniform")
 SOFT = ("svd+soft", "whitened+soft")
@@ -75,6 +79,10 @@ class Grid:
     seeds: tuple[int, ...]
     passes: tuple[Pass, ...]
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def only(self, *tasks: str) -> Grid:
+        """The grid of some tasks, its own or others, which then have no setting of their own."""
+        return replace(self, tasks={task: self.tasks.get(task, Setting()) for task in tasks})
 
     def units(self, benches: Mapping[str, Bench]) -> Iterator[list[Job]]:
         """Jobs that share a dense model, budget and seed, in the order of the passes; dense is done with the first.
@@ -295,21 +303,22 @@ def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean, standard deviation and number of seeds of every score, in %."""
+    """Mean, standard deviation and number of seeds of every score, in %; a perplexity as it is."""
     keys = ["task", "keep", "method", "recovered", "split", "metric"]
-    summary = (100 * rows.set_index(keys).value).groupby(level=keys, sort=False).agg(["mean", "std", "count"])
+    values = rows.value.where(rows.metric.isin(UNSCALED), 100 * rows.value)
+    summary = values.groupby([rows[key] for key in keys], sort=False).agg(["mean", "std", "count"])
     return summary.reset_index()
 
 
 def costs(
-    encoder: str, profiles: Mapping[str, Mapping[str, int]], *, tokens: int = 128, rounds: int = 15
+    bench: Bench, profiles: Mapping[str, Mapping[str, int]], *, tokens: int = 128, rounds: int = 15
 ) -> pd.DataFrame:
     """FLOPs and forward time of deployed models against dense, from their ranks alone: values do not matter for speed.
 
     Parameters
     ----------
-    encoder : str
-        Folder or hub name of the dense model's configuration.
+    bench : Bench
+        Whose model.
     profiles : mapping
         Ranks of each model, by the name of its row.
     tokens : int
@@ -322,18 +331,16 @@ def costs(
     DataFrame
         Columns row, gflops (a batch), flops_of_dense, ms (median), quartile1_ms, quartile3_ms, speedup.
     """
-    # written out, as softlms.zoo loads it on a CPU: torch counts no FLOPs for its fused attention there
-    config = AutoConfig.from_pretrained(encoder, attn_implementation="eager")
-    models: dict[str, PreTrainedModel] = {"dense": AutoModelForSequenceClassification.from_config(config).eval()}
-    for row, ranks in profiles.items():
-        models[row] = shrink(AutoModelForSequenceClassification.from_config(config).eval(), ranks)
-    inputs = random_rows(config.vocab_size, 8, tokens)
+    models = {"dense": bench.untrained_model().eval()}
+    models |= {row: shrink(bench.prepare(bench.untrained_model()).eval(), ranks) for row, ranks in profiles.items()}
+    inputs = random_rows(models["dense"].config.vocab_size, 8, tokens)
     flops = {}
-    for row, model in models.items():
-        with FlopCounterMode(display=False) as counter:
-            model(**inputs)
-        flops[row] = counter.get_total_flops()
-    seconds = forward_times(models, inputs, rounds=rounds)
+    with fast_scan(), torch.inference_mode():
+        for row, model in models.items():
+            with FlopCounterMode(display=False) as counter:
+                model(**inputs)
+            flops[row] = counter.get_total_flops()
+        seconds = forward_times(models, inputs, rounds=rounds)
     table = []
     for row, taken in seconds.items():
         low, middle, high = (1e3 * q for q in statistics.quantiles(taken, n=4))

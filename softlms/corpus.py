@@ -18,10 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LIBRARIES", "docstrings", "sentence_pairs", "text"]
+__all__ = ["LIBRARIES", "SMALL_LIBRARIES", "docstrings", "sentence_pairs", "text"]
 
-LIBRARIES = ("torch", "transformers", "pandas", "numpy", "matplotlib")
-PAIR_LIBRARIES = ("pandas", "numpy", "matplotlib")  # prose with little boilerplate, parsed in seconds
+LIBRARIES: tuple[str, ...] = ("torch", "transformers", "pandas", "numpy", "matplotlib")
+SMALL_LIBRARIES = ("pandas", "numpy", "matplotlib")  # prose with little boilerplate, parsed in seconds
 
 _NOT_PROSE = re.compile(r">>>|::|``|:[a-z]+:|\|\s|[=\-~_*^]{3,}|\w+\(|https?:|[{}<>\\]|\.\. ")
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)'\"][.!?])\s+(?=[A-Z])")
@@ -51,20 +51,21 @@ def docstrings(libraries: tuple[str, ...]) -> dict[str, list[str]]:
     return found
 
 
-def text(split: str) -> str:
+def text(split: str, libraries: tuple[str, ...] = LIBRARIES) -> str:
     """The corpus as plain text for language modelling.
 
     Parameters
     ----------
     split : {"train", "validation", "test"}
         Source files are assigned to a split by a hash of their path: 80, 10 and 10 %; no docstring is in two.
+    libraries : tuple of str
 
     Raises
     ------
     ValueError
         Unknown split.
     """
-    files = docstrings(LIBRARIES)
+    files = docstrings(libraries)
     own = {"train": "train", "validation": "dev", "test": "test"}
     if split not in own:
         raise ValueError(f"split must be one of {', '.join(own)}, got {split!r}.")
@@ -92,7 +93,7 @@ def sentence_pairs(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     dict
         "train", "dev" and "test": rows with "sentence1", "sentence2" and "label" in equal shares.
     """
-    files = {n: [_sentences(doc) for doc in docs] for n, docs in docstrings(PAIR_LIBRARIES).items()}
+    files = {n: [_sentences(doc) for doc in docs] for n, docs in docstrings(SMALL_LIBRARIES).items()}
     in_files = Counter(s for docs in files.values() for s in {s for doc in docs for s in doc})
     rng = random.Random(seed)
     pages: dict[str, list[tuple[str, str, str]]] = {"train": [], "dev": [], "test": []}  # file, first, second

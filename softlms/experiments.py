@@ -46,7 +46,7 @@ from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy, truncate
 from softlms.tasks import TaskData, encode
 from softlms.training import DistillingTrainer, SoftTrainer
-from softlms.zoo import Encoder, load_classifier
+from softlms.zoo import Encoder, attention, load_classifier
 
 __all__ = ["PAPER_NAMES", "Bench", "Recipe", "Run", "parse_method"]
 
@@ -96,7 +96,7 @@ class Recipe:
     Attributes
     ----------
     dense_learning_rate, dense_epochs
-        Fine-tuning of the dense model.
+        Fine-tuning of the dense model; 0 epochs take it as it is.
     learning_rate, static_learning_rate
         Training while compressing and recovering (soft thresholds), and after the cut (all others): each has its
         own best.
@@ -209,16 +209,25 @@ class Bench:
 
     def targets(self) -> dict[str, tuple[int, int]]:
         """(m, n) of each layer that is factored, by name."""
+        return {target.name: target.shape for target in find_targets(self.skeleton())}
+
+    def skeleton(self) -> PreTrainedModel:
+        """What is factored, without memory for its weights."""
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(self.encoder.location))
-        return {target.name: target.shape for target in find_targets(model)}
+            return self.prepare(self.untrained_model())
+
+    def untrained_model(self) -> PreTrainedModel:
+        """A dense model whose weights mean nothing: for what depends on shapes alone."""
+        # torch counts no FLOPs for its fused attention on a CPU: written out there, as everywhere in this package
+        config = AutoConfig.from_pretrained(self.encoder.location, attn_implementation=attention())
+        return AutoModelForSequenceClassification.from_config(config)
 
     @cached_property
     def collator(self) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(self.encoder.tokenizer())
 
-    def _inputs(self) -> dict[str, Any]:
-        """Model and data that a run depends on."""
+    def _inputs(self, pair: str) -> dict[str, Any]:
+        """Model and data that a method's run depends on."""
         return {
             "encoder": weights_hash(self.encoder.location),
             "task": self.data.task.name,
@@ -315,6 +324,14 @@ class Bench:
         """A dense model as its run saved it."""
         return load_classifier(folder)
 
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """What happens to a dense model before it is factored: nothing here."""
+        return model
+
+    def extras(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What a run's result holds besides scores and counts: nothing here."""
+        return {}
+
     def dense_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
         """The dense model of `seed`, trained now if it was not before."""
         return self.load_model(self._dense_folder(recipe, seed))
@@ -375,9 +392,9 @@ class Bench:
     def starting_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
         """What every method cuts: the fine-tuned dense model, or the pretrained encoder with a new head."""
         if recipe.start == "fine-tuned":
-            return self.dense_model(recipe, seed)
+            return self.prepare(self.dense_model(recipe, seed))
         transformers.set_seed(seed)
-        return self.new_model()
+        return self.prepare(self.new_model())
 
     def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
         """Metrics on those of the splits that the task has."""
@@ -423,7 +440,7 @@ class Bench:
             # a plain SVD takes no calibration, unless its allocation does
             others += ("calibration_rows",) if pair.startswith("svd") and not pair.endswith("+sensitivity") else ()
             used = {k: v for k, v in used.items() if k not in others}
-        depends = self._inputs() | {
+        depends = self._inputs(pair) | {
             "recipe": used,
             "seed": seed,
             "code": code_hash(_SOURCES),
@@ -442,12 +459,12 @@ _SOFT_ONLY = (
 def _dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
     model = bench.new_model()
     options = bench.trainer_options(folder, seed, recipe, recipe.dense_learning_rate, recipe.dense_epochs)
-    trainer = _train(DistillingTrainer(model, **options))
+    trainer = _train(DistillingTrainer(model, **options)) if recipe.dense_epochs else None
     model.save_pretrained(folder / "model")
     return {
         "scores": bench.scores(model),
         "ranks": {t.name: min(t.shape) for t in find_targets(model)},
-    } | _outcome(model, trainer)
+    } | _outcome(bench, model, trainer)
 
 
 def _cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
@@ -464,14 +481,14 @@ def _cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> di
     truncate(model, ranks, factors)
     untuned = bench.scores(model, ("dev",))
     if not recipe.epochs:
-        return {"scores": untuned, "untuned": untuned, "ranks": ranks} | _outcome(model, None)
+        return {"scores": untuned, "untuned": untuned, "ranks": ranks} | _outcome(bench, model, None)
     options = _after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate)
     trainer = None
     if spent:
         options["args"].max_steps = bench.steps(recipe) - spent
     if spent < bench.steps(recipe):  # a search may take all the steps there are
         trainer = _train(DistillingTrainer(model, **options))
-    outcome = _outcome(model, trainer)
+    outcome = _outcome(bench, model, trainer)
     outcome["steps"] += spent
     return {"scores": bench.scores(model), "untuned": untuned, "ranks": ranks, "mask_steps": spent} | outcome
 
@@ -499,7 +516,7 @@ def _soft(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> d
     untrained = deploy(copy.deepcopy(model), recipe.keep, recipe.count)
     untuned = bench.scores(untrained, ("dev",))
     if not recipe.epochs:
-        return {"scores": untuned, "untuned": untuned, "ranks": _ranks(untrained)} | _outcome(untrained, None)
+        return {"scores": untuned, "untuned": untuned, "ranks": _ranks(untrained)} | _outcome(bench, untrained, None)
     trainer = SoftTrainer(
         model,
         keep=recipe.keep,
@@ -525,7 +542,7 @@ def _soft(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> d
         "ranks": ranks,
         "frozen_at": trainer.schedule.frozen_at,
         "further": further,
-    } | _outcome(model, trainer)
+    } | _outcome(bench, model, trainer)
 
 
 def _ranks(model: PreTrainedModel) -> dict[str, int]:
@@ -544,7 +561,7 @@ def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: 
     return options | {"train_dataset": bench.training_rows(recipe, seed), "distillation": recipe.distillation}
 
 
-def _outcome(model: PreTrainedModel, trainer: DistillingTrainer | None) -> dict[str, Any]:
+def _outcome(bench: Bench, model: PreTrainedModel, trainer: DistillingTrainer | None) -> dict[str, Any]:
     parameters = count_parameters(model)
     return {
         "kept_linear": parameters.kept("linear"),
@@ -553,4 +570,4 @@ def _outcome(model: PreTrainedModel, trainer: DistillingTrainer | None) -> dict[
         "parameters_total": parameters.total,
         "steps": trainer.state.global_step if trainer else 0,
         "history": [entry for entry in trainer.state.log_history if "loss" in entry] if trainer else [],
-    }
+    } | bench.extras(model)

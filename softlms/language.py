@@ -16,7 +16,9 @@ SPLITS = ("train", "validation", "test")
 HUB_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
-def load_text(data: str | os.PathLike[str], splits: Sequence[str] = SPLITS) -> dict[str, str]:
+def load_text(
+    data: str | os.PathLike[str], splits: Sequence[str] = SPLITS, *, libraries: tuple[str, ...] = corpus.LIBRARIES
+) -> dict[str, str]:
     """The text of each split. Nothing falls back to another source.
 
     Parameters
@@ -27,6 +29,8 @@ def load_text(data: str | os.PathLike[str], splits: Sequence[str] = SPLITS) -> d
         installed libraries.
     splits : sequence of str
         Which of "train", "validation" and "test" are wanted; the others need not be there.
+    libraries : tuple of str
+        Of the embedded corpus.
 
     Returns
     -------
@@ -44,7 +48,7 @@ def load_text(data: str | os.PathLike[str], splits: Sequence[str] = SPLITS) -> d
     if unknown:
         raise ValueError(f"Unknown split {unknown[0]!r}; known: {', '.join(SPLITS)}.")
     if data == "embedded":
-        return {split: corpus.text(split) for split in splits}
+        return {split: corpus.text(split, libraries) for split in splits}
     if data == "hub":
         hub = datasets.load_dataset(*HUB_WIKITEXT)
         return {split: "".join(hub[split]["text"]) for split in splits}

@@ -1,4 +1,4 @@
-"""Small GPT-2, Llama and Mamba of the real transformers classes, trained from scratch on real text, and their runs."""
+"""Causal language models and their runs: small ones trained here from scratch, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,116 +10,137 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, default_data_collator
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    default_data_collator,
+)
 
-from softlms.architectures import find_targets
 from softlms.experiments import Bench, Recipe, Run
-from softlms.perplexity import perplexity
-from softlms.provenance import code_hash
+from softlms.fused import split_fused
+from softlms.perplexity import Trigram, perplexity
+from softlms.provenance import code_hash, weights_hash
+from softlms.scan import fast_scan
 from softlms.tasks import Task, TaskData
 from softlms.text import TokenizedText, blocks
 from softlms.zoo import Encoder, attention
 
-__all__ = ["FAMILIES", "LanguageBench", "Size", "small_config"]
+__all__ = ["FAMILIES", "LanguageBench", "SmallModel"]
+
+LANGUAGE_MODELLING = Task("text", ("text",), (), ("perplexity",))
+PROMPT, SAMPLE = 24, 32  # tokens
 
 
 @dataclass(frozen=True)
-class Size:
-    """Of a model that is trained from scratch.
+class SmallModel:
+    """A model of the real transformers class that is trained from scratch.
 
-    Attributes
+    Parameters
     ----------
+    family : {"gpt2", "llama", "mamba"}
     hidden, layers : int
     vocabulary : int
         Token ids; the embeddings are tied to the head.
-    window : int
-        Tokens a row.
-    """
-
-    hidden: int = 256
-    layers: int = 6
-    vocabulary: int = 4096
-    window: int = 128
-
-
-def small_config(family: str, size: Size) -> PretrainedConfig:
-    """Configuration of a small model, its proportions those of the large one.
 
     Raises
     ------
     ValueError
         Unknown family.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"Unknown family {family!r}; known: {', '.join(FAMILIES)}.")
-    common = {"vocab_size": size.vocabulary, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
-    return FAMILIES[family](size, common | {"pad_token_id": 0})
+
+    family: str
+    hidden: int = 256
+    layers: int = 6
+    vocabulary: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"Unknown family {self.family!r}; known: {', '.join(FAMILIES)}.")
+
+    @property
+    def source(self) -> str:
+        return f"{self.family}, hidden {self.hidden}, {self.layers} layers, trained here"
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The family's configuration, its proportions those of the large model."""
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+        return FAMILIES[self.family](self, {"vocab_size": self.vocabulary, "tie_word_embeddings": True} | ends)
 
 
-# heads of 64; gpt2's feed-forward is 4 x hidden, TinyLlama's 2.75 x with an eighth of the key-value heads
-FAMILIES = {
-    "gpt2": lambda size, common: transformers.GPT2Config(
-        n_embd=size.hidden, n_layer=size.layers, n_head=size.hidden // 64 or 1, n_positions=2 * size.window, **common
+# heads of 64; gpt2's feed-forward is 4 x hidden, TinyLlama's 2.75 x and fewer heads for keys and values
+FAMILIES: dict[str, Callable[[SmallModel, dict[str, Any]], PretrainedConfig]] = {
+    "gpt2": lambda model, common: transformers.GPT2Config(
+        n_embd=model.hidden, n_layer=model.layers, n_head=model.hidden // 64 or 1, n_positions=512, **common
     ),
-    "llama": lambda size, common: transformers.LlamaConfig(
-        hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=size.hidden // 64 or 1,
-        num_key_value_heads=size.hidden // 128 or 1, intermediate_size=size.hidden * 11 // 4,
-        max_position_embeddings=2 * size.window, **common,
+    "llama": lambda model, common: transformers.LlamaConfig(
+        hidden_size=model.hidden, num_hidden_layers=model.layers, num_attention_heads=model.hidden // 64 or 1,
+        num_key_value_heads=model.hidden // 128 or 1, intermediate_size=model.hidden * 11 // 4,
+        max_position_embeddings=512, **common,
     ),
-    "mamba": lambda size, common: transformers.MambaConfig(
-        hidden_size=size.hidden, num_hidden_layers=size.layers, **common
+    "mamba": lambda model, common: transformers.MambaConfig(
+        hidden_size=model.hidden, num_hidden_layers=model.layers, **common
     ),
 }  # fmt: skip
 
 
-LANGUAGE_MODELLING = Task("text", ("text",), (), ("perplexity",))
-
-
 class LanguageBench(Bench):
-    """A small language model and a text: as `Bench`, with perplexity in place of a task's metrics.
+    """A causal language model and a text: as `Bench`, with perplexity in place of a task's metrics.
 
-    The dense model is trained from scratch once, for all seeds: a seed decides the order of the rows and the choice of
-    calibration rows in what comes after, as if it were a checkpoint that somebody published.
+    The dense model is trained once for all seeds, or taken from a checkpoint: a seed decides the order of the rows and
+    the choice of calibration rows in what comes after.
 
     Parameters
     ----------
-    family : {"gpt2", "llama", "mamba"}
-    size : Size
+    model : SmallModel or Encoder
+        Trained from scratch, or a checkpoint (see `softlms.zoo.find_encoder`).
+    name : str
+        The model's name in tables.
     text : TokenizedText
+        Made with the model's tokenizer.
     folder : Path
         Holds a subfolder for each run.
+    window : int
+        Tokens a row; perplexity's stride is half of it.
     train_tokens, test_tokens : int, optional
         Use only the first tokens of the training split, and of the other two.
+    split : bool
+        Take GPT-2's fused projections apart before they are factored (`softlms.split_fused`).
     note : callable
         Takes a line of progress.
     """
 
     def __init__(
         self,
-        family: str,
-        size: Size,
+        model: SmallModel | Encoder,
+        name: str,
         text: TokenizedText,
         folder: Path,
         *,
+        window: int = 128,
         train_tokens: int | None = None,
         test_tokens: int | None = None,
+        split: bool = False,
         note: Callable[[str], None] = print,
     ) -> None:
-        small_config(family, size)  # refuses what is unknown
-        self.family, self.size, self.text = family, size, text
+        self.model, self.text, self.window, self.split = model, text, window, split
         self.train_tokens, self.test_tokens = train_tokens, test_tokens
-        source = f"{family}, hidden {size.hidden}, {size.layers} layers, trained here"
-        data = TaskData(dataclasses.replace(LANGUAGE_MODELLING, name=family), {}, text.source)
-        super().__init__(Encoder(family, source), data, folder, max_length=size.window, note=note)
+        encoder = model if isinstance(model, Encoder) else Encoder(str(text.tokenizer), model.source)
+        data = TaskData(dataclasses.replace(LANGUAGE_MODELLING, name=name), {}, text.source)
+        super().__init__(encoder, data, folder, max_length=window, note=note)
 
     @cached_property
     def splits(self) -> dict[str, Any]:
         """Rows of the training split; "dev" and "test" are arrays of ids."""
         ids = self.text.splits
         return {
-            "train": blocks(ids["train"][: self.train_tokens], self.size.window),
+            "train": blocks(ids["train"][: self.train_tokens], self.window),
             "dev": ids["validation"][: self.test_tokens],
             "test": ids["test"][: self.test_tokens],
         }
@@ -129,23 +150,51 @@ class LanguageBench(Bench):
         return default_data_collator
 
     def new_model(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(small_config(self.family, self.size), attn_implementation=attention())
+        return self.load_model(self.model.location) if isinstance(self.model, Encoder) else self.untrained_model()
 
-    def load_model(self, folder: Path) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention())
+    def load_model(self, folder: str | Path) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention(), dtype=torch.float32)
 
-    def targets(self) -> dict[str, tuple[int, int]]:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(small_config(self.family, self.size))
-        return {target.name: target.shape for target in find_targets(model)}
+    def untrained_model(self) -> PreTrainedModel:
+        known = (
+            AutoConfig.from_pretrained(self.model.location) if isinstance(self.model, Encoder) else self.model.config
+        )
+        return AutoModelForCausalLM.from_config(known, attn_implementation=attention())
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        return split_fused(model) if self.split else model
+
+    def training_rows(self, recipe: Recipe, seed: int) -> datasets.Dataset:
+        if recipe.distillation:
+            raise ValueError("Language models are trained without distillation here: set distillation=0.")
+        return super().training_rows(recipe, seed)
 
     def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
-        """Perplexity with a window and half of it as stride."""
-        window = self.size.window
+        """Perplexity in windows that overlap by half."""
+        stride = self.window // 2
         return {
-            split: {"perplexity": perplexity(model, self.splits[split], window=window, stride=window // 2)}
+            split: {"perplexity": perplexity(model, self.splits[split], window=self.window, stride=stride)}
             for split in splits
         }
+
+    def trigram(self) -> dict[str, dict[str, float]]:
+        """Scores of a 3-gram model of the same tokens, trained on the same text."""
+        text = self.text.splits["train"][: self.train_tokens]
+        trigram = Trigram(text, self.untrained_model().config.vocab_size)
+        return {split: {"perplexity": trigram.perplexity(self.splits[split])} for split in ("dev", "test")}
+
+    def extras(self, model: PreTrainedModel) -> dict[str, Any]:
+        """ "sample": what the model writes after the first tokens of the test split, always the likeliest token."""
+        tokenizer = AutoTokenizer.from_pretrained(self.text.tokenizer)
+        start = torch.as_tensor(self.splits["test"][None, :PROMPT]).long().to(model.device)
+        training = model.training
+        with fast_scan():
+            ids = model.eval().generate(
+                start, attention_mask=torch.ones_like(start), max_new_tokens=SAMPLE, do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        model.train(training)
+        return {"prompt": tokenizer.decode(ids[0, :PROMPT]), "sample": tokenizer.decode(ids[0, PROMPT:])}
 
     def run(self, method: str, recipe: Recipe, seed: int) -> Run:
         return super().run(method, recipe, 0 if method == "dense" else seed)
@@ -153,13 +202,14 @@ class LanguageBench(Bench):
     def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
         return super()._place(method, recipe, 0 if method == "dense" else seed)
 
-    def _inputs(self) -> dict[str, Any]:
+    def _inputs(self, pair: str) -> dict[str, Any]:
         ids = hashlib.sha256(b"".join(self.text.splits[split].tobytes() for split in sorted(self.text.splits)))
+        known = weights_hash(self.model.location) if isinstance(self.model, Encoder) else self.model.config.to_dict()
         return {
-            "config": small_config(self.family, self.size).to_dict(),
+            "model": known,
             "ids": ids.hexdigest(),
-            "window": self.size.window,
+            "window": self.window,
             "train_tokens": self.train_tokens,
             "test_tokens": self.test_tokens,
             "language code": code_hash(("language_models", "perplexity", "text", "scan", "fused")),
-        }
+        } | ({} if pair == "dense" else {"split": self.split})

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import copy
 import csv
+import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, uniform_ranks
 from softlms.jobs import use_threads
 from softlms.provenance import hardware, versions
+from softlms.scan import fast_scan
 from softlms.surgery import decompose, soft_layers
 from softlms.tasks import TASKS
 from softlms.zoo import find_encoder
 
-__all__ = ["forward_times", "print_step_times", "random_rows", "step_times"]
+__all__ = ["forward_times", "print_scan_times", "print_step_times", "random_rows", "scan_times", "step_times"]
 
 
 def step_times(
@@ -116,35 +119,73 @@ def _interleaved(
     return {name: taken[2:] for name, taken in seconds.items()}
 
 
+def scan_times(
+    *, hidden: int = 256, layers: int = 6, batch: int = 16, tokens: int = 128, rounds: int = 3, threads: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of Mamba's training step with each selective scan, as in `step_times`.
+
+    Parameters
+    ----------
+    hidden, layers, batch, tokens, rounds, threads : int
+        The plain loop's step takes a minute and more at the sizes given here.
+
+    Returns
+    -------
+    dict
+        "transformers' loop", "mambapy" (transformers' ``use_mambapy``, where it is installed) and "softlms".
+    """
+    inputs = random_rows(4096, batch, tokens)
+    inputs["labels"] = inputs["input_ids"]
+    steps = {}
+    for name in ("transformers' loop", "mambapy", "softlms"):
+        if name == "mambapy" and importlib.util.find_spec("mambapy") is None:
+            continue
+        config = MambaConfig(
+            vocab_size=4096, hidden_size=hidden, num_hidden_layers=layers, use_mambapy=name == "mambapy"
+        )
+        step = _step(MambaForCausalLM(config), inputs)
+        steps[name] = fast_scan()(step) if name == "softlms" else step
+    return _interleaved(steps, rounds, threads, "timing Mamba's training step")
+
+
 def print_step_times(
     *, model: str = "minilm", batch: int = 16, tokens: int = 64, rounds: int = 15, threads: int = 1, out: str = ""
 ) -> None:
     """The ``softlms benchmark`` command: a table of `step_times`, and the same as CSV where `out` names a file."""
     encoder = find_encoder(model)
     seconds = step_times(encoder.for_task(TASKS["mrpc"]), batch=batch, tokens=tokens, rounds=rounds, threads=threads)
-    dense = statistics.median(seconds["dense"])
+    settings = {"encoder": encoder.source, "batch": batch, "tokens": tokens, "threads": threads, "rounds": rounds}
     title = f"training step: {encoder.source}, {batch} x {tokens} tokens, {threads} thread(s), fp32, {rounds} rounds"
-    table = Table("form", "median ms", "quartiles ms", "of dense", title=title)
+    _print_times(seconds, "dense", title, settings, out)
+
+
+def print_scan_times(*, batch: int = 16, tokens: int = 128, rounds: int = 3, threads: int = 2, out: str = "") -> None:
+    """The ``softlms benchmark-scan`` command: `scan_times` as `print_step_times` shows them."""
+    seconds = scan_times(batch=batch, tokens=tokens, rounds=rounds, threads=threads)
+    settings = {"hidden": 256, "layers": 6, "batch": batch, "tokens": tokens, "threads": threads, "rounds": rounds}
+    title = f"Mamba's training step: hidden 256, 6 layers, {batch} x {tokens} tokens, {threads} thread(s), fp32"
+    _print_times(seconds, "transformers' loop", title, settings, out)
+
+
+def _print_times(
+    seconds: Mapping[str, list[float]], reference: str, title: str, settings: Mapping[str, Any], out: str
+) -> None:
+    base = statistics.median(seconds[reference])
+    table = Table("form", "median ms", "quartiles ms", f"of {reference}", title=title)
     rows = []
     for name, taken in seconds.items():
         low, middle, high = [1e3 * q for q in (statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3)]
-        table.add_row(name, f"{middle:.0f}", f"{low:.0f} to {high:.0f}", f"{middle / (1e3 * dense):.2f}")
-        rows.append([name, f"{middle:.1f}", f"{low:.1f}", f"{high:.1f}", f"{middle / (1e3 * dense):.3f}"])
+        share = middle / (1e3 * base)
+        table.add_row(name, f"{middle:.0f}", f"{low:.0f} to {high:.0f}", f"{share:.3g}")
+        rows.append([name, f"{middle:.1f}", f"{low:.1f}", f"{high:.1f}", f"{share:.4g}"])
     Console().print(table)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         with Path(out).open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            settings = {
-                "encoder": encoder.source,
-                "batch": batch,
-                "tokens": tokens,
-                "threads": threads,
-                "rounds": rounds,
-            }
-            settings |= {"hardware": hardware(threads), "versions": versions()}
-            writer.writerow(["form", "median_ms", "quartile1_ms", "quartile3_ms", "of_dense", *settings])
-            writer.writerows([*row, *settings.values()] for row in rows)
+            origin = dict(settings) | {"hardware": hardware(settings["threads"]), "versions": versions()}
+            writer.writerow(["form", "median_ms", "quartile1_ms", "quartile3_ms", f"of_{reference}", *origin])
+            writer.writerows([*row, *origin.values()] for row in rows)
 
 
 def _step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -20,7 +20,7 @@ from softlms.provenance import hardware, versions
 from softlms.tasks import load_task
 from softlms.zoo import find_encoder
 
-__all__ = ["ABLATION", "PROFILES", "Book", "Profile", "open_book", "project_root"]
+__all__ = ["ABLATION", "PROFILES", "Book", "Profile", "make_book", "open_book", "project_root"]
 
 DATA_VARIABLE = "SOFTLMS_DATA"
 
@@ -109,6 +109,13 @@ PROFILES = {
 }
 
 
+class Named(Protocol):
+    """A profile of any kind."""
+
+    @property
+    def name(self) -> str: ...
+
+
 @dataclass
 class Book:
     """An opened notebook: its profile, its bench, and the folders that it writes to.
@@ -118,6 +125,7 @@ class Book:
     name : str
         The notebook's name; figures and tables are named after it.
     profile : Profile
+        Or a `softlms.language_profiles.LanguageProfile`.
     bench : Bench
     figures, results : Path
         ``figures/<profile>`` and ``results/<profile>``.
@@ -126,7 +134,7 @@ class Book:
     """
 
     name: str
-    profile: Profile
+    profile: Named
     bench: Bench
     figures: Path
     results: Path
@@ -177,8 +185,16 @@ class Book:
         partial.replace(path)
         self.written.append(path)
 
+    def save_grid_table(self, table: pd.DataFrame, suffix: str) -> None:
+        """Write a `softlms.report.Report.table` as Markdown and LaTeX."""
+        flat = table.copy()
+        flat.columns = pd.Index([" ".join(column) for column in flat.columns])
+        self.save_text(flat.reset_index().to_markdown(index=False), f"_{suffix}.md")
+        self.save_text(flat.reset_index().to_latex(index=False, escape=True), f"_{suffix}.tex")
+
     def save_text(self, text: str, suffix: str) -> None:
         """Write a table for people, Markdown or LaTeX; `suffix` ends in the file's kind."""
+        self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{self.name}{suffix}"
         path.write_text(text if text.endswith("\n") else text + "\n")
         self.written.append(path)
@@ -214,18 +230,19 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
         raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
     chosen = PROFILES[profile]
     source = data or (os.environ.get(DATA_VARIABLE, "") if chosen.data == "hub" else "") or chosen.data
-    root = project_root()
-    bench = Bench(
-        find_encoder(model or chosen.encoder),
-        load_task(chosen.task, source),
-        root / "runs",
-        chosen.max_length,
-        chosen.train_rows,
-    )
+    runs = project_root() / "runs"
+    task = load_task(chosen.task, source)
+    bench = Bench(find_encoder(model or chosen.encoder), task, runs, chosen.max_length, chosen.train_rows)
+    return make_book(name, chosen, bench, source)
+
+
+def make_book(name: str, profile: Named, bench: Bench, data: str) -> Book:
+    """Set this process up for a notebook, and open its book; see `Book`."""
     plotting.use_style()
     be_quiet()
     torch.set_num_threads(1)  # as in the processes of softlms.jobs: a number depends on nothing that is free by chance
-    return Book(name, chosen, bench, root / "figures" / profile, root / "results" / profile, source)
+    root = project_root()
+    return Book(name, profile, bench, root / "figures" / profile.name, root / "results" / profile.name, data)
 
 
 def project_root() -> Path:

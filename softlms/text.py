@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softlms import corpus
 from softlms.language import SPLITS, load_text
-from softlms.provenance import code_hash
+from softlms.provenance import code_hash, weights_hash
 
 __all__ = ["TokenizedText", "blocks", "tokenize_text", "train_tokenizer"]
 
@@ -43,40 +44,50 @@ class TokenizedText:
     source: str
 
 
-def tokenize_text(data: str | Path, vocabulary: int, folder: Path) -> TokenizedText:
+def tokenize_text(
+    data: str | Path, tokenizer: int | str, folder: Path, *, libraries: tuple[str, ...] = corpus.LIBRARIES
+) -> TokenizedText:
     """Load a text, train a tokenizer on its training split, and keep both, so that it is done once.
 
     Parameters
     ----------
     data : str or path
         As for `softlms.language.load_text`.
-    vocabulary : int
-        Size of the byte-level BPE's vocabulary, at least 257: all bytes and an end mark.
+    tokenizer : int or str
+        Size of the vocabulary of a byte-level BPE to train, at least 257 (all bytes and an end mark); or folder or hub
+        name of a tokenizer to use.
     folder : Path
-        Holds a subfolder for each text and vocabulary.
+        Holds a subfolder for each text and tokenizer.
+    libraries : tuple of str
+        Of the embedded corpus.
 
     Raises
     ------
     ValueError, FileNotFoundError
         As from `load_text`, or the vocabulary is too small.
     """
-    if vocabulary < 257:
-        raise ValueError(f"A byte-level vocabulary has 256 bytes and an end mark at least; got {vocabulary}.")
+    if isinstance(tokenizer, int) and tokenizer < 257:
+        raise ValueError(f"A byte-level vocabulary has 256 bytes and an end mark at least; got {tokenizer}.")
     embedded = data == "embedded"
     # parsing every library takes a minute: where their versions say what the text is, it is read only if need be
     texts = {} if embedded else load_text(data)
-    content = [f"{name} {version(name)}" for name in corpus.LIBRARIES] if embedded else [texts[s] for s in SPLITS]
-    depends = json.dumps([vocabulary, code_hash(("corpus", "language", "text")), version("tokenizers"), *content])
+    content = [f"{name} {version(name)}" for name in libraries] if embedded else [texts[s] for s in SPLITS]
+    known = tokenizer if isinstance(tokenizer, int) else weights_hash(tokenizer)
+    depends = json.dumps([known, code_hash(("corpus", "language", "text")), version("tokenizers"), *content])
     place = folder / f"text-{hashlib.sha256(depends.encode()).hexdigest()[:12]}"
     if not place.is_dir():
-        texts = texts or load_text(data)
-        partial = place.with_suffix(".partial")
+        texts = texts or load_text(data, libraries=libraries)
+        partial = place.with_name(f"{place.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tokenizer = train_tokenizer(texts["train"], vocabulary)
-        tokenizer.save_pretrained(partial)
+        made = (
+            train_tokenizer(texts["train"], tokenizer)
+            if isinstance(tokenizer, int)
+            else AutoTokenizer.from_pretrained(tokenizer)
+        )
+        made.save_pretrained(partial)
         for split in SPLITS:
-            ids = tokenizer(texts[split], verbose=False)["input_ids"]
+            ids = made(texts[split], add_special_tokens=False, verbose=False)["input_ids"]
             np.save(partial / f"{split}.npy", np.asarray(ids, dtype=np.int32))
         partial.rename(place)
     source = {"embedded": "docstrings of installed libraries", "hub": "hub: WikiText-2"}.get(

@@ -37,6 +37,7 @@ def make_figures(
     profile: str = "quick",
     data: str = "",
     model: str = "",
+    text: str = "",
     console: Console | None = None,
 ) -> int:
     """Run notebooks headless, one after the other; a failure does not stop the others.
@@ -46,7 +47,9 @@ def make_figures(
     names : sequence of str
         Notebooks by name or by its beginning (``03``); all when empty.
     profile, data, model : str
-        See `softlms.profiles.open_book`.
+        See `softlms.profiles.open_book`; a notebook gets those that it has.
+    text : str
+        See `softlms.language_profiles.open_language_book`.
     console : rich.console.Console, optional
         Where progress and the table go.
 
@@ -58,18 +61,24 @@ def make_figures(
     Raises
     ------
     ValueError, FileNotFoundError
-        Unknown profile or notebook, or no checkout: before anything runs.
+        Unknown profile or notebook, what was given is no parameter of any of them, or no checkout: before anything
+        runs.
     """
     console = console or Console()
     if profile not in PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
     # a folder is given from where the user stands, the notebooks run elsewhere
-    data = str(Path(data).resolve()) if data and data not in ("hub", "embedded") else data
+    data, text = (str(Path(x).resolve()) if x and x not in ("hub", "embedded") else x for x in (data, text))
     if os.environ.get(DATA_VARIABLE) and os.environ[DATA_VARIABLE] != "hub":
         os.environ[DATA_VARIABLE] = str(Path(os.environ[DATA_VARIABLE]).resolve())
     model = str(Path(model).resolve()) if model and Path(model).is_dir() else model
     root = project_root()
     chosen = _choose(root / "notebooks", names)
+    known = {path: papermill.inspect_notebook(path) for path in chosen}
+    given = {"profile": profile} | {k: v for k, v in {"data": data, "model": model, "text": text}.items() if v}
+    for name in given:
+        if not any(name in parameters for parameters in known.values()):
+            raise ValueError(f"None of {', '.join(path.stem for path in chosen)} has the parameter {name!r}.")
     outcomes = []
     columns = (
         SpinnerColumn(),
@@ -82,7 +91,7 @@ def make_figures(
         task = progress.add_task("", total=len(chosen))
         for path in chosen:
             progress.update(task, description=f"{path.stem} ({profile})")
-            outcomes.append(_run(path, root, {"profile": profile, "data": data, "model": model}))
+            outcomes.append(_run(path, root, {name: given[name] for name in given if name in known[path]}))
             progress.advance(task)
             if outcomes[-1].error:
                 progress.console.print(f"[red]{path.stem} failed[/red]: {outcomes[-1].error}", highlight=False)

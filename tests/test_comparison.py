@@ -92,9 +92,9 @@ def test_every_profile_has_a_grid_that_can_be_done():
     assert first == "mrpc"
 
 
-def test_costs_are_those_of_the_deployed_model(tiny_folder, bench):
+def test_costs_are_those_of_the_deployed_model(bench):
     ranks = dict.fromkeys(bench.targets(), 3)
-    table = costs(str(tiny_folder), {"thin": ranks}, tokens=16, rounds=2).set_index("row")
+    table = costs(bench, {"thin": ranks}, tokens=16, rounds=2).set_index("row")
     model = truncate(bench.encoder.for_task(bench.data.task), ranks)
     assert table.loc["dense", "flops_of_dense"] == table.loc["dense", "speedup"] == 1
     saved = sum(m * n - 3 * (m + n) for m, n in bench.targets().values())

@@ -4,10 +4,11 @@ import torch
 from transformers import AutoTokenizer
 
 from softlms.experiments import Recipe
-from softlms.language_models import FAMILIES, LanguageBench, Size, small_config
+from softlms.language_models import FAMILIES, LanguageBench, SmallModel
 from softlms.text import blocks, tokenize_text, train_tokenizer
+from softlms.zoo import find_encoder
 
-SIZE = Size(hidden=64, layers=1, vocabulary=300, window=16)
+SIZE = {"hidden": 64, "layers": 1, "vocabulary": 300}
 RECIPE = Recipe(
     dense_epochs=3, dense_learning_rate=3e-3, epochs=1, batch_size=8, learning_rate=1e-3, static_learning_rate=1e-3,
     alpha_learning_rate=0.1, deadline=0.6, unit="mean", s=12.5, calibration_rows=16,
@@ -51,10 +52,15 @@ def test_blocks_are_the_text_in_rows():
     assert rows["input_ids"].dtype == torch.int64
 
 
+def bench_of(model, folder, tmp_path, **options):
+    vocabulary = SIZE["vocabulary"] if isinstance(model, SmallModel) else model.location
+    text = tokenize_text(folder, vocabulary, tmp_path)
+    return LanguageBench(model, "lm", text, tmp_path / "runs", window=16, note=lambda line: None, **options)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_and_is_compressed(folder, tmp_path, family):
-    text = tokenize_text(folder, SIZE.vocabulary, tmp_path)
-    bench = LanguageBench(family, SIZE, text, tmp_path / "runs", note=lambda line: None)
+    bench = bench_of(SmallModel(family, **SIZE), folder, tmp_path)
     dense = bench.run("dense", RECIPE, 1)
     assert dense.result["scores"]["test"]["perplexity"] < 6 and dense.result["kept_linear"] == 1
     assert bench.run("dense", RECIPE, 0).result == dense.result  # one checkpoint for all seeds
@@ -64,9 +70,32 @@ def test_every_family_learns_and_is_compressed(folder, tmp_path, family):
         tuned, untuned = (result["scores"]["dev"]["perplexity"] for result in runs)
         assert tuned < untuned
         assert runs[0]["encoder"].startswith(family) and runs[0]["data"] == "folder: wiki0"
+        assert len(runs[0]["sample"]) > 20 and runs[0]["prompt"] == dense.result["prompt"]
     assert set(bench.targets()) == set(dense.result["ranks"])
+    with pytest.raises(ValueError, match="set distillation=0"):
+        bench.run("svd+uniform", RECIPE.changed(distillation=0.5), 0)
+
+
+def test_fused_projections_are_split_for_the_cut_only(folder, tmp_path):
+    whole, split = (bench_of(SmallModel("gpt2", **SIZE), folder, tmp_path, split=s) for s in (False, True))
+    assert whole.run("dense", RECIPE, 0).result == split.run("dense", RECIPE, 0).result
+    ranks = split.run("svd+uniform", RECIPE, 0).result["ranks"]
+    assert set(ranks) == set(split.targets()) and any(name.endswith("c_attn.q") for name in ranks)
+    assert any(name.endswith("c_attn") for name in whole.run("svd+uniform", RECIPE, 0).result["ranks"])
+    assert not any(name.endswith("c_attn.q") for name in whole.targets())
+
+
+def test_a_checkpoint_is_taken_as_it_is(folder, tmp_path):
+    small = SmallModel("llama", **SIZE)
+    trained = bench_of(small, folder, tmp_path).run("dense", RECIPE, 0)
+    text = tokenize_text(folder, SIZE["vocabulary"], tmp_path)
+    AutoTokenizer.from_pretrained(text.tokenizer).save_pretrained(trained.model)
+    bench = bench_of(find_encoder(str(trained.model)), folder, tmp_path / "other")
+    again = bench.run("dense", RECIPE.changed(dense_epochs=0), 0).result
+    assert again["scores"] == trained.result["scores"] and again["steps"] == 0
+    assert bench.run("svd+uniform", RECIPE.changed(dense_epochs=0), 0).result["kept_linear"] <= 0.5
 
 
 def test_unknown_family():
     with pytest.raises(ValueError, match="Unknown family 'bert'; known: gpt2, llama, mamba"):
-        small_config("bert", SIZE)
+        SmallModel("bert")

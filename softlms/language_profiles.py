@@ -1,0 +1,176 @@
+"""The language-model notebooks at three sizes: models, text and grid of each profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from softlms import corpus
+from softlms.comparison import WHITENED_SOFT, Grid, Pass, Setting
+from softlms.experiments import Recipe
+from softlms.language_models import FAMILIES, LanguageBench, SmallModel
+from softlms.profiles import Book, make_book, project_root
+from softlms.text import tokenize_text
+from softlms.zoo import find_encoder
+
+__all__ = ["LANGUAGE_PROFILES", "LanguageProfile", "open_language_book"]
+
+
+@dataclass(frozen=True)
+class LanguageProfile:
+    """One size of the language-model notebooks.
+
+    Attributes
+    ----------
+    text : str
+        See `softlms.language.load_text`.
+    models : mapping
+        Family to a model that is trained from scratch, or to the folder or hub name of a checkpoint.
+    grid : Grid
+        Its tasks are the families.
+    window, train_tokens, test_tokens
+        See `softlms.language_models.LanguageBench`.
+    libraries : tuple of str
+        Of the embedded corpus.
+    """
+
+    name: str
+    text: str
+    models: Mapping[str, SmallModel | str]
+    grid: Grid
+    window: int = 128
+    train_tokens: int | None = None
+    test_tokens: int | None = None
+    libraries: tuple[str, ...] = corpus.LIBRARIES
+
+
+METHODS = ("svd+uniform", "whitened+uniform", "whitened+energy", "svd+soft", "whitened+soft")
+
+LANGUAGE_PROFILES = {
+    profile.name: profile
+    for profile in (
+        LanguageProfile(
+            "quick",
+            "embedded",
+            {family: SmallModel(family, hidden=128, layers=2, vocabulary=1024) for family in FAMILIES},
+            Grid(
+                Recipe(
+                    dense_learning_rate=3e-3,
+                    dense_epochs=1,
+                    epochs=0.1,
+                    learning_rate=5e-4,
+                    static_learning_rate=5e-4,
+                    alpha_learning_rate=8e-3,
+                    deadline=0.6,
+                    calibration_rows=128,
+                    further_keeps=(0.35,),
+                    bf16=True,
+                ),
+                dict.fromkeys(FAMILIES, Setting()),
+                (0, 1),
+                (Pass(METHODS, (0.5,)),),
+                {"whitened+soft": WHITENED_SOFT},
+            ),
+            window=64,
+            train_tokens=600_000,
+            test_tokens=8192,
+            libraries=corpus.SMALL_LIBRARIES,
+        ),
+        LanguageProfile(
+            "laptop",
+            "embedded",
+            {family: SmallModel(family) for family in FAMILIES},
+            Grid(
+                Recipe(
+                    dense_learning_rate=1e-3,
+                    dense_epochs=1.5,
+                    epochs=0.1,
+                    learning_rate=3e-4,
+                    static_learning_rate=3e-4,
+                    alpha_learning_rate=8e-3,
+                    deadline=0.6,
+                    further_keeps=(0.5, 0.35),
+                    bf16=True,
+                ),
+                dict.fromkeys(FAMILIES, Setting()),
+                (0, 1, 2),
+                (Pass(METHODS, (0.5,)), Pass(METHODS, (0.35, 0.75))),
+                {"whitened+soft": WHITENED_SOFT},
+            ),
+            train_tokens=4_000_000,
+            test_tokens=16384,
+        ),
+        LanguageProfile(
+            "paper",
+            "hub",
+            {
+                "gpt2": "openai-community/gpt2",
+                "llama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+                "mamba": "state-spaces/mamba-130m-hf",
+            },
+            Grid(
+                Recipe(
+                    dense_learning_rate=2e-5,
+                    dense_epochs=1,
+                    epochs=1,
+                    learning_rate=5e-5,
+                    static_learning_rate=5e-5,
+                    alpha_learning_rate=8e-3,
+                    deadline=0.6,
+                    further_keeps=(0.5, 0.35),
+                ),
+                dict.fromkeys(FAMILIES, Setting()),
+                (0, 1, 2),
+                (Pass(METHODS, (0.5,)), Pass(METHODS, (0.35, 0.75))),
+                {"whitened+soft": WHITENED_SOFT},
+            ),
+            window=1024,
+        ),
+    )
+}
+
+
+def open_language_book(
+    name: str, family: str, *, profile: str, text: str = "", checkpoint: str = "", split: bool = False
+) -> Book:
+    """Open a language-model notebook for a profile; its bench is a `LanguageBench`.
+
+    Parameters
+    ----------
+    name : str
+        The notebook's name without ending.
+    family : {"gpt2", "llama", "mamba"}
+    profile : str
+        A key of `LANGUAGE_PROFILES`.
+    text : str
+        Replaces the profile's text: a folder, "hub" or "embedded"; see `softlms.language.load_text`.
+    checkpoint : str
+        Replaces the profile's model: folder or hub name of a causal language model of this family.
+    split : bool
+        See `LanguageBench`.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Unknown profile, or as from `tokenize_text` and `find_encoder`: before any work.
+    """
+    if profile not in LANGUAGE_PROFILES:
+        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(LANGUAGE_PROFILES)}.")
+    chosen = LANGUAGE_PROFILES[profile]
+    known = checkpoint or chosen.models[family]
+    model = find_encoder(known) if isinstance(known, str) else known
+    runs = project_root() / "runs"
+    tokenizer = model.vocabulary if isinstance(model, SmallModel) else model.location
+    source = str(Path(text).expanduser()) if text and text not in ("hub", "embedded") else text or chosen.text
+    bench = LanguageBench(
+        model,
+        family,
+        tokenize_text(source, tokenizer, runs, libraries=chosen.libraries),
+        runs,
+        window=chosen.window,
+        train_tokens=chosen.train_tokens,
+        test_tokens=chosen.test_tokens,
+        split=split,
+    )
+    return make_book(name, chosen, bench, source)
