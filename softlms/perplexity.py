@@ -81,7 +81,7 @@ class Trigram:
     Kneser and Ney (1995) as interpolated by Chen and Goodman (1999), section 2.7.
     """
 
-    def __init__(self, tokens: Sequence[int], vocabulary: int, discount: float = 0.75) -> None:
+    def __init__(self, tokens: Sequence[int] | np.ndarray, vocabulary: int, discount: float = 0.75) -> None:
         text = np.asarray(tokens, dtype=np.int64)
         self.vocabulary, self.discount = vocabulary, discount
         trigrams = _Counts((text[:-2] * vocabulary + text[1:-1]) * vocabulary + text[2:])
@@ -95,7 +95,7 @@ class Trigram:
         seen = (unigrams.values > 0).sum()
         self.unigram = (np.maximum(unigrams.values - discount, 0) + discount * seen / vocabulary) / types
 
-    def perplexity(self, tokens: Sequence[int]) -> float:
+    def perplexity(self, tokens: Sequence[int] | np.ndarray) -> float:
         """exp of the mean negative log-likelihood of all tokens but the first two."""
         text, V = np.asarray(tokens, dtype=np.int64), self.vocabulary
         probability = self.unigram[text[2:]]

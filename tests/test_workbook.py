@@ -64,6 +64,7 @@ def test_bad_input_stops_before_anything_runs(checkout, capsys):
     for arguments, message in (
         (["figures", "--profile", "huge"], "Unknown profile 'huge'; known: quick, laptop, paper"),
         (["figures", "99"], "Unknown notebook '99'; known: 01_good, 02_bad, 03_good"),
+        (["figures", "01", "--text", "embedded"], "None of 01_good has the parameter 'text'"),
     ):
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err
