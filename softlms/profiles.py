@@ -17,6 +17,7 @@ from softlms.comparison import Setting
 from softlms.experiments import Bench, Recipe
 from softlms.jobs import be_quiet
 from softlms.provenance import hardware, versions
+from softlms.report import Report
 from softlms.tasks import load_task
 from softlms.zoo import find_encoder
 
@@ -185,12 +186,17 @@ class Book:
         partial.replace(path)
         self.written.append(path)
 
-    def save_grid_table(self, table: pd.DataFrame, suffix: str) -> None:
-        """Write a `softlms.report.Report.table` as Markdown and LaTeX."""
-        flat = table.copy()
-        flat.columns = pd.Index([" ".join(column) for column in flat.columns])
-        self.save_text(flat.reset_index().to_markdown(index=False), f"_{suffix}.md")
-        self.save_text(flat.reset_index().to_latex(index=False, escape=True), f"_{suffix}.tex")
+    def save_report(self, report: Report) -> None:
+        """Write a grid's rows, ranks, means and verdicts, and its tables as Markdown and LaTeX."""
+        self.save_table(report.rows)
+        self.save_table(report.ranks, "_ranks")
+        self.save_table(report.summary, "_summary")
+        self.save_table(report.verdicts(), "_verdicts")
+        for split in ("dev", "test"):
+            if (table := report.table(split)) is not None:
+                table.columns = pd.Index([" ".join(column) for column in table.columns])
+                self.save_text(table.reset_index().to_markdown(index=False), f"_{split}.md")
+                self.save_text(table.reset_index().to_latex(index=False, escape=True), f"_{split}.tex")
 
     def save_text(self, text: str, suffix: str) -> None:
         """Write a table for people, Markdown or LaTeX; `suffix` ends in the file's kind."""

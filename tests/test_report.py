@@ -1,0 +1,117 @@
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from softlms.budget import Budget, uniform_ranks
+from softlms.experiments import Bench, Recipe, Run
+from softlms.jobs import Job
+from softlms.language_models import LanguageBench, SmallModel
+from softlms.report import Report
+from softlms.tasks import TASKS, TaskData
+from softlms.text import TokenizedText
+from softlms.zoo import find_encoder
+
+RECIPE = Recipe(further_keeps=(0.4,))
+F1 = {"dense": (0.9, 0.9), "svd+uniform": (0.7, 0.72), "whitened+uniform": (0.8, 0.84), "whitened+soft": (0.84, 0.86)}
+
+
+@pytest.fixture
+def bench(tiny_folder, tmp_path):
+    return Bench(find_encoder(str(tiny_folder)), TaskData(TASKS["mrpc"], {}, "nowhere"), tmp_path)
+
+
+@pytest.fixture
+def language_bench(tmp_path):
+    text = TokenizedText({}, tmp_path, "nowhere")
+    return LanguageBench(SmallModel("gpt2", hidden=64, layers=2, vocabulary=300), "gpt2", text, tmp_path)
+
+
+def cell(bench, method, seed, score, metric="f1", **changes):
+    ranks = uniform_ranks(bench.targets(), Budget(0.5, "linear").limit(bench.targets(), 0))
+    dense = method == "dense"
+    result = {
+        "scores": {"dev": {metric: score}, "test": {metric: score}},
+        "ranks": ranks, "kept_linear": 1.0 if dense else 0.5, "kept_total": 1.0 if dense else 0.7,
+        "parameters_linear": 10, "parameters_total": 20, "steps": 5, "seconds": 1.0, "hardware": "a machine",
+        "versions": "", "data": "", "encoder": "", "sample": f"{method} wrote this",
+    }  # fmt: skip
+    if method.endswith("soft"):
+        result["further"] = {"0.4": {"dev": {metric: score / 2}}}
+    if not dense:
+        result["untuned"] = {"dev": {metric: score / 3}}
+    return Job(bench, method, RECIPE, seed), Run(result | changes)
+
+
+def report_of(bench, scores, metric="f1", **changes):
+    cells = [cell(bench, m, seed, s, metric, **changes) for m, both in scores.items() for seed, s in enumerate(both)]
+    return Report(cells, {bench.data.task.name: bench}, (0, 1))
+
+
+def test_table_shows_means_spreads_and_missing_seeds(bench):
+    table = report_of(bench, F1 | {"svd+energy": (0.5,)}).table("dev")
+    assert list(table.index.get_level_values("method")) == ["dense", *list(F1)[1:], "svd+energy"]
+    assert table.loc[("mrpc", 0.5, "whitened+uniform"), ("f1", "recovered")] == "82.0 ± 2.8"
+    assert table.loc[("mrpc", 0.5, "whitened+uniform"), ("f1", "untuned")] == "27.3 ± 0.9"
+    assert table.loc[("mrpc", 0.5, "svd+energy"), ("f1", "recovered")] == "50.0 (1)"
+    assert report_of(bench, F1).table("other") is None
+
+
+def test_verdict_pairs_seeds_and_its_sign_favours_softlms(bench, language_bench):
+    line = report_of(bench, F1).verdicts().iloc[0]
+    assert (line.soft, line.rival, line.seeds, line.split) == ("whitened+soft", "whitened+uniform", 2, "test")
+    assert line.difference == pytest.approx(3) and line.low95 < 3 < line.high95
+    perplexities = {"dense": (10, 10), "svd+uniform": (30, 31), "whitened+uniform": (20, 21), "whitened+soft": (18, 18)}
+    line = report_of(language_bench, perplexities, "perplexity").verdicts().iloc[0]
+    assert (line.rival, line.rival_mean, line.difference) == ("whitened+uniform", 20.5, 2.5)
+
+
+def test_a_model_cut_further_stands_beside_the_one_trained_for_it(bench):
+    trained = {"whitened+soft": (0.6, 0.6)}
+    cells = report_of(bench, F1).cells
+    smaller = [
+        (
+            Job(bench, job.method, RECIPE.changed(keep=0.4), job.seed),
+            Run(run.result | {"kept_linear": 0.4, "further": {}}),
+        )
+        for job, run in report_of(bench, trained).cells
+    ]
+    line = Report([*cells, *smaller], {"mrpc": bench}, (0, 1)).cut_further().iloc[0]
+    assert (line["cut further"], line["trained for it"]) == ("42.5 ± 0.7", "60.0 ± 0.0")
+    assert report_of(bench, F1).cut_further()["trained for it"].tolist() == [""]
+
+
+def test_hardware_is_not_mixed_and_budgets_are_filled(bench):
+    cells = report_of(bench, F1).cells
+    other = cell(bench, "svd+energy", 0, 0.5, hardware="another machine")
+    with pytest.raises(ValueError, match="Rows of mrpc were made on 2 kinds of hardware"):
+        Report([*cells, other], {"mrpc": bench}, (0, 1))
+    for kept in (0.51, 0.45):
+        with pytest.raises(ValueError, match="Not filled to the budget"):
+            report_of(bench, F1 | {"svd+energy": (0.5,)}, kept_linear=kept)
+
+
+@pytest.mark.parametrize("kind", ["bench", "language_bench"])
+def test_drawings_show_every_method(kind, request):
+    bench = request.getfixturevalue(kind)
+    metric = bench.data.task.metrics[0]
+    report = report_of(bench, F1, metric)
+    quality, ranks = report.plot_quality(), report.plot_ranks()
+    labels = [text.get_text() for text in quality.legends[0].get_texts()]
+    assert labels == ["dense", "svd", "whitened", "uniform", "soft"]
+    assert {ax.get_title() for ax in ranks.axes if ax.get_title()} == set(F1) - {"dense"}
+    symbols = [tick.get_text() for tick in ranks.axes[0].get_yticklabels()]
+    assert symbols == (["W_Q", "W_K", "W_V", "W_proj", "W_fc1", "W_fc2"] if kind == "bench" else
+                       ["W_QKV", "W_proj", "W_fc1", "W_fc2"])  # fmt: skip
+    plt.close("all")
+
+
+def test_costs_name_methods_of_equal_ranks_once(bench):
+    table = report_of(bench, F1).costs(tokens=16, rounds=2)
+    assert table.row.tolist() == ["dense", "svd+uniform, whitened+uniform, whitened+soft at 0.5"]
+    assert 0 < table.flops_of_dense[1] < 1
+
+
+def test_samples_are_those_of_the_first_seed(language_bench):
+    samples = report_of(language_bench, F1, "perplexity").samples()
+    pd.testing.assert_series_equal(samples.method, pd.Series(list(F1), name="method"))
+    assert samples["sample"][0] == "dense wrote this" and samples.keep.tolist() == [1.0, 0.5, 0.5, 0.5]
