@@ -91,6 +91,8 @@ class Report:
     def verdicts(self) -> pd.DataFrame:
         """The better SoftLMs row against the best other one, both chosen on dev, paired over seeds where reported.
 
+        Among the methods that were run at all seeds.
+
         Columns task, keep, split, soft, soft_mean, rival, rival_mean, seeds, difference, low95, high95; a difference
         above zero is in favour of SoftLMs, also where less is better.
         """
@@ -98,7 +100,7 @@ class Report:
         lines = []
         for (task, keep), _ in recovered.groupby(["task", "keep"]):
             lower = self.leading[task] in UNSCALED
-            order = self._by_seed(task, keep, "dev").mean().sort_values(ascending=lower).index
+            order = self._by_seed(task, keep, "dev").dropna(axis=1).mean().sort_values(ascending=lower).index
             soft, rival = (order[order.str.endswith("+soft") == is_soft] for is_soft in (True, False))
             if not len(soft) or not len(rival):
                 continue

@@ -58,17 +58,10 @@ def test_hub(monkeypatch):
     assert load_text("hub")["validation"] == "validation\n"
 
 
-def test_embedded_text_splits_share_no_docstring():
-    text = load_text("embedded")
-    assert len(text["train"]) > 5_000_000 and len(text["test"]) > 200_000
-    long = {s: {p for p in t.split("\n\n") if len(p) > 400} for s, t in text.items()}
-    shared = long["train"] & long["test"]
-    assert len(shared) < 0.06 * len(long["test"])  # boilerplate paragraphs that different docstrings repeat
-
-
 def test_embedded_text_says_nothing_twice():
-    text = load_text("embedded", libraries=("rich", "papermill"))
+    text = load_text("embedded", libraries=corpus.SMALL_LIBRARIES)
     paragraphs = {split: [" ".join(p.split()) for p in part.split("\n\n")] for split, part in text.items()}
     every = [p for part in paragraphs.values() for p in part]
-    assert len(every) == len(set(every)) > 300
-    assert len(paragraphs["train"]) > 3 * max(len(paragraphs["validation"]), len(paragraphs["test"])) > 0
+    assert len(every) == len(set(every)) 
+    assert len(text["train"]) > 3_000_000 and len(text["test"]) > 200_000
+    assert len(paragraphs["train"]) > 3 * max(len(paragraphs["validation"]), len(paragraphs["test"]))
