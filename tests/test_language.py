@@ -62,6 +62,6 @@ def test_embedded_text_says_nothing_twice():
     text = load_text("embedded", libraries=corpus.SMALL_LIBRARIES)
     paragraphs = {split: [" ".join(p.split()) for p in part.split("\n\n")] for split, part in text.items()}
     every = [p for part in paragraphs.values() for p in part]
-    assert len(every) == len(set(every)) 
+    assert len(every) == len(set(every))
     assert len(text["train"]) > 3_000_000 and len(text["test"]) > 200_000
     assert len(paragraphs["train"]) > 3 * max(len(paragraphs["validation"]), len(paragraphs["test"]))
