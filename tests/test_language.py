@@ -1,5 +1,6 @@
 import pytest
 
+from softlms import corpus
 from softlms.language import load_text
 
 
