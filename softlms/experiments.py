@@ -1,4 +1,4 @@
-"""The runs behind the figures: fine-tune, cut statically, learn ranks; each stored, so that none is done twice.
+"""The runs behind the figures, each stored, so that none is done twice.
 
 A run is one method at one seed. Its folder under ``runs/`` is named by a key of everything it depends on: recipe,
 encoder, sentences, the library's code and versions. It is written under a temporary name and moved when whole, so a
@@ -7,7 +7,6 @@ killed batch continues with the first run that is missing.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch
@@ -31,127 +30,30 @@ from transformers import (
     PreTrainedModel,
     TrainingArguments,
 )
-from transformers.trainer_callback import PrinterCallback
 
-from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
+from softlms.allocate import sensitivity_curves
 from softlms.architectures import find_targets
-from softlms.budget import Budget, count_parameters
 from softlms.calibration import LayerStatistics, calibrate
 from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
-from softlms.factorize import FACTORIZATIONS, Factors, factorize
+from softlms.factorize import Factors, factorize
 from softlms.jobs import Job, available_processes, run_jobs, use_threads
-from softlms.masks import MaskTrainer
+from softlms.methods import cut_and_recover, learn_ranks, train_dense
 from softlms.provenance import code_hash, hardware, versions, weights_hash
+from softlms.recipe import Recipe, parse_method
 from softlms.scan import fast_scan
-from softlms.surgery import decompose, deploy, truncate
 from softlms.tasks import TaskData, encode
-from softlms.training import DistillingTrainer, SoftTrainer
 from softlms.zoo import Encoder, attention, load_classifier
 
-__all__ = ["PAPER_NAMES", "Bench", "Recipe", "Run", "parse_method"]
+__all__ = ["Bench", "Run"]
 
 # what a run's numbers depend on; plotting and the workbook are not among them
 _SOURCES = (
     "thresholds", "losses", "layers", "architectures", "calibration", "factorize", "allocate", "masks", "surgery",
-    "budget", "training", "evaluation", "tasks", "glue", "corpus", "zoo", "experiments",
+    "budget", "training", "evaluation", "tasks", "glue", "corpus", "zoo", "recipe", "methods", "experiments",
 )  # fmt: skip
 
 # a run's numbers do not depend on how many cores are free, nor on whether others run beside it
 _THREADS = 1
-
-# the paper's names of two of the pairs
-PAPER_NAMES = {"static": "svd+uniform", "adaptive": "svd+soft"}
-LEARNED = ("mask", "soft")
-
-Trained = TypeVar("Trained", bound=DistillingTrainer)
-
-
-def parse_method(method: str) -> tuple[str, str]:
-    """Factorization and allocation of a method's name.
-
-    Parameters
-    ----------
-    method : str
-        A pair such as "whitened+energy", or "static" or "adaptive", the paper's names of svd+uniform and svd+soft.
-        Allocations are those of `softlms.allocate`, "mask" (`softlms.MaskTrainer`) and "soft" (`softlms.SoftTrainer`).
-
-    Raises
-    ------
-    ValueError
-        No such pair.
-    """
-    factorization, _, allocation = PAPER_NAMES.get(method, method).partition("+")
-    if factorization not in FACTORIZATIONS or allocation not in (*ALLOCATIONS, *LEARNED):
-        raise ValueError(
-            f"Unknown method {method!r}; known: dense, {', '.join(PAPER_NAMES)}, and a pair FACTORIZATION+ALLOCATION "
-            f"of {', '.join(FACTORIZATIONS)} and {', '.join((*ALLOCATIONS, *LEARNED))}."
-        )
-    return factorization, allocation
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every setting of a run; epochs may be fractions.
-
-    Attributes
-    ----------
-    dense_learning_rate, dense_epochs
-        Fine-tuning of the dense model; 0 epochs take it as it is.
-    learning_rate, static_learning_rate
-        Training while compressing and recovering (soft thresholds), and after the cut (all others): each has its
-        own best.
-    epochs
-        Length of that training, the same for all; the steps that masks take to learn are among them. 0 leaves a
-        method untuned.
-    batch_size : int
-    distillation : float
-        Share of the dense model's logits in the task loss, for all methods alike.
-    keep, count
-        The budget; see `softlms.budget.Budget`.
-    gamma, alpha_learning_rate, deadline, s, unit, compression_loss, weigh_by_size
-        See `softlms.training.SoftTrainer` and `softlms.surgery.decompose`.
-    start : {"fine-tuned", "pretrained"}
-        The weights that are decomposed.
-    calibration_rows : int
-        Training rows for data-aware factors and for sensitivity (a quarter of them there).
-    mask_learning_rate : float
-        Of the masks' scores.
-    further_keeps : tuple of float
-        Smaller budgets that a model with soft thresholds is also cut to after its training, without any more.
-    bf16 : bool
-        Train under bfloat16 autocast; parameters, thresholds and evaluation stay in float32.
-    """
-
-    dense_learning_rate: float = 5e-5
-    dense_epochs: float = 3
-    learning_rate: float = 1e-4
-    static_learning_rate: float = 2e-4
-    epochs: float = 3
-    batch_size: int = 16
-    distillation: float = 0.0
-    keep: float = 0.5
-    count: str = "linear"
-    gamma: float = 0.1
-    alpha_learning_rate: float = 2e-3
-    deadline: float = 1.0
-    s: float = 50.0
-    unit: str = "max"
-    compression_loss: str = "adaptive"
-    weigh_by_size: bool = False
-    start: str = "fine-tuned"
-    calibration_rows: int = 256
-    mask_learning_rate: float = 0.05
-    further_keeps: tuple[float, ...] = ()
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        if self.start not in ("fine-tuned", "pretrained"):
-            raise ValueError(f"start must be 'fine-tuned' or 'pretrained', got {self.start!r}.")
-        Budget(self.keep, self.count)
-
-    def changed(self, **changes: Any) -> Recipe:
-        """A copy with other values; a TypeError for a name that is no setting."""
-        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -198,6 +100,11 @@ class Bench:
     note: Callable[[str], None] = field(default=print, repr=False)
     _factored: tuple[Any, ...] = field(default=(), init=False, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To another process goes what defines the bench: a note may be anything, and what is derived is large."""
+        kept = {k: v for k, v in self.__dict__.items() if not isinstance(getattr(type(self), k, None), cached_property)}
+        return kept | {"note": print, "_factored": (), "_known": {}}
 
     @cached_property
     def splits(self) -> dict[str, datasets.Dataset]:
@@ -270,7 +177,7 @@ class Bench:
         partial.mkdir(parents=True)
         started = time.monotonic()
         transformers.set_seed(seed)
-        do = _dense if pair == "dense" else _soft if pair.endswith("+soft") else _cut
+        do = train_dense if pair == "dense" else learn_ranks if pair.endswith("+soft") else cut_and_recover
         with use_threads(_THREADS), fast_scan():
             result = {"seed": seed} | do(self, recipe, seed, partial, pair)
         result |= {
@@ -431,143 +338,11 @@ class Bench:
         return {"args": args, "train_dataset": self.splits["train"], "data_collator": self.collator}
 
     def _key(self, pair: str, recipe: Recipe, seed: int) -> str:
-        used = dataclasses.asdict(recipe)
-        if pair == "dense":
-            used = {k: used[k] for k in ("dense_learning_rate", "dense_epochs", "batch_size", "bf16")}
-        else:
-            others: tuple[str, ...] = ("static_learning_rate",) if pair.endswith("+soft") else _SOFT_ONLY
-            others += () if pair.endswith("+mask") else ("mask_learning_rate",)
-            # a plain SVD takes no calibration, unless its allocation does
-            others += ("calibration_rows",) if pair.startswith("svd") and not pair.endswith("+sensitivity") else ()
-            used = {k: v for k, v in used.items() if k not in others}
         depends = self._inputs(pair) | {
-            "recipe": used,
+            "recipe": recipe.used(pair),
             "seed": seed,
             "code": code_hash(_SOURCES),
             "versions": versions(),
             "hardware": hardware(_THREADS),
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
-
-
-_SOFT_ONLY = (
-    "learning_rate", "gamma", "alpha_learning_rate", "deadline", "s", "unit", "compression_loss", "weigh_by_size",
-    "further_keeps",
-)  # fmt: skip
-
-
-def _dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
-    model = bench.new_model()
-    options = bench.trainer_options(folder, seed, recipe, recipe.dense_learning_rate, recipe.dense_epochs)
-    trainer = _train(DistillingTrainer(model, **options)) if recipe.dense_epochs else None
-    model.save_pretrained(folder / "model")
-    return {
-        "scores": bench.scores(model),
-        "ranks": {t.name: min(t.shape) for t in find_targets(model)},
-    } | _outcome(bench, model, trainer)
-
-
-def _cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
-    """Factors, ranks, the cut, recovery."""
-    factorization, allocation = parse_method(pair)
-    model = bench.starting_model(recipe, seed)
-    factors = bench.factors(model, factorization, recipe, seed)
-    spent = 0
-    if allocation == "mask":
-        ranks, spent = _learn_mask(bench, recipe, seed, folder, factors)
-    else:
-        curves = bench.curves(model, factorization, recipe, seed) if allocation == "sensitivity" else None
-        ranks = allocate(model, factors, allocation, keep=recipe.keep, count=recipe.count, curves=curves)
-    truncate(model, ranks, factors)
-    untuned = bench.scores(model, ("dev",))
-    if not recipe.epochs:
-        return {"scores": untuned, "untuned": untuned, "ranks": ranks} | _outcome(bench, model, None)
-    options = _after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate)
-    trainer = None
-    if spent:
-        options["args"].max_steps = bench.steps(recipe) - spent
-    if spent < bench.steps(recipe):  # a search may take all the steps there are
-        trainer = _train(DistillingTrainer(model, **options))
-    outcome = _outcome(bench, model, trainer)
-    outcome["steps"] += spent
-    return {"scores": bench.scores(model), "untuned": untuned, "ranks": ranks, "mask_steps": spent} | outcome
-
-
-def _learn_mask(
-    bench: Bench, recipe: Recipe, seed: int, folder: Path, factors: dict[str, Factors]
-) -> tuple[dict[str, int], int]:
-    """Ranks from masks, and the steps that it took."""
-    trainer = MaskTrainer(
-        bench.starting_model(recipe, seed),
-        factors,
-        keep=recipe.keep,
-        count=recipe.count,
-        **_after_the_cut(bench, recipe, seed, folder, recipe.mask_learning_rate),
-    )
-    _train(trainer)
-    return trainer.ranks, trainer.state.global_step
-
-
-def _soft(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
-    """Factors, soft thresholds that learn ranks, recovery."""
-    model = bench.starting_model(recipe, seed)
-    factors = bench.factors(model, parse_method(pair)[0], recipe, seed)
-    decompose(model, factors, s=recipe.s, unit=recipe.unit)
-    untrained = deploy(copy.deepcopy(model), recipe.keep, recipe.count)
-    untuned = bench.scores(untrained, ("dev",))
-    if not recipe.epochs:
-        return {"scores": untuned, "untuned": untuned, "ranks": _ranks(untrained)} | _outcome(bench, untrained, None)
-    trainer = SoftTrainer(
-        model,
-        keep=recipe.keep,
-        count=recipe.count,
-        gamma=recipe.gamma,
-        alpha_learning_rate=recipe.alpha_learning_rate,
-        deadline=recipe.deadline,
-        compression_loss=recipe.compression_loss,
-        weigh_by_size=recipe.weigh_by_size,
-        **_after_the_cut(bench, recipe, seed, folder, recipe.learning_rate),
-    )
-    _train(trainer)
-    ranks = {name: layer.rank for name, layer in trainer.soft_layers.items()}
-    further = {
-        str(keep): bench.scores(deploy(copy.deepcopy(model), keep, recipe.count), ("dev",))
-        for keep in recipe.further_keeps
-        if keep < recipe.keep
-    }
-    deploy(model)
-    return {
-        "scores": bench.scores(model),
-        "untuned": untuned,
-        "ranks": ranks,
-        "frozen_at": trainer.schedule.frozen_at,
-        "further": further,
-    } | _outcome(bench, model, trainer)
-
-
-def _ranks(model: PreTrainedModel) -> dict[str, int]:
-    """Of a deployed model; a dense layer counts all its components."""
-    return {t.name: getattr(t.module, "rank", min(t.shape)) for t in find_targets(model)}
-
-
-def _train(trainer: Trained) -> Trained:
-    trainer.remove_callback(PrinterCallback)  # the history is stored; a notebook shows one line a run
-    trainer.train()
-    return trainer
-
-
-def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: float) -> dict[str, Any]:
-    options = bench.trainer_options(folder, seed, recipe, rate, recipe.epochs)
-    return options | {"train_dataset": bench.training_rows(recipe, seed), "distillation": recipe.distillation}
-
-
-def _outcome(bench: Bench, model: PreTrainedModel, trainer: DistillingTrainer | None) -> dict[str, Any]:
-    parameters = count_parameters(model)
-    return {
-        "kept_linear": parameters.kept("linear"),
-        "kept_total": parameters.kept("total"),
-        "parameters_linear": parameters.linear,
-        "parameters_total": parameters.total,
-        "steps": trainer.state.global_step if trainer else 0,
-        "history": [entry for entry in trainer.state.log_history if "loss" in entry] if trainer else [],
-    } | bench.extras(model)

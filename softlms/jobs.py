@@ -8,7 +8,7 @@ import queue
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -16,7 +16,8 @@ import torch
 import transformers
 
 if TYPE_CHECKING:
-    from softlms.experiments import Bench, Recipe, Run
+    from softlms.experiments import Bench, Run
+    from softlms.recipe import Recipe
 
 __all__ = ["Job", "available_processes", "be_quiet", "run_jobs", "use_threads"]
 
@@ -83,9 +84,7 @@ def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[J
     with context.Manager() as manager, ProcessPoolExecutor(processes, context, be_quiet) as pool:
         finished: Any = manager.Queue()
         stop: Any = manager.Event()
-        # a bench's note may be anything, also what cannot travel; the caller says what was done
-        travelling = [[replace(job, bench=replace(job.bench, note=print)) for job in unit] for unit in units]
-        futures = [pool.submit(_work, unit, number, finished, stop) for number, unit in enumerate(travelling)]
+        futures = [pool.submit(_work, unit, number, finished, stop) for number, unit in enumerate(units)]
         try:
             yield from _collect(units, futures, finished)
         finally:

@@ -22,10 +22,11 @@ from transformers import (
     default_data_collator,
 )
 
-from softlms.experiments import Bench, Recipe, Run
+from softlms.experiments import Bench, Run
 from softlms.fused import split_fused
 from softlms.perplexity import Trigram, perplexity
 from softlms.provenance import code_hash, weights_hash
+from softlms.recipe import Recipe
 from softlms.scan import fast_scan
 from softlms.tasks import Task, TaskData
 from softlms.text import TokenizedText, blocks

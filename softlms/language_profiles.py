@@ -8,9 +8,9 @@ from pathlib import Path
 
 from softlms import corpus
 from softlms.comparison import WHITENED_SOFT, Grid, Pass, Setting
-from softlms.experiments import Recipe
 from softlms.language_models import FAMILIES, LanguageBench, SmallModel
 from softlms.profiles import Book, make_book, project_root
+from softlms.recipe import Recipe
 from softlms.text import tokenize_text
 from softlms.zoo import find_encoder
 

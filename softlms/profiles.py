@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 
 from softlms import plotting
 from softlms.comparison import Setting
-from softlms.experiments import Bench, Recipe
+from softlms.experiments import Bench
 from softlms.jobs import be_quiet
 from softlms.provenance import hardware, versions
+from softlms.recipe import Recipe
 from softlms.report import Report
 from softlms.tasks import load_task
 from softlms.zoo import find_encoder

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from softlms.comparison import GRIDS, Grid, Pass, Setting, costs, grid_rows, rank_rows, run_grid, summarize
-from softlms.experiments import Bench, Recipe, parse_method
+from softlms.experiments import Bench
 from softlms.profiles import PROFILES
+from softlms.recipe import Recipe, parse_method
 from softlms.surgery import truncate
 from softlms.tasks import TASKS, TaskData, load_task
 from softlms.zoo import find_encoder

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from softlms.experiments import Bench, Recipe
+from softlms.experiments import Bench
+from softlms.recipe import Recipe
 from softlms.tasks import TaskData, load_task
 from softlms.training import BudgetNotMet
 from softlms.zoo import Encoder, find_encoder
@@ -124,7 +125,7 @@ def test_masks_may_take_all_the_steps_there_are(bench, monkeypatch):
     def search(bench, recipe, seed, folder, factors):
         return dict.fromkeys(factors, 5), bench.steps(recipe)
 
-    monkeypatch.setattr("softlms.experiments._learn_mask", search)
+    monkeypatch.setattr("softlms.methods._learn_mask", search)
     result = bench.run("svd+mask", RECIPE, 0).result
     assert result["steps"] == result["mask_steps"] == 24 and result["history"] == []
 
@@ -133,7 +134,7 @@ def test_two_processes_with_one_dense_model_agree(bench, monkeypatch):
     """Both train it; the one that ends later takes what is there, and what is there stays."""
     from softlms import experiments
 
-    train, beside = experiments._dense, []
+    train, beside = experiments.train_dense, []
 
     def overtaken(own, *args):
         if not beside:
@@ -142,7 +143,7 @@ def test_two_processes_with_one_dense_model_agree(bench, monkeypatch):
             (beside[0].model / "read_by_others").touch()
         return train(own, *args)
 
-    monkeypatch.setattr(experiments, "_dense", overtaken)
+    monkeypatch.setattr(experiments, "train_dense", overtaken)
     run = bench.run("dense", RECIPE, 0)
     assert run == beside[0] and (run.model / "read_by_others").is_file()
     assert [path for path in bench.folder.iterdir() if "partial" in path.name] == []

@@ -1,10 +1,12 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from softlms.experiments import Recipe
 from softlms.language_models import FAMILIES, LanguageBench, SmallModel
+from softlms.recipe import Recipe
 from softlms.text import blocks, tokenize_text, train_tokenizer
 from softlms.zoo import find_encoder
 
@@ -94,6 +96,15 @@ def test_a_checkpoint_is_taken_as_it_is(folder, tmp_path):
     again = bench.run("dense", RECIPE.changed(dense_epochs=0), 0).result
     assert again["scores"] == trained.result["scores"] and again["steps"] == 0
     assert bench.run("svd+uniform", RECIPE.changed(dense_epochs=0), 0).result["kept_linear"] <= 0.5
+
+
+def test_a_bench_travels_to_another_process(folder, tmp_path):
+    """Without its note, which may be anything, and without what can be made again."""
+    bench = bench_of(SmallModel("gpt2", **SIZE), folder, tmp_path)
+    assert bench.splits and bench.collator
+    there = pickle.loads(pickle.dumps(bench))
+    assert there._place("svd+soft", RECIPE, 0) == bench._place("svd+soft", RECIPE, 0)
+    assert there.note is print and "splits" not in vars(there)
 
 
 def test_unknown_family():

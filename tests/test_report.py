@@ -3,9 +3,10 @@ import pandas as pd
 import pytest
 
 from softlms.budget import Budget, uniform_ranks
-from softlms.experiments import Bench, Recipe, Run
+from softlms.experiments import Bench, Run
 from softlms.jobs import Job
 from softlms.language_models import LanguageBench, SmallModel
+from softlms.recipe import Recipe
 from softlms.report import Report
 from softlms.tasks import TASKS, TaskData
 from softlms.text import TokenizedText

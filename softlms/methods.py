@@ -1,0 +1,143 @@
+"""What the methods do with a bench's model: train it, cut it and let it recover, or learn its ranks."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transformers import PreTrainedModel
+from transformers.trainer_callback import PrinterCallback
+
+from softlms.allocate import allocate
+from softlms.architectures import find_targets
+from softlms.budget import count_parameters
+from softlms.factorize import Factors
+from softlms.masks import MaskTrainer
+from softlms.recipe import Recipe, parse_method
+from softlms.surgery import decompose, deploy, truncate
+from softlms.training import DistillingTrainer, SoftTrainer
+
+if TYPE_CHECKING:
+    from softlms.experiments import Bench
+
+__all__ = ["cut_and_recover", "learn_ranks", "train_dense"]
+
+Trained = TypeVar("Trained", bound=DistillingTrainer)
+
+
+def train_dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
+    model = bench.new_model()
+    options = bench.trainer_options(folder, seed, recipe, recipe.dense_learning_rate, recipe.dense_epochs)
+    trainer = _train(DistillingTrainer(model, **options)) if recipe.dense_epochs else None
+    model.save_pretrained(folder / "model")
+    return {
+        "scores": bench.scores(model),
+        "ranks": {t.name: min(t.shape) for t in find_targets(model)},
+    } | _outcome(bench, model, trainer)
+
+
+def cut_and_recover(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
+    """Factors, ranks, the cut, recovery."""
+    factorization, allocation = parse_method(pair)
+    model = bench.starting_model(recipe, seed)
+    factors = bench.factors(model, factorization, recipe, seed)
+    spent = 0
+    if allocation == "mask":
+        ranks, spent = _learn_mask(bench, recipe, seed, folder, factors)
+    else:
+        curves = bench.curves(model, factorization, recipe, seed) if allocation == "sensitivity" else None
+        ranks = allocate(model, factors, allocation, keep=recipe.keep, count=recipe.count, curves=curves)
+    truncate(model, ranks, factors)
+    untuned = bench.scores(model, ("dev",))
+    if not recipe.epochs:
+        return {"scores": untuned, "untuned": untuned, "ranks": ranks} | _outcome(bench, model, None)
+    options = _after_the_cut(bench, recipe, seed, folder, recipe.static_learning_rate)
+    trainer = None
+    if spent:
+        options["args"].max_steps = bench.steps(recipe) - spent
+    if spent < bench.steps(recipe):  # a search may take all the steps there are
+        trainer = _train(DistillingTrainer(model, **options))
+    outcome = _outcome(bench, model, trainer)
+    outcome["steps"] += spent
+    return {"scores": bench.scores(model), "untuned": untuned, "ranks": ranks, "mask_steps": spent} | outcome
+
+
+def _learn_mask(
+    bench: Bench, recipe: Recipe, seed: int, folder: Path, factors: dict[str, Factors]
+) -> tuple[dict[str, int], int]:
+    """Ranks from masks, and the steps that it took."""
+    trainer = MaskTrainer(
+        bench.starting_model(recipe, seed),
+        factors,
+        keep=recipe.keep,
+        count=recipe.count,
+        **_after_the_cut(bench, recipe, seed, folder, recipe.mask_learning_rate),
+    )
+    _train(trainer)
+    return trainer.ranks, trainer.state.global_step
+
+
+def learn_ranks(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
+    """Factors, soft thresholds that learn ranks, recovery."""
+    model = bench.starting_model(recipe, seed)
+    factors = bench.factors(model, parse_method(pair)[0], recipe, seed)
+    decompose(model, factors, s=recipe.s, unit=recipe.unit)
+    untrained = deploy(copy.deepcopy(model), recipe.keep, recipe.count)
+    untuned = bench.scores(untrained, ("dev",))
+    if not recipe.epochs:
+        return {"scores": untuned, "untuned": untuned, "ranks": _ranks(untrained)} | _outcome(bench, untrained, None)
+    trainer = SoftTrainer(
+        model,
+        keep=recipe.keep,
+        count=recipe.count,
+        gamma=recipe.gamma,
+        alpha_learning_rate=recipe.alpha_learning_rate,
+        deadline=recipe.deadline,
+        compression_loss=recipe.compression_loss,
+        weigh_by_size=recipe.weigh_by_size,
+        **_after_the_cut(bench, recipe, seed, folder, recipe.learning_rate),
+    )
+    _train(trainer)
+    ranks = {name: layer.rank for name, layer in trainer.soft_layers.items()}
+    further = {
+        str(keep): bench.scores(deploy(copy.deepcopy(model), keep, recipe.count), ("dev",))
+        for keep in recipe.further_keeps
+        if keep < recipe.keep
+    }
+    deploy(model)
+    return {
+        "scores": bench.scores(model),
+        "untuned": untuned,
+        "ranks": ranks,
+        "frozen_at": trainer.schedule.frozen_at,
+        "further": further,
+    } | _outcome(bench, model, trainer)
+
+
+def _ranks(model: PreTrainedModel) -> dict[str, int]:
+    """Of a deployed model; a dense layer counts all its components."""
+    return {t.name: getattr(t.module, "rank", min(t.shape)) for t in find_targets(model)}
+
+
+def _train(trainer: Trained) -> Trained:
+    trainer.remove_callback(PrinterCallback)  # the history is stored; a notebook shows one line a run
+    trainer.train()
+    return trainer
+
+
+def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: float) -> dict[str, Any]:
+    options = bench.trainer_options(folder, seed, recipe, rate, recipe.epochs)
+    return options | {"train_dataset": bench.training_rows(recipe, seed), "distillation": recipe.distillation}
+
+
+def _outcome(bench: Bench, model: PreTrainedModel, trainer: DistillingTrainer | None) -> dict[str, Any]:
+    parameters = count_parameters(model)
+    return {
+        "kept_linear": parameters.kept("linear"),
+        "kept_total": parameters.kept("total"),
+        "parameters_linear": parameters.linear,
+        "parameters_total": parameters.total,
+        "steps": trainer.state.global_step if trainer else 0,
+        "history": [entry for entry in trainer.state.log_history if "loss" in entry] if trainer else [],
+    } | bench.extras(model)
