@@ -2,17 +2,19 @@
 
 A run is one method at one seed. Its folder under ``runs/`` is named by a key of everything it depends on: recipe,
 encoder, sentences, the library's code and versions. It is written under a temporary name and moved when whole, so a
-killed batch continues with the first run that is missing.
+killed batch continues with the first run that is missing, and a dense model's training at its last checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -172,9 +174,7 @@ class Bench:
         pair, folder = self._place(method, recipe, seed)
         if pair != "dense" and (recipe.start == "fine-tuned" or recipe.distillation):
             self.run("dense", recipe, seed)  # first, so that its time is not counted here
-        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = _own_folder(folder)
         started = time.monotonic()
         transformers.set_seed(seed)
         do = train_dense if pair == "dense" else learn_ranks if pair.endswith("+soft") else cut_and_recover
@@ -346,3 +346,25 @@ class Bench:
             "hardware": hardware(_THREADS),
         }
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _own_folder(run: Path) -> Path:
+    """A temporary folder for a run: what a process that ended left of the same run, or a new one."""
+    here = f"{run.name}.partial-{socket.gethostname()}-"
+    own = run.with_name(f"{here}{os.getpid()}")
+    for left in run.parent.glob(f"{here}*"):
+        if not own.exists() and not _is_running(int(left.name.removeprefix(here))):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                left.rename(own)
+    own.mkdir(parents=True, exist_ok=True)
+    return own
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # someone else's
+    return True

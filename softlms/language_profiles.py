@@ -45,7 +45,7 @@ class LanguageProfile:
     libraries: tuple[str, ...] = corpus.LIBRARIES
 
 
-METHODS = ("svd+uniform", "whitened+uniform", "whitened+energy", "svd+soft", "whitened+soft")
+METHODS = ("svd+uniform", "whitened+uniform", "whitened+mask", "svd+soft", "whitened+soft")
 
 LANGUAGE_PROFILES = {
     profile.name: profile

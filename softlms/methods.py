@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,12 +26,17 @@ __all__ = ["cut_and_recover", "learn_ranks", "train_dense"]
 
 Trained = TypeVar("Trained", bound=DistillingTrainer)
 
+SAVE_STEPS = 250  # a dense model may take hours; what comes after the cut takes minutes
+
 
 def train_dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
     model = bench.new_model()
     options = bench.trainer_options(folder, seed, recipe, recipe.dense_learning_rate, recipe.dense_epochs)
-    trainer = _train(DistillingTrainer(model, **options)) if recipe.dense_epochs else None
+    options["args"].set_save("steps", steps=SAVE_STEPS, total_limit=1)
+    checkpoints = Path(options["args"].output_dir)
+    trainer = _train(DistillingTrainer(model, **options), _last(checkpoints)) if recipe.dense_epochs else None
     model.save_pretrained(folder / "model")
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return {
         "scores": bench.scores(model),
         "ranks": {t.name: min(t.shape) for t in find_targets(model)},
@@ -120,10 +126,16 @@ def _ranks(model: PreTrainedModel) -> dict[str, int]:
     return {t.name: getattr(t.module, "rank", min(t.shape)) for t in find_targets(model)}
 
 
-def _train(trainer: Trained) -> Trained:
+def _train(trainer: Trained, checkpoint: str | None = None) -> Trained:
     trainer.remove_callback(PrinterCallback)  # the history is stored; a notebook shows one line a run
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def _last(checkpoints: Path) -> str | None:
+    """The newest checkpoint that is whole: its state is what is written last."""
+    whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json") if state.stat().st_size]
+    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: float) -> dict[str, Any]:

@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from softlms.experiments import Bench
 from softlms.recipe import Recipe
 from softlms.tasks import TaskData, load_task
-from softlms.training import BudgetNotMet
+from softlms.training import BudgetNotMet, DistillingTrainer
 from softlms.zoo import Encoder, find_encoder
 
 
@@ -58,15 +59,45 @@ def test_a_run_is_done_once_and_again_when_something_changes(bench):
 
 
 def test_a_killed_run_leaves_nothing_that_counts(bench, monkeypatch):
-    def killed(trainer):
+    def killed(trainer, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softlms.experiments.DistillingTrainer.train", killed)
+    monkeypatch.setattr("softlms.methods.DistillingTrainer.train", killed)
     with pytest.raises(KeyboardInterrupt):
         bench.run("dense", RECIPE, 0)
     assert not list(bench.folder.glob("*/result.json"))
     monkeypatch.undo()
     assert bench.run("dense", RECIPE, 0).model is not None
+
+
+def test_a_dense_training_continues_where_it_was_killed(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr("softlms.methods.SAVE_STEPS", 2)
+    whole = Bench(bench.encoder, bench.data, tmp_path / "whole", max_length=32).run("dense", RECIPE, 0).result
+    step, steps = DistillingTrainer.training_step, []
+
+    def killed(trainer, *args):
+        steps.append(trainer.state.global_step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return step(trainer, *args)
+
+    monkeypatch.setattr("softlms.methods.DistillingTrainer.training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run("dense", RECIPE, 0)
+    (partial,) = bench.folder.iterdir()
+    assert sorted(path.name for path in (partial / "trainer").iterdir()) == ["checkpoint-4"]
+    half = partial / "trainer/checkpoint-6"  # the power failed while the next one was written
+    half.mkdir()
+    partial.rename(partial.with_name(f"{partial.name.rpartition('-')[0]}-{2**22 + 1}"))  # a process that is no more
+    run = bench.run("dense", RECIPE, 0)
+    assert steps == [0, 1, 2, 3, 4, 5, 4, 5]
+    for same in ("scores", "history", "steps"):
+        assert run.result[same] == whole[same]
+    saved = [
+        load_file(path) for path in (*tmp_path.glob("whole/*/model/*.safetensors"), run.model / "model.safetensors")
+    ]
+    assert all(torch.equal(saved[0][name], values) for name, values in saved[1].items())
+    assert {path.name for path in run.model.parent.iterdir()} == {"model", "result.json"}
 
 
 def test_a_seed_gives_the_same_numbers(bench, tmp_path):
