@@ -92,7 +92,7 @@ def calibrate(
     used = dataset.select(range(rows))
     inputs = used.select_columns([c for c in used.column_names if c in MODEL_INPUTS])
     moments = {target.name: _Moments(target.shape[1]) for target in found}
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         with torch.inference_mode(), _watching(layers, moments):
             for batch in DataLoader(inputs, batch_size, collate_fn=data_collator):
                 mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(model.device)
@@ -144,7 +144,8 @@ def _watching(layers: dict[str, Any], moments: dict[str, _Moments]) -> Iterator[
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model has no dropout; afterwards, and after an error, it is in the mode it was in."""
     training = model.training
     model.eval()
     try:

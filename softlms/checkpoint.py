@@ -14,9 +14,11 @@ from typing import Any
 
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from softlms.architectures import find_targets
+from softlms.fused import split_fused
 from softlms.layers import LowRankLinear, SoftLinear
 from softlms.surgery import shrink
 
@@ -80,7 +82,8 @@ def save_compressed(
     model.config.save_pretrained(partial)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
-    state = {name: values.contiguous() for name, values in model.state_dict().items()}
+    places: dict[int, Tensor] = {}  # what is tied is written once
+    state = {n: v.contiguous() for n, v in model.state_dict().items() if places.setdefault(v.data_ptr(), v) is v}
     save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
     (partial / CARD).write_text(json.dumps(card, indent=1))
     if folder.exists():
@@ -118,6 +121,11 @@ def load_compressed(folder: str | Path, *, attn_implementation: str | None = Non
     config = AutoConfig.from_pretrained(folder, attn_implementation=attn_implementation or card["attention"])
     state = load_file(folder / WEIGHTS)
     model: PreTrainedModel = getattr(transformers, card["class"])(config)
+    if any(name.endswith("c_attn.q") for name in card["ranks"]):
+        split_fused(model)
     shrink(model, card["ranks"], targets=lambda name, module: name in card["ranks"])
-    model.to(next(iter(state.values())).dtype).load_state_dict(state)
+    model.to(next(iter(state.values())).dtype)
+    own = model.state_dict()
+    tied = {own[name].data_ptr(): values for name, values in state.items() if name in own}
+    model.load_state_dict({n: tied[v.data_ptr()] for n, v in own.items() if v.data_ptr() in tied} | state)
     return model.eval()

@@ -246,8 +246,9 @@ def _once(cells: Iterable[Cell]) -> list[Cell]:
 def grid_rows(cells: Iterable[Cell]) -> pd.DataFrame:
     """One tidy row for each score.
 
-    Columns: task, method, factorize, allocate, keep, seed, recovered, split, metric, value (0 to 1), kept_linear,
-    kept_total, parameters_linear, parameters_total, steps, frozen_at, seconds, hardware, versions, data, encoder.
+    Columns: task, method, factorize, allocate, keep, seed (that of the run: one dense model may serve all), recovered,
+    split, metric, value (0 to 1, but for perplexity), kept_linear, kept_total, parameters_linear, parameters_total,
+    steps, frozen_at, seconds, hardware, versions, data, encoder.
     """
     keys = ["task", "keep", "method", "recovered", "seed", "split", "metric"]
     rows = pd.concat(_cell_rows(job, run) for job, run in cells)
@@ -275,7 +276,7 @@ def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
         "factorize": factorization,
         "allocate": allocation,
         "keep": 1.0 if job.method == "dense" else job.recipe.keep,
-        "seed": job.seed,
+        "seed": result["seed"],
     }
     counts = ("kept_linear", "kept_total", "parameters_linear", "parameters_total", "steps")
     origin = ("seconds", "hardware", "versions", "data", "encoder")

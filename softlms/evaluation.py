@@ -12,7 +12,7 @@ from sklearn import metrics as sk
 from torch.utils.data import DataLoader
 from transformers import DataCollator, EvalPrediction, PreTrainedModel
 
-from softlms.calibration import MODEL_INPUTS
+from softlms.calibration import MODEL_INPUTS, in_eval_mode
 from softlms.tasks import Task
 
 __all__ = ["METRICS", "add_teacher_logits", "compute_metrics", "evaluate", "mean_loss", "paired_difference"]
@@ -78,14 +78,12 @@ def mean_loss(
     model: PreTrainedModel, dataset: datasets.Dataset, data_collator: DataCollator, batch_size: int = 64
 ) -> float:
     """Mean over the rows of the model's own loss, without dropout; parameters as in `evaluate`."""
-    training = model.training
-    model.eval()
     rows = dataset.select_columns([c for c in dataset.column_names if c in (*MODEL_INPUTS, "labels")])
     total = 0.0
-    for batch in DataLoader(rows, batch_size, collate_fn=data_collator):
-        loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
-        total += loss.item() * len(batch["labels"])
-    model.train(training)
+    with in_eval_mode(model):
+        for batch in DataLoader(rows, batch_size, collate_fn=data_collator):
+            loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
+            total += loss.item() * len(batch["labels"])
     return total / len(rows)
 
 
@@ -95,13 +93,11 @@ def _logits(
 ) -> np.ndarray:
     """(rows, classes) in float32, in the order of `dataset`."""
     # not through a Trainer: precision is a process-wide state there, and would be that of the last training run
-    training = model.training
-    model.eval()
     order = np.argsort(dataset["length"], kind="stable")  # batches of similar length pad little
     rows = dataset.select(order).select_columns([c for c in dataset.column_names if c in MODEL_INPUTS])
     batches = DataLoader(rows, batch_size, collate_fn=data_collator)
-    logits = [model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu() for batch in batches]
-    model.train(training)
+    with in_eval_mode(model):
+        logits = [model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu() for batch in batches]
     return torch.cat(logits).numpy()[np.argsort(order)]
 
 

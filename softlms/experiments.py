@@ -44,7 +44,7 @@ from softlms.provenance import code_hash, hardware, versions, weights_hash
 from softlms.recipe import Recipe, parse_method
 from softlms.scan import fast_scan
 from softlms.tasks import TaskData, encode
-from softlms.zoo import Encoder, attention, load_classifier
+from softlms.zoo import Encoder, device, load_classifier
 
 __all__ = ["Bench", "Run"]
 
@@ -65,11 +65,12 @@ class Run:
     Attributes
     ----------
     result : dict
-        "method", "seed", "scores" (split, then metric, 0 to 1), "untuned" (those of dev before any training after
-        the cut), "ranks" (layer to components), "kept_linear", "kept_total", "steps", "frozen_at" (soft thresholds:
-        the step at which the budget was met), "further" (keep to scores on dev; see `Recipe`), "history" (one entry
-        a logging step), "seconds" (what several methods share, the teacher's logits, calibration and factors, counts
-        for the first that needs it), "hardware", "versions", "encoder", "data".
+        "method", "seed", "scores" (split, then metric; 0 to 1, but for perplexity), "untuned" (those of dev before any
+        training after the cut), "ranks" (layer to components), "kept_linear", "kept_total", "steps", "frozen_at" (soft
+        thresholds: the step at which the budget was met), "further" (keep to scores on dev; see `Recipe`), "history"
+        (one entry a logging step), "seconds" (what several methods share, the teacher's logits, calibration and
+        factors, counts for the first that needs it; after an interruption, the rest), "hardware", "versions",
+        "encoder", "data".
     model : Path or None
         The saved model, where the run keeps one (the dense ones do).
     """
@@ -127,8 +128,8 @@ class Bench:
 
     def untrained_model(self) -> PreTrainedModel:
         """A dense model whose weights mean nothing: for what depends on shapes alone."""
-        # torch counts no FLOPs for its fused attention on a CPU: written out there, as everywhere in this package
-        config = AutoConfig.from_pretrained(self.encoder.location, attn_implementation=attention())
+        # torch counts no FLOPs for its fused attention on a CPU
+        config = AutoConfig.from_pretrained(self.encoder.location, attn_implementation="eager")
         return AutoModelForSequenceClassification.from_config(config)
 
     @cached_property
@@ -240,8 +241,8 @@ class Bench:
         return {}
 
     def dense_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
-        """The dense model of `seed`, trained now if it was not before."""
-        return self.load_model(self._dense_folder(recipe, seed))
+        """The dense model of `seed`, trained now if it was not before, where the training will be."""
+        return self.load_model(self._dense_folder(recipe, seed)).to(device())
 
     def _dense_folder(self, recipe: Recipe, seed: int) -> Path:
         folder = self.run("dense", recipe, seed).model
@@ -301,7 +302,7 @@ class Bench:
         if recipe.start == "fine-tuned":
             return self.prepare(self.dense_model(recipe, seed))
         transformers.set_seed(seed)
-        return self.prepare(self.new_model())
+        return self.prepare(self.new_model().to(device()))
 
     def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
         """Metrics on those of the splits that the task has."""
@@ -313,9 +314,7 @@ class Bench:
         a_epoch = math.ceil(len(self.splits["train"]) / recipe.batch_size)
         return math.ceil(recipe.epochs * a_epoch)
 
-    def trainer_options(
-        self, folder: Path, seed: int, recipe: Recipe, rate: float, epochs: float, logging_steps: int = 10
-    ) -> dict[str, Any]:
+    def trainer_options(self, folder: Path, seed: int, recipe: Recipe, rate: float, epochs: float) -> dict[str, Any]:
         """Arguments that all trainers of a run share."""
         args = TrainingArguments(
             str(folder / "trainer"),
@@ -327,7 +326,7 @@ class Bench:
             seed=seed,
             bf16=recipe.bf16,
             train_sampling_strategy="group_by_length",
-            logging_steps=logging_steps,
+            logging_steps=10,
             save_strategy="no",
             report_to=[],
             use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU must be asked for in these words

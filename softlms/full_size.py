@@ -82,15 +82,19 @@ def compress_full_size(
     Returns
     -------
     dict
-        "model", "blocks", "parameters_total", "kept_linear", "kept_total", seconds of each step ("build_s",
-        "decompose_s", "deploy_s"), "peak_gb" (of this process, all it did before included), "error" (norm of the
-        difference of the outputs, over that of the recomposed dense model's), "hardware", "versions".
+        "model", "weights" ("random" or "checkpoint"), "keep", "count", "split", "blocks", "parameters_total",
+        "kept_linear", "kept_total", seconds of each step ("build_s", "decompose_s", "deploy_s"), "peak_gb" (of this
+        process, all it did before included), "error" (norm of the difference of the outputs, over that of the
+        recomposed dense model's), "hardware", "versions".
 
     Raises
     ------
     ValueError, OSError
-        The budget cannot be met, or there is no such model: before any work.
+        The budget cannot be met, a number is below 1, or there is no such model: before any work.
     """
+    for name, value in (("threads", threads), ("tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     create, config = _find(model, layers)
     with torch.device("meta"):
         skeleton = create(None)
@@ -100,10 +104,10 @@ def compress_full_size(
     Budget(keep, count).limit(shapes, count_parameters(skeleton).rest)  # refuses what cannot be met
 
     seconds = {}
-    with use_threads(threads), torch.inference_mode(False), fast_scan():
+    with use_threads(threads), fast_scan():
         torch.manual_seed(0)
         started = time.perf_counter()
-        compressed = create(model if Path(model).is_dir() or model not in FULL_SIZE else None).eval()
+        compressed = create(None if model in FULL_SIZE else model).eval()
         if split:
             split_fused(compressed)
         dense = count_parameters(compressed)
@@ -124,6 +128,10 @@ def compress_full_size(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
     return {
         "model": model,
+        "weights": "random" if model in FULL_SIZE else "checkpoint",
+        "keep": keep,
+        "count": count,
+        "split": split,
         "blocks": config.num_hidden_layers,
         "parameters_total": dense.total,
         "kept_linear": kept.kept("linear"),
@@ -185,7 +193,9 @@ def _find(model: str, layers: int | None) -> tuple[Callable[[str | None], PreTra
     kind = getattr(transformers, name)
 
     def create(checkpoint: str | None) -> PreTrainedModel:
-        return kind(config) if checkpoint is None else kind.from_pretrained(checkpoint, config=config)
+        return (
+            kind(config) if checkpoint is None else kind.from_pretrained(checkpoint, config=config, dtype=torch.float32)
+        )
 
     return create, config
 

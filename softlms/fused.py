@@ -59,13 +59,15 @@ def split_fused(model: M) -> M:
     for name, conv in fused.items():
         linear = as_linear(conv)
         weights, biases = linear.weight.detach().chunk(3), linear.bias.detach().chunk(3)
-        parts = [_own(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        trained = linear.weight.requires_grad
+        parts = [_own(weight, bias, trained) for weight, bias in zip(weights, biases, strict=True)]
         model.set_submodule(name, SplitLinear(*parts).train(conv.training))
     return model
 
 
-def _own(weight: Tensor, bias: Tensor) -> nn.Linear:
+def _own(weight: Tensor, bias: Tensor, trained: bool) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0])
-    linear.weight, linear.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.clone())
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=trained)
+    linear.bias = nn.Parameter(bias.clone(), requires_grad=trained)
     return linear

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from transformers import (
@@ -22,12 +21,12 @@ from transformers import (
     default_data_collator,
 )
 
+from softlms.calibration import in_eval_mode
 from softlms.experiments import Bench, Run
 from softlms.fused import split_fused
 from softlms.perplexity import Trigram, perplexity
 from softlms.provenance import code_hash, weights_hash
 from softlms.recipe import Recipe
-from softlms.scan import fast_scan
 from softlms.tasks import Task, TaskData
 from softlms.text import TokenizedText, blocks
 from softlms.zoo import Encoder, attention
@@ -115,6 +114,11 @@ class LanguageBench(Bench):
         Take GPT-2's fused projections apart before they are factored (`softlms.split_fused`).
     note : callable
         Takes a line of progress.
+
+    Raises
+    ------
+    ValueError
+        A window that the model cannot read, or longer than a split.
     """
 
     def __init__(
@@ -135,40 +139,48 @@ class LanguageBench(Bench):
         encoder = model if isinstance(model, Encoder) else Encoder(str(text.tokenizer), model.source)
         data = TaskData(dataclasses.replace(LANGUAGE_MODELLING, name=name), {}, text.source)
         super().__init__(encoder, data, folder, max_length=window, note=note)
+        longest = getattr(self.config, "max_position_embeddings", None) or window  # a state space has no limit
+        shortest = min(map(len, (text.splits["train"][:train_tokens], *self._held_out.values())))
+        if not 2 <= window <= min(longest, shortest):
+            raise ValueError(
+                f"window must be 2 to {min(longest, shortest)} tokens (the model reads {longest}, the shortest split "
+                f"has {shortest}), got {window}."
+            )
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        if isinstance(self.model, SmallModel):
+            return self.model.config
+        return AutoConfig.from_pretrained(self.model.location, dtype=torch.float32)
+
+    @property
+    def _held_out(self) -> dict[str, Any]:
+        ids = self.text.splits
+        return {"dev": ids["validation"][: self.test_tokens], "test": ids["test"][: self.test_tokens]}
 
     @cached_property
     def splits(self) -> dict[str, Any]:
         """Rows of the training split; "dev" and "test" are arrays of ids."""
-        ids = self.text.splits
-        return {
-            "train": blocks(ids["train"][: self.train_tokens], self.window),
-            "dev": ids["validation"][: self.test_tokens],
-            "test": ids["test"][: self.test_tokens],
-        }
+        return {"train": blocks(self.text.splits["train"][: self.train_tokens], self.window)} | self._held_out
 
     @property
     def collator(self) -> Any:
         return default_data_collator
 
     def new_model(self) -> PreTrainedModel:
-        return self.load_model(self.model.location) if isinstance(self.model, Encoder) else self.untrained_model()
+        if isinstance(self.model, Encoder):
+            return self.load_model(self.model.location)
+        return AutoModelForCausalLM.from_config(self.config, attn_implementation=attention())
 
     def load_model(self, folder: str | Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention(), dtype=torch.float32)
 
     def untrained_model(self) -> PreTrainedModel:
-        known = (
-            AutoConfig.from_pretrained(self.model.location) if isinstance(self.model, Encoder) else self.model.config
-        )
-        return AutoModelForCausalLM.from_config(known, attn_implementation=attention())
+        # torch counts no FLOPs for its fused attention on a CPU
+        return AutoModelForCausalLM.from_config(self.config, attn_implementation="eager")
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         return split_fused(model) if self.split else model
-
-    def training_rows(self, recipe: Recipe, seed: int) -> datasets.Dataset:
-        if recipe.distillation:
-            raise ValueError("Language models are trained without distillation here: set distillation=0.")
-        return super().training_rows(recipe, seed)
 
     def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
         """Perplexity in windows that overlap by half."""
@@ -181,23 +193,23 @@ class LanguageBench(Bench):
     def trigram(self) -> dict[str, dict[str, float]]:
         """Scores of a 3-gram model of the same tokens, trained on the same text."""
         text = self.text.splits["train"][: self.train_tokens]
-        trigram = Trigram(text, self.untrained_model().config.vocab_size)
-        return {split: {"perplexity": trigram.perplexity(self.splits[split])} for split in ("dev", "test")}
+        trigram = Trigram(text, self.config.vocab_size)
+        return {split: {"perplexity": trigram.perplexity(ids)} for split, ids in self._held_out.items()}
 
     def extras(self, model: PreTrainedModel) -> dict[str, Any]:
         """ "sample": what the model writes after the first tokens of the test split, always the likeliest token."""
         tokenizer = AutoTokenizer.from_pretrained(self.text.tokenizer)
         start = torch.as_tensor(self.splits["test"][None, :PROMPT]).long().to(model.device)
-        training = model.training
-        with fast_scan():
-            ids = model.eval().generate(
+        with in_eval_mode(model):
+            ids = model.generate(
                 start, attention_mask=torch.ones_like(start), max_new_tokens=SAMPLE, do_sample=False,
                 pad_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-        model.train(training)
         return {"prompt": tokenizer.decode(ids[0, :PROMPT]), "sample": tokenizer.decode(ids[0, PROMPT:])}
 
     def run(self, method: str, recipe: Recipe, seed: int) -> Run:
+        if recipe.distillation:
+            raise ValueError("Language models are trained without distillation here: set distillation=0.")
         return super().run(method, recipe, 0 if method == "dense" else seed)
 
     def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:

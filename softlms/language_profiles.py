@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from softlms import corpus
 from softlms.comparison import WHITENED_SOFT, Grid, Pass, Setting
 from softlms.language_models import FAMILIES, LanguageBench, SmallModel
 from softlms.profiles import Book, make_book, project_root
 from softlms.recipe import Recipe
 from softlms.text import tokenize_text
-from softlms.zoo import find_encoder
+from softlms.zoo import Encoder, find_encoder
 
 __all__ = ["LANGUAGE_PROFILES", "LanguageProfile", "open_language_book"]
 
@@ -153,15 +155,22 @@ def open_language_book(
     Raises
     ------
     ValueError, FileNotFoundError
-        Unknown profile, or as from `tokenize_text` and `find_encoder`: before any work.
+        Unknown profile or family, a model of another family, or as from `tokenize_text` and `find_encoder`: before any
+        work.
     """
     if profile not in LANGUAGE_PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(LANGUAGE_PROFILES)}.")
     chosen = LANGUAGE_PROFILES[profile]
+    if family not in FAMILIES:
+        raise ValueError(f"Unknown family {family!r}; known: {', '.join(FAMILIES)}.")
     known = checkpoint or chosen.models[family]
     model = find_encoder(known) if isinstance(known, str) else known
+    if isinstance(model, Encoder):
+        found = AutoConfig.from_pretrained(model.location).model_type
+        if found != family:
+            raise ValueError(f"{known} is a {found} model; this notebook is about {family}.")
     runs = project_root() / "runs"
-    tokenizer = model.vocabulary if isinstance(model, SmallModel) else model.location
+    tokenizer = model.location if isinstance(model, Encoder) else model.vocabulary
     source = str(Path(text).expanduser()) if text and text not in ("hub", "embedded") else text or chosen.text
     bench = LanguageBench(
         model,

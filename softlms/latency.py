@@ -59,9 +59,7 @@ def step_times(
     ValueError
         A number below 1.
     """
-    for name, value in (("batch", batch), ("tokens", tokens), ("rounds", rounds), ("threads", threads)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    _check(batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     shapes = {target.name: target.shape for target in find_targets(model)}
     ranks = uniform_ranks(shapes, Budget(keep, "linear").limit(shapes, count_parameters(model).rest))
     full, budget = decompose(copy.deepcopy(model)), decompose(copy.deepcopy(model))
@@ -133,7 +131,13 @@ def scan_times(
     -------
     dict
         "transformers' loop", "mambapy" (transformers' ``use_mambapy``, where it is installed) and "softlms".
+
+    Raises
+    ------
+    ValueError
+        A number below 1.
     """
+    _check(hidden=hidden, layers=layers, batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     inputs = random_rows(4096, batch, tokens)
     inputs["labels"] = inputs["input_ids"]
     steps = {}
@@ -161,10 +165,16 @@ def print_step_times(
 
 def print_scan_times(*, batch: int = 16, tokens: int = 128, rounds: int = 3, threads: int = 2, out: str = "") -> None:
     """The ``softlms benchmark-scan`` command: `scan_times` as `print_step_times` shows them."""
-    seconds = scan_times(batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     settings = {"hidden": 256, "layers": 6, "batch": batch, "tokens": tokens, "threads": threads, "rounds": rounds}
+    seconds = scan_times(**settings)
     title = f"Mamba's training step: hidden 256, 6 layers, {batch} x {tokens} tokens, {threads} thread(s), fp32"
     _print_times(seconds, "transformers' loop", title, settings, out)
+
+
+def _check(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _print_times(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,12 +11,16 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from softlms.calibration import in_eval_mode
+
 __all__ = ["Trigram", "perplexity"]
+
+LARGEST = math.log(sys.float_info.max)
 
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel, tokens: Sequence[int], *, window: int = 128, stride: int = 64, batch_size: int = 32
+    model: PreTrainedModel, tokens: Sequence[int], *, window: int = 128, stride: int = 64, batch_tokens: int = 4096
 ) -> float:
     """exp of the mean negative log-likelihood of a text's tokens, in windows that overlap.
 
@@ -33,8 +38,13 @@ def perplexity(
         Tokens that the model sees at a time.
     stride : int
         From 1 to ``window - 1``: a token needs one before it.
-    batch_size : int
-        Windows a forward pass.
+    batch_tokens : int
+        About so many tokens a forward pass, one window at least; it takes three times the memory of their logits.
+
+    Returns
+    -------
+    float
+        Infinity where the model's outputs are not finite, or the mean is beyond what a float can hold.
 
     Raises
     ------
@@ -51,17 +61,16 @@ def perplexity(
     while spans[-1][2] < len(text):
         end = min(spans[-1][2] + stride, len(text))
         spans.append((end - window, spans[-1][2], end))
-    training = model.training
-    model.eval()
-    total = 0.0
-    for i in range(0, len(spans), batch_size):
-        batch = spans[i : i + batch_size]
-        ids = torch.stack([text[start:end] for start, _, end in batch]).to(model.device)
-        logits = model(ids).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu().double()
-        total += sum(losses[row, first - start - 1 :].sum().item() for row, (start, first, _) in enumerate(batch))
-    model.train(training)
-    return math.exp(total / (len(text) - 1))
+    total, windows = 0.0, max(1, batch_tokens // window)
+    with in_eval_mode(model):
+        for i in range(0, len(spans), windows):
+            batch = spans[i : i + windows]
+            ids = torch.stack([text[start:end] for start, _, end in batch]).to(model.device)
+            logits = model(ids, use_cache=False).logits[:, :-1].float()
+            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu().double()
+            total += sum(losses[row, first - start - 1 :].sum().item() for row, (start, first, _) in enumerate(batch))
+    mean = total / (len(text) - 1)
+    return math.exp(mean) if mean < LARGEST else math.inf  # nan is not below anything
 
 
 class Trigram:
@@ -86,8 +95,10 @@ class Trigram:
         self.vocabulary, self.discount = vocabulary, discount
         trigrams = _Counts((text[:-2] * vocabulary + text[1:-1]) * vocabulary + text[2:])
         # lower orders count in how many different contexts a word was seen, not how often
-        bigrams = _Counts(np.unique(text[:-1] * vocabulary + text[1:]), trigrams.keys % vocabulary**2)
-        unigrams = _Counts(np.arange(vocabulary), bigrams.keys % vocabulary, minus=1)
+        # the text's opening has nothing before it, and counts once
+        opening = text[:1] * vocabulary + text[1:2]
+        bigrams = _Counts(np.concatenate([opening, trigrams.keys % vocabulary**2]))
+        unigrams = _Counts(np.concatenate([np.arange(vocabulary), bigrams.keys % vocabulary]), minus=1)
         self.orders = (trigrams, bigrams)
         self.contexts = tuple(_Counts(counts.keys // vocabulary, weights=counts.values) for counts in self.orders)
         self.followers = tuple(_Counts(counts.keys // vocabulary) for counts in self.orders)
@@ -111,11 +122,8 @@ class Trigram:
 class _Counts:
     """How often each key occurs, looked up in bulk; a key that never occurs counts 0."""
 
-    def __init__(
-        self, keys: np.ndarray, more: np.ndarray | None = None, *, weights: np.ndarray | None = None, minus: int = 0
-    ) -> None:
-        every = keys if more is None else np.concatenate([keys, more])
-        self.keys, place = np.unique(every, return_inverse=True)
+    def __init__(self, keys: np.ndarray, *, weights: np.ndarray | None = None, minus: int = 0) -> None:
+        self.keys, place = np.unique(keys, return_inverse=True)
         self.values = np.bincount(place, weights).astype(np.int64) - minus
 
     def of(self, keys: np.ndarray) -> np.ndarray:

@@ -64,8 +64,9 @@ class Report:
         self.methods = list(self.compressed.method.unique())
         if (mixed := self.rows.groupby("task").hardware.nunique()).gt(1).any():
             raise ValueError(f"Rows of {mixed.idxmax()} were made on {mixed.max()} kinds of hardware: run it on one.")
-        missed = ~self.compressed.kept_linear.between(self.compressed.keep - 0.01, self.compressed.keep)
-        if missed.any() and all(job.recipe.count == "linear" for job, _ in cells):
+        kept = self.compressed[f"kept_{cells[0][0].recipe.count}"]
+        missed = ~kept.between(self.compressed.keep - 0.01, self.compressed.keep)
+        if missed.any():
             raise ValueError(f"Not filled to the budget: {self.compressed[missed].iloc[0].to_dict()}.")
 
     def table(self, split: str) -> pd.DataFrame | None:

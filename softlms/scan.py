@@ -1,9 +1,10 @@
-"""Mamba's selective scan on a CPU: a loop over time whose state stays in cache, with a backward of its own."""
+"""Mamba's selective scan: a loop over time whose state stays in cache, with a backward of its own."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +35,7 @@ def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
     y : Tensor
         Shape (batch, d_inner, length).
     h : Tensor
-        The last state, shape (batch, d_inner, d_state), without a gradient.
+        The last state, shape (batch, d_inner, d_state), without a gradient. Both in float32, whatever came in.
 
     Notes
     -----
@@ -43,16 +44,27 @@ def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
     chunk's states anew from the one before it: memory grows with length / 16 states, and a step's tensors fit a cache.
     """
     # time first, channels last: a step's slices are contiguous
-    y, h = _Scan.apply(*(x.float().permute(2, 0, 1).contiguous() for x in (u, dt)), A.float().T.contiguous(),
-                       *(x.float().permute(2, 0, 1).contiguous() for x in (B, C)))  # fmt: skip
+    over_time = [x.float().permute(2, 0, 1).contiguous() for x in (u, dt, B, C)]
+    y, h = _Scan.apply(*over_time[:2], A.float().T.contiguous(), *over_time[2:])
     return y.permute(1, 2, 0), h.transpose(1, 2)
+
+
+def _in_float32(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast is off inside: a recurrence over thousands of steps is no place for bfloat16."""
+
+    @functools.wraps(step)
+    def wrapped(ctx: Any, first: Tensor, *others: Tensor) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return step(ctx, first, *others)
+
+    return wrapped
 
 
 class _Scan(torch.autograd.Function):
     """Shapes: u, dt, y (L, b, d); A (N, d); B, C (L, b, N); a state h (b, N, d)."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    @_in_float32
     def forward(ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
         length, batch, d = u.shape
         h, decay = u.new_zeros(batch, len(A), d), u.new_empty(batch, len(A), d)
@@ -68,7 +80,7 @@ class _Scan(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
+    @_in_float32
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, ...]:
         u, dt, A, B, C, kept = ctx.saved_tensors
         x = dt * u
@@ -107,8 +119,10 @@ def _step(h: Tensor, decay: Tensor, dt: Tensor, A: Tensor, B: Tensor, x: Tensor)
 def fast_scan() -> Iterator[None]:
     """Inside, transformers' Mamba takes `selective_scan` wherever it would fall back to its plain loop.
 
-    That is: on a CPU, in eager mode. CUDA with its kernels, compilation and export are as without it.
+    Where ``mamba_ssm`` brings its kernels to a GPU, under ``use_mambapy``, and in compilation and export, all is as
+    without it.
     """
+    kernels = importlib.util.find_spec("mamba_ssm") is not None
     original = modeling_mamba.mamba_selective_scan
 
     @functools.wraps(original)
@@ -125,7 +139,8 @@ def fast_scan() -> Iterator[None]:
         return_last_state: bool = False,
         **options: Any,
     ) -> Any:
-        if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        on_kernels = kernels and hidden_states.device.type == "cuda"
+        if on_kernels or options.get("use_mambapy") or torch.compiler.is_compiling():
             return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
         if delta_bias is not None:
             dt = dt + delta_bias.to(dt.dtype)[..., None]

@@ -89,7 +89,12 @@ def tokenize_text(
         for split in SPLITS:
             ids = made(texts[split], add_special_tokens=False, verbose=False)["input_ids"]
             np.save(partial / f"{split}.npy", np.asarray(ids, dtype=np.int32))
-        partial.rename(place)
+        try:
+            partial.rename(place)
+        except OSError:
+            if not place.is_dir():  # else a process beside this one was faster
+                raise
+            shutil.rmtree(partial)
     source = {"embedded": "docstrings of installed libraries", "hub": "hub: WikiText-2"}.get(
         str(data), f"folder: {Path(data).name}"
     )

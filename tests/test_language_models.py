@@ -3,9 +3,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softlms.language_models import FAMILIES, LanguageBench, SmallModel
+from softlms.language_profiles import open_language_book
 from softlms.recipe import Recipe
 from softlms.text import blocks, tokenize_text, train_tokenizer
 from softlms.zoo import find_encoder
@@ -105,6 +106,32 @@ def test_a_bench_travels_to_another_process(folder, tmp_path):
     there = pickle.loads(pickle.dumps(bench))
     assert there._place("svd+soft", RECIPE, 0) == bench._place("svd+soft", RECIPE, 0)
     assert there.note is print and "splits" not in vars(there)
+
+
+def test_what_cannot_be_done_is_said_before_any_work(folder, tmp_path):
+    small = SmallModel("gpt2", **SIZE)
+    text = tokenize_text(folder, SIZE["vocabulary"], tmp_path)
+    shortest = min(map(len, text.splits.values()))
+    for window, limit in ((1, 512), (513, 512)):
+        with pytest.raises(ValueError, match=rf"window must be 2 to {limit} tokens .* got {window}\."):
+            LanguageBench(small, "lm", text, tmp_path, window=window)
+    with pytest.raises(ValueError, match=rf"2 to {shortest} tokens .* got {shortest + 1}\."):
+        LanguageBench(SmallModel("mamba", **SIZE), "lm", text, tmp_path, window=shortest + 1)
+    with pytest.raises(ValueError, match="2 to 8 tokens"):
+        LanguageBench(small, "lm", text, tmp_path, window=16, test_tokens=8)
+    with pytest.raises(ValueError, match="set distillation=0"):
+        bench_of(small, folder, tmp_path).run("svd+uniform", RECIPE.changed(distillation=0.5), 0)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_notebook_is_about_its_family(folder, tmp_path, monkeypatch):
+    AutoModelForCausalLM.from_config(SmallModel("llama", **SIZE).config).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="is a llama model; this notebook is about mamba"):
+        open_language_book(
+            "08_mamba_table", "mamba", profile="quick", text=str(folder), checkpoint=str(tmp_path / "llama")
+        )
+    with pytest.raises(ValueError, match="Unknown family 'bert'; known: gpt2"):
+        open_language_book("09", "bert", profile="quick")
 
 
 def test_unknown_family():

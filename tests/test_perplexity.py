@@ -19,7 +19,7 @@ def model():
 @pytest.mark.parametrize("length, window, stride", [(2, 8, 4), (8, 8, 7), (29, 8, 3), (29, 8, 7), (40, 32, 1)])
 def test_every_token_is_scored_once_with_its_context(model, length, window, stride):
     text = torch.randint(50, (length,))
-    found = perplexity(model, text, window=window, stride=stride, batch_size=3)
+    found = perplexity(model, text, window=window, stride=stride, batch_tokens=3 * window)
     assert model.training
     model.eval()
     expected, scored, begin = 0.0, 0, 0
@@ -41,15 +41,24 @@ def test_wrong_windows(model):
         perplexity(model, [1])
 
 
+def test_what_is_not_finite_is_infinite(model):
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(1e9)
+    assert perplexity(model, range(20)) == math.inf
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(math.nan)
+    assert perplexity(model, range(20)) == math.inf
+
+
 def kneser_ney(text, vocabulary, d):
     """As in the textbook, with dictionaries: P(w | u, v)."""
     tri = {}
     for u, v, w in zip(text, text[1:], text[2:], strict=False):
         tri[u, v, w] = tri.get((u, v, w), 0) + 1
-    # types of contexts: every bigram counts once for the text's start, and once for each word before it
+    # every bigram counts once for each word seen before it; the opening one has the text's start there
     bi = {}
     for pair in set(pairwise(text)):
-        bi[pair] = len({u for (u, v, w) in tri if (v, w) == pair}) + 1
+        bi[pair] = len({u for (u, v, w) in tri if (v, w) == pair}) + (pair == tuple(text[:2]))
     uni = [len({v for (v, w) in bi if w == word}) for word in range(vocabulary)]
 
     def p1(w):

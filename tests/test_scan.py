@@ -90,6 +90,14 @@ def test_generation_continues_from_the_scans_state(mamba):
         assert torch.equal(mamba.generate(tokens, **options), expected)
 
 
+def test_mambapy_is_taken_where_it_is_asked_for(mamba, monkeypatch):
+    monkeypatch.setattr("softlms.scan.selective_scan", None)
+    for mixer in (layer.mixer for layer in mamba.backbone.layers):
+        mixer.use_mambapy = True
+    with fast_scan():
+        assert mamba(torch.randint(3, 99, (2, 9))).logits.isfinite().all()
+
+
 def test_it_ends_with_its_context(mamba):
     from transformers.models.mamba import modeling_mamba
 
