@@ -11,9 +11,12 @@ from softlms.checkpoint import load_compressed, save_compressed
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorize import FACTORIZATIONS, Factors, factorize
 from softlms.fused import split_fused
+from softlms.language import load_text
 from softlms.layers import LowRankLinear, SoftLinear
 from softlms.losses import adaptive_compression_loss, distillation_loss, linear_compression_loss
 from softlms.masks import MaskTrainer
+from softlms.perplexity import perplexity
+from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy, ranks, truncate
 from softlms.tasks import TASKS, encode, load_task
 from softlms.thresholds import SoftThreshold, hard_threshold, shifted_tanh, soft_threshold
@@ -48,11 +51,14 @@ __all__ = [
     "encode",
     "evaluate",
     "factorize",
+    "fast_scan",
     "find_targets",
     "hard_threshold",
     "linear_compression_loss",
     "load_compressed",
     "load_task",
+    "load_text",
+    "perplexity",
     "ranks",
     "refill",
     "save_compressed",

@@ -1,10 +1,12 @@
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
 from softlms.budget import Budget, uniform_ranks
 from softlms.experiments import Bench, Run
 from softlms.jobs import Job
+from softlms.language import SPLITS
 from softlms.language_models import LanguageBench, SmallModel
 from softlms.recipe import Recipe
 from softlms.report import Report
@@ -23,7 +25,7 @@ def bench(tiny_folder, tmp_path):
 
 @pytest.fixture
 def language_bench(tmp_path):
-    text = TokenizedText({}, tmp_path, "nowhere")
+    text = TokenizedText(dict.fromkeys(SPLITS, np.arange(200)), tmp_path, "nowhere")
     return LanguageBench(SmallModel("gpt2", hidden=64, layers=2, vocabulary=300), "gpt2", text, tmp_path)
 
 
@@ -31,7 +33,7 @@ def cell(bench, method, seed, score, metric="f1", **changes):
     ranks = uniform_ranks(bench.targets(), Budget(0.5, "linear").limit(bench.targets(), 0))
     dense = method == "dense"
     result = {
-        "scores": {"dev": {metric: score}, "test": {metric: score}},
+        "seed": seed, "scores": {"dev": {metric: score}, "test": {metric: score}},
         "ranks": ranks, "kept_linear": 1.0 if dense else 0.5, "kept_total": 1.0 if dense else 0.7,
         "parameters_linear": 10, "parameters_total": 20, "steps": 5, "seconds": 1.0, "hardware": "a machine",
         "versions": "", "data": "", "encoder": "", "sample": f"{method} wrote this",
@@ -89,6 +91,12 @@ def test_hardware_is_not_mixed_and_budgets_are_filled(bench):
     for kept in (0.51, 0.45):
         with pytest.raises(ValueError, match="Not filled to the budget"):
             report_of(bench, F1 | {"svd+energy": (0.5,)}, kept_linear=kept)
+    of_total = [
+        (Job(bench, job.method, job.recipe.changed(count="total"), job.seed), run)
+        for job, run in report_of(bench, F1).cells
+    ]
+    with pytest.raises(ValueError, match="Not filled to the budget: .*'kept_total': 0.7"):
+        Report(of_total, {"mrpc": bench}, (0, 1))
 
 
 @pytest.mark.parametrize("kind", ["bench", "language_bench"])
