@@ -86,7 +86,7 @@ LANGUAGE_PROFILES = {
             Grid(
                 Recipe(
                     dense_learning_rate=1e-3,
-                    dense_epochs=1.5,
+                    dense_epochs=2,
                     epochs=0.1,
                     learning_rate=3e-4,
                     static_learning_rate=3e-4,
