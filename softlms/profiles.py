@@ -142,7 +142,6 @@ class Book:
     results: Path
     data: str
     written: list[Path] = field(default_factory=list)
-    _sources: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def benches(self, tasks: Mapping[str, Setting]) -> dict[str, Bench]:
         """A bench for each task, on the book's encoder and data.
@@ -153,12 +152,10 @@ class Book:
             As from `softlms.load_task`, before any work.
         """
         folder = self.bench.folder
-        benches = {
+        return {
             name: Bench(self.bench.encoder, load_task(name, self.data), folder, setting.max_length, setting.train_rows)
             for name, setting in tasks.items()
         }
-        self._sources |= {name: bench.data.source for name, bench in benches.items()}
-        return benches
 
     def save_figure(self, fig: Figure, suffix: str = "") -> None:
         """Write the figure as PNG and PDF, named after the notebook."""
@@ -171,7 +168,7 @@ class Book:
         """
         self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{self.name}{suffix}.csv"
-        provenance: dict[str, Any] = {
+        provenance = {
             "profile": self.profile.name,
             "task": self.bench.data.task.name,
             "data": self.bench.data.source,
@@ -180,19 +177,18 @@ class Book:
             "versions": versions(),
         }
         partial = path.with_suffix(".partial")
-        if "task" in table:  # of several tasks, each row says its own
-            provenance["data"] = table.task.map({self.bench.data.task.name: self.bench.data.source} | self._sources)
         missing = {name: value for name, value in provenance.items() if name not in table}
         table.assign(**missing).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
         partial.replace(path)
         self.written.append(path)
 
     def save_report(self, report: Report) -> None:
-        """Write a grid's rows, ranks, means and verdicts, and its tables as Markdown and LaTeX."""
+        """Write a grid's rows, ranks, means and verdicts, each row with its task's data, and tables for people."""
         self.save_table(report.rows)
-        self.save_table(report.ranks, "_ranks")
-        self.save_table(report.summary, "_summary")
-        self.save_table(report.verdicts(), "_verdicts")
+        sources = {task: bench.data.source for task, bench in report.benches.items()}
+        tables = {"_ranks": report.ranks, "_summary": report.summary, "_verdicts": report.verdicts()}
+        for suffix, table in tables.items():
+            self.save_table(table.assign(data=table["task"].map(sources)) if len(table) else table, suffix)
         for split in ("dev", "test"):
             if (table := report.table(split)) is not None:
                 table.columns = pd.Index([" ".join(column) for column in table.columns])

@@ -8,6 +8,7 @@ from softlms.experiments import Bench, Run
 from softlms.jobs import Job
 from softlms.language import SPLITS
 from softlms.language_models import LanguageBench, SmallModel
+from softlms.profiles import PROFILES, Book
 from softlms.recipe import Recipe
 from softlms.report import Report
 from softlms.tasks import TASKS, TaskData
@@ -124,3 +125,21 @@ def test_samples_are_those_of_the_first_seed(language_bench):
     samples = report_of(language_bench, F1, "perplexity").samples()
     pd.testing.assert_series_equal(samples.method, pd.Series(list(F1), name="method"))
     assert samples["sample"][0] == "dense wrote this" and samples.keep.tolist() == [1.0, 0.5, 0.5, 0.5]
+
+
+def test_each_row_names_the_data_of_its_own_task(bench, tiny_folder, tmp_path):
+    other = Bench(find_encoder(str(tiny_folder)), TaskData(TASKS["rte"], {}, "elsewhere"), tmp_path)
+    cells = [
+        cell(b, method, seed, 0.8, b.data.task.metrics[0], data=b.data.source)
+        for b in (bench, other)
+        for method in F1
+        for seed in (0, 1)
+    ]
+    book = Book("05_test", PROFILES["quick"], bench, tmp_path / "figures", tmp_path / "results", "")
+    book.save_report(Report(cells, {"mrpc": bench, "rte": other}, (0, 1)))
+    for suffix in ("", "_ranks", "_summary", "_verdicts"):
+        table = pd.read_csv(tmp_path / f"results/05_test{suffix}.csv")
+        assert {task: set(rows["data"]) for task, rows in table.groupby("task")} == {
+            "mrpc": {"nowhere"},
+            "rte": {"elsewhere"},
+        }
