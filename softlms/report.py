@@ -87,7 +87,9 @@ class Report:
 
     def _entry(self, row: pd.Series) -> str:
         seeds = f" ({row['count']})" if row["count"] < len(self.seeds) else ""
-        return f"{row['mean']:.1f}" + (f" ± {row['std']:.1f}" if row["count"] > 1 else "") + seeds
+        digits = 2 if row["metric"] in UNSCALED else 1
+        spread = f" ± {row['std']:.{digits}f}" if row["count"] > 1 else ""
+        return f"{row['mean']:.{digits}f}{spread}{seeds}"
 
     def verdicts(self) -> pd.DataFrame:
         """The better SoftLMs row against the best other one, both chosen on dev, paired over seeds where reported.

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -85,29 +86,48 @@ def test_results_in_readme_are_those_of_the_runs():
         ), split
 
 
-def test_table_of_methods_in_readme_is_that_of_the_runs():
-    """Each cell of the grid's table and each verdict, recomputed from the committed rows."""
+# of README's tables of methods: column to notebook, task, metric, split, scale and digits
+TABLES = {
+    "MRPC": {
+        "MRPC F1": ("05_bert_table", "mrpc", "f1", "test", 100, 1),
+        "SST-2 accuracy": ("05_bert_table", "sst2", "accuracy", "dev", 100, 1),
+        "RTE accuracy": ("05_bert_table", "rte", "accuracy", "dev", 100, 1),
+    },
+    "GPT-2": {
+        "GPT-2": ("06_gpt2_table", "gpt2", "perplexity", "test", 1, 2),
+        "Llama": ("07_tinyllama_table", "llama", "perplexity", "test", 1, 2),
+        "Mamba": ("08_mamba_table", "mamba", "perplexity", "test", 1, 2),
+    },
+}
+
+
+@pytest.mark.parametrize("first", TABLES)
+def test_tables_of_methods_in_readme_are_those_of_the_runs(first):
+    """Every cell and verdict of README's tables, recomputed from the committed rows."""
     readme = (ROOT / "README.md").read_text().splitlines()
-    rows = pd.read_csv(ROOT / "results" / "laptop" / "05_bert_table.csv")
-    reported = {"mrpc": ("f1", "test"), "sst2": ("accuracy", "dev"), "rte": ("accuracy", "dev")}
-    rows = rows[rows.recovered & ~rows.method.str.contains("cut from")]
-    rows = rows[[reported[row.task] == (row.metric, row.split) for row in rows.itertuples()]]
-    assert set(rows.task) == set(reported) and {"dense", "svd+uniform", "svd+soft"} < set(rows.method)
-    start = next(i for i, line in enumerate(readme) if line.startswith("| method | MRPC"))
+    start = next(i for i, line in enumerate(readme) if line.startswith(f"| method | {first}"))
     columns = [cell.strip().rsplit(", ", 1) for cell in readme[start].strip("| ").split("|")[1:]]
-    names = {"MRPC F1": "mrpc", "SST-2 accuracy": "sst2", "RTE accuracy": "rte"}
-    for method, of_method in rows.groupby("method"):
+    books = {place[0] for name, place in TABLES[first].items() if name in dict(columns)}
+    rows = pd.concat(pd.read_csv(ROOT / f"results/laptop/{book}.csv") for book in books)
+    rows = rows[rows.recovered & ~rows.method.str.contains("cut from")]
+    assert {"dense", "svd+uniform", "svd+soft"} < set(rows.method)
+    for method in rows.method.unique():
         cells = []
         for name, share in columns:
+            _, task, metric, split, scale, digits = TABLES[first][name]
             keep = 1.0 if method == "dense" else float(share.removesuffix(" %")) / 100
-            values = 100 * of_method[(of_method.task == names[name]) & (of_method.keep == keep)].value
-            spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
-            few = f" ({len(values)})" if 0 < len(values) < 3 else ""
-            cells.append(f"{values.mean():.1f}{spread}{few}" if len(values) else "")
+            chosen = (rows.method == method) & (rows.task == task) & (rows.keep == keep)
+            values = scale * rows[chosen & (rows.metric == metric) & (rows.split == split)].value
+            spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+            few = f" ({len(values)})" if 0 < len(values) < 3 and method != "dense" else ""
+            cells.append(f"{values.mean():.{digits}f}{spread}{few}" if len(values) else "")
         assert f"| {method} | {' | '.join(cells)} |" in readme[start:]
-    for row in pd.read_csv(ROOT / "results" / "laptop" / "05_bert_table_verdicts.csv").itertuples():
-        line = f"| {row.task} | {100 * row.keep:.0f} % | {row.soft} | {row.rival} | {row.difference:+.1f} |"
-        assert any(shown.startswith(line) for shown in readme)
+    digits = {place[1]: place[5] for place in TABLES[first].values()}
+    for book in books:
+        for row in pd.read_csv(ROOT / f"results/laptop/{book}_verdicts.csv").itertuples():
+            difference = f"{row.difference:+.{digits[row.task]}f}"
+            line = f"| {row.task} | {100 * row.keep:.0f} % | {row.soft} | {row.rival} | {difference} |"
+            assert any(shown.startswith(line) for shown in readme)
 
 
 def test_pictures_that_readme_shows_are_there():
