@@ -49,11 +49,20 @@ class MaskedLinear(nn.Module):
     def rank(self) -> int:
         return int((self.score > 0).sum())
 
+    @property
+    def gate(self) -> Tensor:
+        """1 or 0 for each component, shape (r,); its gradient is the score's."""
+        hard = (self.score > 0).to(self.score.dtype)
+        return hard + self.score - self.score.detach()
+
+    @property
+    def weight(self) -> Tensor:
+        """The recomposed W, shape (m, n): for code that reads it, such as transformers' Mamba."""
+        return (self.left * self.gate) @ self.V.T
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
-        hard = (self.score > 0).to(self.score.dtype)
-        gate = hard + self.score - self.score.detach()
-        return F.linear(F.linear(x, self.V.T) * gate, self.left, self.bias)
+        return F.linear(F.linear(x, self.V.T) * self.gate, self.left, self.bias)
 
 
 class MaskTrainer(DistillingTrainer):

@@ -86,7 +86,8 @@ class Report:
         return table.sort_index(axis=1).fillna("")
 
     def _entry(self, row: pd.Series) -> str:
-        seeds = f" ({row['count']})" if row["count"] < len(self.seeds) else ""
+        # one dense model may serve all seeds
+        seeds = f" ({row['count']})" if row["count"] < len(self.seeds) and row["method"] != "dense" else ""
         digits = 2 if row["metric"] in UNSCALED else 1
         spread = f" ± {row['std']:.{digits}f}" if row["count"] > 1 else ""
         return f"{row['mean']:.{digits}f}{spread}{seeds}"
@@ -145,8 +146,8 @@ class Report:
                 self._plot_methods(ax, part)
                 ax.set_xticks(range(len(self.keeps)), [f"{100 * keep:.0f}" for keep in self.keeps])
                 ax.set_xlim(-0.5, len(self.keeps) - 0.5)
-                if metric in UNSCALED and not recovered:
-                    ax.set_yscale("log")  # untuned perplexities span orders of magnitude
+                if metric in UNSCALED and part["mean"].max() > 10 * part["mean"].min():
+                    ax.set_yscale("log")  # untuned perplexities may span orders of magnitude
                 ax.grid(axis="x", visible=False)
                 ax.set(
                     title=f"{task}, {'after recovery' if recovered else 'untuned'}",
@@ -191,18 +192,17 @@ class Report:
         symbols = list(dict.fromkeys(target.symbol for target in targets.values()))
         methods = list(shown.method.unique())
         height = -(-len(methods) // 4)
-        fig, axes = figure(height, min(4, len(methods)), width=7.0, height=1.9 * height + 0.4, squeeze=False)
+        width = -(-len(methods) // height)
+        fig, axes = figure(height, width, width=7.0, height=1.9 * height + 0.4, squeeze=False, sharey=True)
         for ax in axes.flat[len(methods) :]:
             ax.axis("off")
         for ax, method in zip(axes.flat, methods, strict=False):
             shares_of = shown[shown.method == method].pivot_table(index="symbol", columns="block", values="share")
-            sns.heatmap(
-                shares_of.loc[symbols], ax=ax, vmin=0, vmax=1, cmap="cividis", cbar=method == methods[-1],
-                linewidths=0.3, cbar_kws={"label": "weights stored"},
-            )  # fmt: skip
+            sns.heatmap(shares_of.loc[symbols], ax=ax, vmin=0, vmax=1, cmap="cividis", cbar=False, linewidths=0.3)
             ax.grid(visible=False)
             ax.set(title=method, xlabel="block", ylabel="")
             ax.tick_params(axis="y", rotation=0)
+        fig.colorbar(axes[0, 0].collections[0], ax=axes, label="weights stored")
         fig.suptitle(f"Where {part.keep.iloc[0]:.0%} of the linears' weights are spent, {task}, mean over seeds")
         return fig
 

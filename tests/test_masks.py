@@ -3,26 +3,28 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorWithPadding, TrainingArguments, default_data_collator
 
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
 from softlms.factorize import factorize
+from softlms.language_models import FAMILIES, SmallModel
 from softlms.masks import MaskedLinear, MaskTrainer
 from softlms.surgery import truncate
+from softlms.text import blocks
 from softlms.training import BudgetNotMet
 from softlms.zoo import find_encoder
 
 
-def trainer(model, factors, folder, steps=60, **options):
-    data = Dataset.from_dict(
+def trainer(model, factors, folder, steps=60, data=None, collator=None, **options):
+    data = data or Dataset.from_dict(
         {"input_ids": torch.randint(5, 200, (16, 9)).tolist(), "attention_mask": [[1] * 9] * 16, "labels": [0, 1] * 8}
     )
     args = TrainingArguments(
         str(folder), max_steps=steps, learning_rate=0.05, lr_scheduler_type="constant", use_cpu=True, report_to=[],
         disable_tqdm=True, save_strategy="no", per_device_train_batch_size=8, logging_strategy="no",
     )  # fmt: skip
-    collator = DataCollatorWithPadding(find_encoder("minilm").tokenizer())
+    collator = collator or DataCollatorWithPadding(find_encoder("minilm").tokenizer())
     return MaskTrainer(
         model, factors, keep=0.5, count="linear", args=args, train_dataset=data, data_collator=collator, **options
     )
@@ -57,6 +59,21 @@ def test_masks_find_ranks_that_fill_the_budget(tiny_bert, tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(model.classifier.parameters(), dense.classifier.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_on_language_models(family, tmp_path):
+    model = AutoModelForCausalLM.from_config(SmallModel(family, hidden=64, layers=2, vocabulary=300).config).eval()
+    dense, factors = copy.deepcopy(model), factorize(model)
+    data = blocks(torch.randint(300, (144,)).numpy(), 9)
+    search = trainer(model, factors, tmp_path, data=data, collator=default_data_collator)
+    with torch.no_grad():
+        torch.testing.assert_close(model(data["input_ids"][:2]).logits, dense(data["input_ids"][:2]).logits)
+    search.train()
+    assert 0.48 < count_parameters(truncate(dense, search.ranks)).kept("linear") <= 0.5
+    for layer in search.masks.values():
+        weight = layer.left[:, layer.score > 0] @ layer.V[:, layer.score > 0].T
+        torch.testing.assert_close(layer.weight, weight)
 
 
 def test_masks_that_run_out_of_steps_and_wrong_input(tiny_bert, tmp_path):
