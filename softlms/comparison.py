@@ -258,13 +258,13 @@ def grid_rows(cells: Iterable[Cell]) -> pd.DataFrame:
 
 def rank_rows(cells: Iterable[Cell]) -> pd.DataFrame:
     """One tidy row for each layer of each recovered model: task, method, keep, seed, layer, rank."""
-    return pd.DataFrame(
-        {"task": job.bench.data.task.name, "method": job.method, "keep": job.recipe.keep, "seed": job.seed}
-        | {"layer": layer, "rank": rank}
+    rows = (
+        (job.bench.data.task.name, job.method, job.recipe.keep, job.seed, layer, rank)
         for job, run in cells
         if job.recipe.epochs and job.method != "dense"
         for layer, rank in run.result["ranks"].items()
     )
+    return pd.DataFrame(rows, columns=("task", "method", "keep", "seed", "layer", "rank"))
 
 
 def _cell_rows(job: Job, run: Run) -> pd.DataFrame:

@@ -161,17 +161,18 @@ class Book:
         """Write the figure as PNG and PDF, named after the notebook."""
         self.written += plotting.save_figure(fig, self.figures, self.name + suffix)
 
-    def save_table(self, table: pd.DataFrame, suffix: str = "") -> None:
+    def save_table(self, table: pd.DataFrame, suffix: str = "", *, data: Mapping[str, str] | None = None) -> None:
         """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware and versions.
 
-        Rows of stored runs bring the last two along, as they were when the run was made.
+        Rows of stored runs bring the last two along, as they were when the run was made. A table of several tasks
+        takes each row's source from `data`, by its task.
         """
         self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{self.name}{suffix}.csv"
         provenance = {
             "profile": self.profile.name,
             "task": self.bench.data.task.name,
-            "data": self.bench.data.source,
+            "data": self.bench.data.source if data is None else table["task"].map(data),
             "encoder": self.bench.encoder.source,
             "hardware": hardware(),
             "versions": versions(),
@@ -184,11 +185,11 @@ class Book:
 
     def save_report(self, report: Report) -> None:
         """Write a grid's rows, ranks, means and verdicts, each row with its task's data, and tables for people."""
+        data = {task: bench.data.source for task, bench in report.benches.items()}
         self.save_table(report.rows)
-        sources = {task: bench.data.source for task, bench in report.benches.items()}
-        tables = {"_ranks": report.ranks, "_summary": report.summary, "_verdicts": report.verdicts()}
-        for suffix, table in tables.items():
-            self.save_table(table.assign(data=table["task"].map(sources)) if len(table) else table, suffix)
+        self.save_table(report.ranks, "_ranks", data=data)
+        self.save_table(report.summary, "_summary", data=data)
+        self.save_table(report.verdicts(), "_verdicts", data=data)
         for split in ("dev", "test"):
             if (table := report.table(split)) is not None:
                 table.columns = pd.Index([" ".join(column) for column in table.columns])

@@ -23,6 +23,9 @@ __all__ = ["Report"]
 # Okabe and Ito's palette
 COLOURS = {"svd": "#D55E00", "fwsvd": "#E69F00", "asvd": "#CC79A7", "whitened": "#0072B2"}
 MARKERS = {"uniform": "v", "energy": "P", "greedy": "X", "sensitivity": "D", "mask": "s", "soft": "o"}
+VERDICT = (
+    "task", "keep", "split", "soft", "soft_mean", "rival", "rival_mean", "seeds", "difference", "low95", "high95",
+)  # fmt: skip
 CUT_FROM = " cut from "  # rows of a soft model that was cut further, see comparison.grid_rows
 
 
@@ -97,8 +100,8 @@ class Report:
 
         Among the methods that were run at all seeds.
 
-        Columns task, keep, split, soft, soft_mean, rival, rival_mean, seeds, difference, low95, high95; a difference
-        above zero is in favour of SoftLMs, also where less is better.
+        Columns `VERDICT`; a difference above zero is in favour of SoftLMs, also where less is better. The 95 % interval
+        needs two seeds.
         """
         recovered = self.compressed[self.compressed.recovered]
         lines = []
@@ -118,7 +121,7 @@ class Report:
             if len(pair) > 1:
                 _, line["low95"], line["high95"] = paired_difference(pair[larger], pair[smaller])
             lines.append(line)
-        return pd.DataFrame(lines)
+        return pd.DataFrame(lines, columns=VERDICT)
 
     def _by_seed(self, task: str, keep: float, split: str) -> pd.DataFrame:
         """The leading metric after recovery: a row for each seed, a column for each method."""

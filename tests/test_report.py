@@ -136,6 +136,8 @@ def test_each_row_names_the_data_of_its_own_task(bench, tiny_folder, tmp_path):
         for seed in (0, 1)
     ]
     book = Book("05_test", PROFILES["quick"], bench, tmp_path / "figures", tmp_path / "results", "")
+    book.save_report(Report(cells[:1], {"mrpc": bench, "rte": other}, (0, 1)))  # a grid that has just begun
+    assert pd.read_csv(tmp_path / "results/05_test_verdicts.csv").empty
     book.save_report(Report(cells, {"mrpc": bench, "rte": other}, (0, 1)))
     for suffix in ("", "_ranks", "_summary", "_verdicts"):
         table = pd.read_csv(tmp_path / f"results/05_test{suffix}.csv")
