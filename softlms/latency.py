@@ -125,7 +125,7 @@ def scan_times(
     Parameters
     ----------
     hidden, layers, batch, tokens, rounds, threads : int
-        The plain loop's step takes a minute and more at the sizes given here.
+        The plain loop's step takes most of a minute at the sizes given here.
 
     Returns
     -------

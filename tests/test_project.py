@@ -125,6 +125,21 @@ def test_tables_of_methods_in_readme_are_those_of_the_runs(first):
             assert any(shown.startswith(line) for shown in readme)
 
 
+def test_full_sizes_and_scans_in_readme_are_those_of_the_runs():
+    readme = (ROOT / "README.md").read_text()
+    rows = pd.read_csv(ROOT / "results/full_size.csv")
+    assert set(rows.model) == {"bert-base", "gpt2", "tinyllama-1.1b", "mamba-130m"}
+    assert (rows.kept_total <= 0.5).all() and (rows.peak_gb < 24).all() and (rows.decompose_s < 20 * 60).all()
+    for row in rows[~rows.split].itertuples():
+        cells = [f"{row.parameters_total / 1e6:.1f} M", f"{100 * row.kept_linear:.1f} %", f"{row.decompose_s:.0f} s"]
+        cells += [f"{row.peak_gb:.1f} GB", f"{row.error:.1e}"]
+        assert f"| {row.model} | {' | '.join(cells)} |" in readme
+    ms = pd.read_csv(ROOT / "results/mamba_scan.csv").set_index("form").median_ms
+    loop, mambapy, ours = ms["transformers' loop"], ms["mambapy"], ms["softlms"]
+    seconds = f"loop {loop / 1e3:.1f} s, mambapy {mambapy / 1e3:.1f} s, softlms {ours / 1e3:.1f} s"
+    assert f"{seconds}, {loop / ours:.0f} times faster" in readme and loop / ours > 10
+
+
 def test_pictures_that_readme_shows_are_there():
     for path in re.findall(r"\]\((figures/[^)]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / path).is_file(), path
