@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures.add_argument("--profile", default="quick", help="quick (default), laptop or paper")
     figures.add_argument("--data", default="", help="folder in GLUE's layout, or hub; default: SOFTLMS_DATA, else hub")
     figures.add_argument("--model", default="", help="folder or hub name of another encoder")
-
     figures.add_argument("--text", default="", help="text of the language models: folder, hub or embedded")
 
     compress = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")

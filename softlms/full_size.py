@@ -27,7 +27,7 @@ from softlms.budget import Budget, count_parameters
 from softlms.fused import split_fused
 from softlms.jobs import use_threads
 from softlms.latency import random_rows
-from softlms.layers import LowRankLinear
+from softlms.layers import LowRankLinear, make_linear
 from softlms.provenance import hardware, versions
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy
@@ -144,21 +144,11 @@ def compress_full_size(
     }
 
 
-def print_full_size(
-    *,
-    model: str,
-    keep: float = 0.5,
-    count: str = "total",
-    layers: int | None = None,
-    split: bool = False,
-    threads: int = 2,
-    out: str = "",
-) -> None:
+def print_full_size(*, model: str, out: str = "", **options: Any) -> None:
     """The ``softlms full-size`` command: a table of `compress_full_size`; a row more of the CSV that `out` names."""
-    result = compress_full_size(model, keep=keep, count=count, layers=layers, split=split, threads=threads)
-    table = Table(
-        show_header=False, title=f"{model}, {result['blocks']} blocks, {keep} of {count} kept, {threads} thread(s)"
-    )
+    result = compress_full_size(model, **options)
+    title = "{model}, {blocks} blocks, {keep} of {count} kept; {hardware}".format(**result)
+    table = Table(show_header=False, title=title)
     lines = {
         "parameters": f"{result['parameters_total'] / 1e6:.1f} M",
         "kept": f"{result['kept_linear']:.4f} of the linears, {result['kept_total']:.4f} of the total",
@@ -204,9 +194,5 @@ def _recomposed(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model that a deployed one stands for."""
     dense = copy.deepcopy(model)
     for name, layer in [(n, m) for n, m in dense.named_modules() if isinstance(m, LowRankLinear)]:
-        linear = torch.nn.utils.skip_init(
-            torch.nn.Linear, layer.in_features, layer.out_features, bias=layer.bias is not None
-        )
-        linear.weight, linear.bias = torch.nn.Parameter(layer.weight), layer.bias
-        dense.set_submodule(name, linear)
+        dense.set_submodule(name, make_linear(layer.weight, layer.bias))
     return dense

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from softlms.factorize import as_linear
+from softlms.layers import make_linear
 
 __all__ = ["SplitLinear", "split_fused"]
 
@@ -60,14 +61,6 @@ def split_fused(model: M) -> M:
         linear = as_linear(conv)
         weights, biases = linear.weight.detach().chunk(3), linear.bias.detach().chunk(3)
         trained = linear.weight.requires_grad
-        parts = [_own(weight, bias, trained) for weight, bias in zip(weights, biases, strict=True)]
+        parts = [make_linear(*part).requires_grad_(trained) for part in zip(weights, biases, strict=True)]
         model.set_submodule(name, SplitLinear(*parts).train(conv.training))
     return model
-
-
-def _own(weight: Tensor, bias: Tensor, trained: bool) -> nn.Linear:
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0])
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=trained)
-    linear.bias = nn.Parameter(bias.clone(), requires_grad=trained)
-    return linear

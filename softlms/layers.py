@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from softlms.thresholds import SoftThreshold, inverse_soft_threshold
 
-__all__ = ["LowRankLinear", "SoftLinear", "kept_parameters", "svd"]
+__all__ = ["LowRankLinear", "SoftLinear", "kept_parameters", "make_linear", "svd"]
 
 
 UNITS: dict[str, Callable[[Tensor], float]] = {
@@ -213,7 +213,7 @@ class SoftLinear(nn.Module):
             left, V = left[:, best], V[:, best]
         (m, rank), n = left.shape, V.shape[0]
         if kept_parameters(m, n, rank) == m * n:
-            return _linear(left @ V.T, self.bias)
+            return make_linear(left @ V.T, self.bias)
         return LowRankLinear(V.T, left, self.bias)
 
     def extra_repr(self) -> str:
@@ -235,8 +235,8 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.down = _linear(down, None)
-        self.up = _linear(up, bias)
+        self.down = make_linear(down, None)
+        self.up = make_linear(up, bias)
 
     @classmethod
     def from_factors(cls, U: Tensor, sigma: Tensor, V: Tensor, bias: Tensor | None, rank: int) -> LowRankLinear:
@@ -270,7 +270,8 @@ class LowRankLinear(nn.Module):
         return self.up(self.down(x))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An nn.Linear with copies of a weight, shape (m, n), and a bias, shape (m,)."""
     m, n = weight.shape
     linear = nn.utils.skip_init(nn.Linear, n, m, bias=bias is not None, device=weight.device, dtype=weight.dtype)
     linear.weight.data.copy_(weight)
