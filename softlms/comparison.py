@@ -41,9 +41,11 @@ UNTUNED = tuple(f"{f}+{a}" for f in ("svd", "fwsvd", "asvd") for a in ("energy",
 
 @dataclass(frozen=True)
 class Setting:
-    """How a task is run: changes to the grid's recipe, and limits of its rows (see `softlms.experiments.Bench`)."""
+    """How a task is run: changes to the grid's recipe, for all methods or for single ones (these come last), and limits
+    of its rows (see `softlms.experiments.Bench`)."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     train_rows: int | None = None
     max_length: int = 128
 
@@ -97,11 +99,13 @@ class Grid:
             for keep in one.keeps:
                 for task in one.tasks or self.tasks:
                     for seed in self.seeds:
-                        recipe = self.recipe.changed(**self.tasks[task].changes, keep=keep)
+                        setting = self.tasks[task]
+                        recipe = self.recipe.changed(**setting.changes, keep=keep)
                         recipe = recipe if one.recover else recipe.changed(epochs=0, distillation=0.0)
                         yield [
-                            Job(benches[task], method, recipe.changed(**self.changes.get(method, {})), seed)
+                            Job(benches[task], method, recipe.changed(**own), seed)
                             for method in ("dense", *one.methods)
+                            for own in [{**self.changes.get(method, {}), **setting.methods.get(method, {})}]
                         ]
 
 

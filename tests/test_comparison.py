@@ -34,6 +34,15 @@ GRID = Grid(
 )
 
 
+def test_a_methods_own_setting_at_a_task_comes_last(bench):
+    setting = Setting({"gamma": 0.2, "s": 9.0}, methods={"svd+soft": {"gamma": 0.4}})
+    changes = {"svd+soft": {"gamma": 0.3, "unit": "mean"}}
+    grid = Grid(RECIPE, {"docpairs": setting}, (0,), (Pass(("svd+uniform", "svd+soft"), (0.5,)),), changes)
+    dense, uniform, soft = next(grid.units({"docpairs": bench}))
+    assert {(job.recipe.gamma, job.recipe.s, job.recipe.unit) for job in (dense, uniform)} == {(0.2, 9.0, "max")}
+    assert (soft.recipe.gamma, soft.recipe.s, soft.recipe.unit) == (0.4, 9.0, "mean")
+
+
 def test_a_grid_is_done_in_order_and_only_once(bench):
     lines, grown = [], []
     cells = run_grid(GRID, {"docpairs": bench}, processes=1, note=lines.append, grown=grown.append)
