@@ -96,9 +96,9 @@ class Report:
         return f"{row['mean']:.{digits}f}{spread}{seeds}"
 
     def verdicts(self) -> pd.DataFrame:
-        """The better SoftLMs row against the best other one, both chosen on dev, paired over seeds where reported.
+        """The better SoftLMs row against the best other one and, where that is another, the best with uniform ranks.
 
-        Among the methods that were run at all seeds.
+        All chosen on dev, among the methods that were run at all seeds; paired over seeds on the reported split.
 
         Columns `VERDICT`; a difference above zero is in favour of SoftLMs, also where less is better. The 95 % interval
         needs two seeds.
@@ -108,19 +108,19 @@ class Report:
         for (task, keep), _ in recovered.groupby(["task", "keep"]):
             lower = self.leading[task] in UNSCALED
             order = self._by_seed(task, keep, "dev").dropna(axis=1).mean().sort_values(ascending=lower).index
-            soft, rival = (order[order.str.endswith("+soft") == is_soft] for is_soft in (True, False))
-            if not len(soft) or not len(rival):
-                continue
+            soft, others = (order[order.str.endswith("+soft") == is_soft] for is_soft in (True, False))
+            rivals = [*others[:1], *others[others.str.endswith("+uniform")][:1]] if len(soft) else []
             table = self._by_seed(task, keep, self.reported[task])
-            pair = table[[soft[0], rival[0]]].dropna()
-            larger, smaller = (rival[0], soft[0]) if lower else (soft[0], rival[0])
-            line = {"task": task, "keep": keep, "split": self.reported[task]}
-            line |= {"soft": soft[0], "soft_mean": table[soft[0]].mean()}
-            line |= {"rival": rival[0], "rival_mean": table[rival[0]].mean()}
-            line |= {"seeds": len(pair), "difference": (pair[larger] - pair[smaller]).mean()}
-            if len(pair) > 1:
-                _, line["low95"], line["high95"] = paired_difference(pair[larger], pair[smaller])
-            lines.append(line)
+            for rival in dict.fromkeys(rivals):
+                pair = table[[soft[0], rival]].dropna()
+                larger, smaller = (rival, soft[0]) if lower else (soft[0], rival)
+                line = {"task": task, "keep": keep, "split": self.reported[task]}
+                line |= {"soft": soft[0], "soft_mean": table[soft[0]].mean()}
+                line |= {"rival": rival, "rival_mean": table[rival].mean()}
+                line |= {"seeds": len(pair), "difference": (pair[larger] - pair[smaller]).mean()}
+                if len(pair) > 1:
+                    _, line["low95"], line["high95"] = paired_difference(pair[larger], pair[smaller])
+                lines.append(line)
         return pd.DataFrame(lines, columns=VERDICT)
 
     def _by_seed(self, task: str, keep: float, split: str) -> pd.DataFrame:

@@ -67,6 +67,8 @@ def test_verdict_pairs_seeds_and_its_sign_favours_softlms(bench, language_bench)
     perplexities = {"dense": (10, 10), "svd+uniform": (30, 31), "whitened+uniform": (20, 21), "whitened+soft": (18, 18)}
     line = report_of(language_bench, perplexities, "perplexity").verdicts().iloc[0]
     assert (line.rival, line.rival_mean, line.difference) == ("whitened+uniform", 20.5, 2.5)
+    lines = report_of(language_bench, perplexities | {"whitened+mask": (17, 19)}, "perplexity").verdicts()
+    assert list(lines.rival) == ["whitened+mask", "whitened+uniform"] and list(lines.difference) == [0.0, 2.5]
 
 
 def test_a_model_cut_further_stands_beside_the_one_trained_for_it(bench):
