@@ -93,6 +93,11 @@ TABLES = {
         "SST-2 accuracy": ("05_bert_table", "sst2", "accuracy", "dev", 100, 1),
         "RTE accuracy": ("05_bert_table", "rte", "accuracy", "dev", 100, 1),
     },
+    "GPT-2": {
+        "GPT-2": ("06_gpt2_table", "gpt2", "perplexity", "test", 1, 2),
+        "Llama": ("07_tinyllama_table", "llama", "perplexity", "test", 1, 2),
+        "Mamba": ("08_mamba_table", "mamba", "perplexity", "test", 1, 2),
+    },
 }
 
 
