@@ -41,8 +41,17 @@ UNTUNED = tuple(f"{f}+{a}" for f in ("svd", "fwsvd", "asvd") for a in ("energy",
 
 @dataclass(frozen=True)
 class Setting:
-    """How a task is run: changes to the grid's recipe, for all methods or for single ones (these come last), and limits
-    of its rows (see `softlms.experiments.Bench`)."""
+    """How a task is run.
+
+    Attributes
+    ----------
+    changes : mapping
+        To the grid's recipe, for all methods.
+    methods : mapping
+        Method to changes for it alone; they come last.
+    train_rows, max_length
+        See `softlms.experiments.Bench`.
+    """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -103,10 +112,12 @@ class Grid:
                         recipe = self.recipe.changed(**setting.changes, keep=keep)
                         recipe = recipe if one.recover else recipe.changed(epochs=0, distillation=0.0)
                         yield [
-                            Job(benches[task], method, recipe.changed(**own), seed)
+                            Job(benches[task], method, recipe.changed(**self._own(method, setting)), seed)
                             for method in ("dense", *one.methods)
-                            for own in [{**self.changes.get(method, {}), **setting.methods.get(method, {})}]
                         ]
+
+    def _own(self, method: str, setting: Setting) -> dict[str, Any]:
+        return {**self.changes.get(method, {}), **setting.methods.get(method, {})}
 
 
 # sigma of whitened factors fall so steeply that their largest says nothing: their mean is the scale. And a push of 0.1

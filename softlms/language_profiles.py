@@ -66,7 +66,7 @@ LAPTOP = Grid(
     {
         "gpt2": Setting({"static_learning_rate": 1e-4}),
         "llama": Setting(),
-        # at a rate of 1e-3 an epoch leaves it behind a 3-gram; the lighter push of the others never meets its budget
+        # at a rate of 1e-3 an epoch leaves it behind a 3-gram; under the others' push it never met its budget
         "mamba": Setting(
             {"dense_epochs": 1, "dense_learning_rate": 3e-3, "learning_rate": 3e-4, "static_learning_rate": 1e-3},
             methods={"whitened+soft": {"gamma": 0.1}, "whitened+mask": {"static_learning_rate": 3e-4}},
