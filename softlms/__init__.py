@@ -7,7 +7,7 @@ from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import Budget, ParameterCount, count_parameters, refill, uniform_ranks
 from softlms.calibration import LayerStatistics, calibrate
-from softlms.checkpoint import load_compressed, save_compressed
+from softlms.checkpoint import SoftLMsConfig  # teaches transformers to save and load factored layers
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorize import FACTORIZATIONS, Factors, factorize
 from softlms.fused import split_fused
@@ -37,6 +37,7 @@ __all__ = [
     "LowRankLinear",
     "MaskTrainer",
     "ParameterCount",
+    "SoftLMsConfig",
     "SoftLinear",
     "SoftThreshold",
     "SoftTrainer",
@@ -55,13 +56,11 @@ __all__ = [
     "find_targets",
     "hard_threshold",
     "linear_compression_loss",
-    "load_compressed",
     "load_task",
     "load_text",
     "perplexity",
     "ranks",
     "refill",
-    "save_compressed",
     "sensitivity_curves",
     "shifted_tanh",
     "soft_threshold",

@@ -1,131 +1,268 @@
-"""Save a deployed model at its compressed size, and load it again.
+"""Save and load compressed models through transformers itself.
 
-A folder holds the model's own ``config.json``, its weights (``softlms.safetensors``) and ``softlms.json``: the ranks,
-and whatever the maker noted. The weights' name is not one that transformers looks for: its ``from_pretrained`` fails on
-such a folder instead of filling a full-size model with random values.
+``import softlms`` is all it takes: ``model.save_pretrained(folder)`` writes a model with factored layers, in whatever
+form, at its own size, and ``AutoModel....from_pretrained(folder)`` (or ``pipeline``) builds the same layers again. The
+weights' header says what stands where, and holds a checksum of each tensor and of the configuration: a damaged or
+half-written folder is refused. For each factored layer the file also holds an empty tensor under the dense weight's
+name, so that transformers without softlms stops at its shape instead of filling the layer with random values.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import os
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import transformers
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import PushToHubMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from softlms.architectures import find_targets
-from softlms.fused import split_fused
-from softlms.layers import LowRankLinear, SoftLinear
-from softlms.surgery import shrink
+from softlms.factorize import as_linear
+from softlms.fused import SplitLinear
+from softlms.layers import Factored, LowRankLinear, SoftLinear
+from softlms.masks import MaskedLinear
+from softlms.model_card import write_card
 
-__all__ = ["load_compressed", "save_compressed"]
+__all__ = ["SoftLMsConfig", "SoftLMsQuantizer"]
 
 FORMAT = 1
-WEIGHTS, CARD = "softlms.safetensors", "softlms.json"
+METHOD = "softlms"
+FORMS: dict[str, type[Factored]] = {c.form: c for c in (SoftLinear, LowRankLinear, SplitLinear, MaskedLinear)}
+MARKER = "weight"  # of no elements: where the dense layer has its matrix
+ATTENTION = ("eager", "sdpa")  # on every machine, and different in the last bits
+ALIGNMENT = 64  # bytes
 
 
-def save_compressed(
-    model: PreTrainedModel,
-    folder: str | Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    notes: dict[str, Any] | None = None,
-) -> Path:
-    """Write a deployed model; the folder appears whole or not at all.
+class SoftLMsConfig(QuantizationConfigMixin):
+    """What ``config.json`` says of a compressed model: which library reads it, and the attention it computed with.
 
     Parameters
     ----------
-    model : PreTrainedModel
-        After `softlms.deploy` or `softlms.truncate`, of a family in `softlms.ARCHITECTURES`.
-    folder : str or Path
-        Must not exist, or be empty.
-    tokenizer : PreTrainedTokenizerBase, optional
-        Saved beside the model.
-    notes : dict, optional
-        What JSON can hold: metrics, data, how it was made.
+    format : int
+        Version of the layout; a newer one than this library knows is refused.
+    attention : str, optional
+        Taken up at loading unless ``attn_implementation`` asks for another.
+    """
 
-    Returns
-    -------
-    Path
-        The folder.
+    def __init__(self, format: int = FORMAT, attention: str | None = None, **others: Any) -> None:
+        self.quant_method = METHOD
+        self.format = format
+        self.attention = attention
+
+
+class SoftLMsQuantizer(HfQuantizer):
+    """transformers' hook around the loading (and the writing) of weights."""
+
+    def __init__(self, quantization_config: SoftLMsConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.layers: dict[str, dict[str, Any]] = {}
+        self.state: dict[str, Tensor] = {}
+        self.metadata: dict[str, str] = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what a newer version wrote."""
+        if self.quantization_config.format > FORMAT:
+            raise ValueError(
+                f"The model has softlms format {self.quantization_config.format}, this softlms knows {FORMAT}: "
+                "update softlms."
+            )
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The saved model's attention, where nobody asks for one."""
+        if config._attn_implementation_internal is None and self.quantization_config.attention in ATTENTION:
+            config._attn_implementation = self.quantization_config.attention
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ValueError("A state_dict alone does not say what layers a compressed model has: load its folder.")
+        description = verify([Path(file) for file in checkpoint_files])
+        self.layers = _localized(model, description["layers"])
+        for name, layer in self.layers.items():
+            dense = as_linear(model.get_submodule(name))
+            model.set_submodule(name, FORMS[layer["form"]].skeleton(dense, layer))
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "sigma", "alpha", "unit"}
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        names = "|".join(re.escape(name) for name in description["layers"])
+        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"(^|\.)({names})\.{MARKER}$"}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # from here on it is a model like any other: to train, to change, and to save again
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        for name, layer in self.layers.items():
+            if layer["form"] == SoftLinear.form:  # loading makes new parameters
+                model.get_submodule(name).threshold.alpha.requires_grad_(layer["learns"])
+        _align(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is written: see `_save`."""
+        return self.state, self.metadata
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Form and shape of every factored layer by name, outer ones first."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Factored)]
+    return {name: {"form": module.form, **module.description()} for name, module in layers}
+
+
+def verify(files: list[Path]) -> dict[str, Any]:
+    """The description in the headers of a folder's weights, after a check of every byte that matters.
 
     Raises
     ------
     ValueError
-        A layer is still in its soft form, or was chosen by ``targets``, or the family is unknown.
-    FileExistsError
-        The folder holds something.
+        Something is missing, damaged, or of another model.
     """
-    folder = Path(folder)
-    targets = find_targets(model)
-    factored = {n: m for n, m in model.named_modules() if isinstance(m, (SoftLinear, LowRankLinear))}
-    if any(isinstance(module, SoftLinear) for module in factored.values()):
-        raise ValueError("The model is in its soft form: call softlms.deploy(model) first.")
-    if others := sorted(factored.keys() - {target.name for target in targets}):
-        raise ValueError(f"{others[0]} was chosen by targets=...: only a family's own targets can be saved yet.")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds something already: choose another folder, or remove it.")
-    card = {
-        "format": FORMAT,
-        "class": type(model).__name__,
-        "attention": model.config._attn_implementation,  # implementations differ in the last bits
-        "ranks": {t.name: getattr(t.module, "rank", min(t.shape)) for t in targets},
-        "notes": notes or {},
-    }
-    partial = folder.with_name(f"{folder.name}.saving")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.config.save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    places: dict[int, Tensor] = {}  # what is tied is written once
-    state = {n: v.contiguous() for n, v in model.state_dict().items() if places.setdefault(v.data_ptr(), v) is v}
-    save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
-    (partial / CARD).write_text(json.dumps(card, indent=1))
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
-    return folder
+    seen: dict[str, Any] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            checksum, _, text = (tensors.metadata() or {}).get(METHOD, "").partition(" ")
+            if not text or _sha256(text.encode()) != checksum:
+                raise ValueError(f"{file} has no whole softlms description: it is damaged, or of another model.")
+            description = json.loads(text)
+            if seen and seen != description:
+                raise ValueError(f"{file} and {files[0].name} are parts of different models: save the model again.")
+            seen = description
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if _digest(tensors.get_tensor(name)) != description["tensors"].get(name):
+                    raise ValueError(f"{name} in {file} is damaged: its checksum differs. Save or copy it again.")
+    config = files[0].with_name("config.json")
+    if config.is_file() and _sha256(config.read_bytes()) != seen["config"]:
+        raise ValueError(
+            f"{config} is not the one that was saved with these weights: it is damaged, or was edited. "
+            "Restore it, and give what should differ to from_pretrained(..., name=value)."
+        )
+    return seen
 
 
-def load_compressed(folder: str | Path, *, attn_implementation: str | None = None) -> PreTrainedModel:
-    """Load what `save_compressed` wrote: the same outputs, bit for bit, at the compressed size, in eval mode.
+def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, options: dict[str, Any]) -> None:
+    """All of ``save_pretrained`` into a hidden folder beside its place, then file by file there, weights first."""
+    target = Path(folder)
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file: give a folder.")
+    target.mkdir(parents=True, exist_ok=True)
+    push, options = options.pop("push_to_hub", False), dict(options)
+    hub = {name: options.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in options}
+    state = options.pop("state_dict", None)
+    layers = describe(model)
+    # names as they are in this model: what is checked is what is read
+    options["save_original_format"] = False
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    config = model.config
+    try:
+        config.quantization_config = SoftLMsConfig(attention=config._attn_implementation)
+        config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
+        config.save_pretrained(staging)
+        state = dict(model.state_dict() if state is None else state)
+        state |= {f"{name}.{MARKER}": torch.empty(0) for name in layers}
+        description = {
+            "layers": layers,
+            "config": _sha256((staging / "config.json").read_bytes()),
+            "tensors": {name: _digest(values) for name, values in state.items()},
+        }
+        text = json.dumps(description)
+        model.hf_quantizer = SoftLMsQuantizer(config.quantization_config)
+        model.hf_quantizer.state = state
+        model.hf_quantizer.metadata = {METHOD: f"{_sha256(text.encode())} {text}"}
+        original(model, staging, **options)
+        if not (target / "README.md").exists() or (target / "config.json").exists():
+            write_card(model, staging)
+        order = sorted(staging.iterdir(), key=lambda path: (not path.name.endswith(".safetensors"), path.name))
+        stale = {path.name for path in target.glob("model*.safetensors*")} - {path.name for path in order}
+        for path in order:
+            path.replace(target / path.name)
+        for name in stale:
+            (target / name).unlink()
+    finally:
+        model.__dict__.pop("hf_quantizer", None)
+        del config.quantization_config
+        shutil.rmtree(staging, ignore_errors=True)
+    if push:
+        model.push_to_hub(hub.pop("repo_id", target.name), token=options.get("token"), **hub)
 
-    Parameters
-    ----------
-    folder : str or Path
-    attn_implementation : str, optional
-        As for ``from_pretrained``; that of the saved model when not given. Another one ("sdpa" on a GPU, say) moves the
-        outputs by rounding.
 
-    Raises
-    ------
-    FileNotFoundError
-        The folder or one of its files is missing.
-    ValueError
-        It was written by a newer format.
-    RuntimeError
-        The weights do not fit the ranks.
-    """
-    folder = Path(folder)
-    for name in (CARD, WEIGHTS, "config.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no compressed model: {name} is missing.")
-    card = json.loads((folder / CARD).read_text())
-    if card["format"] > FORMAT:
-        raise ValueError(f"{folder} has format {card['format']}, this softlms knows {FORMAT}: update softlms.")
-    config = AutoConfig.from_pretrained(folder, attn_implementation=attn_implementation or card["attention"])
-    state = load_file(folder / WEIGHTS)
-    model: PreTrainedModel = getattr(transformers, card["class"])(config)
-    if any(name.endswith("c_attn.q") for name in card["ranks"]):
-        split_fused(model)
-    shrink(model, card["ranks"], targets=lambda name, module: name in card["ranks"])
-    model.to(next(iter(state.values())).dtype)
-    own = model.state_dict()
-    tied = {own[name].data_ptr(): values for name, values in state.items() if name in own}
-    model.load_state_dict({n: tied[v.data_ptr()] for n, v in own.items() if v.data_ptr() in tied} | state)
-    return model.eval()
+def _register() -> None:
+    """Tell transformers; again after a reload of this module, as in a notebook."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SoftLMsConfig
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = SoftLMsQuantizer
+    original = getattr(PreTrainedModel.save_pretrained, "__wrapped__", PreTrainedModel.save_pretrained)
+
+    @functools.wraps(original)
+    def save_pretrained(
+        self: PreTrainedModel, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any
+    ) -> None:
+        if not any(isinstance(module, Factored) for module in self.modules()):
+            original(self, save_directory, is_main_process, **options)
+        elif is_main_process:
+            _save(original, self, save_directory, options)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+    PreTrainedModel._upload_modified_files = _upload
+
+
+def _upload(self: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    """push_to_hub has just put the hub's own template in the place of the model card."""
+    if any(isinstance(module, Factored) for module in self.modules()):
+        write_card(self, Path(working_dir))
+    return PushToHubMixin._upload_modified_files(self, working_dir, *args, **kwargs)
+
+
+def _localized(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The layers' names in this class, which may have (or be) the saved one's base model."""
+    prefix = f"{model.base_model_prefix}."
+    own = {name for name, _ in model.named_modules()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        candidates = [name, name.removeprefix(prefix), prefix + name]
+        # a part of a split layer is there as soon as that one is built
+        here = [c for c in candidates if c in own or c.rpartition(".")[0] in found]
+        if not here:
+            raise ValueError(f"The saved model has a {layer['form']} layer {name}, a {type(model).__name__} has none.")
+        found[here[0]] = layer
+    return found
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest(values: Tensor) -> str:
+    """Of type, shape and bytes."""
+    digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
+    digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _align(model: nn.Module) -> None:
+    """Own memory for tensors that a mapped file left at odd addresses: there products differ in the last bits."""
+    for values in (*model.parameters(), *model.buffers()):
+        if values.device.type == "cpu" and values.data_ptr() % ALIGNMENT:
+            values.data = values.data.clone()
+
+
+_register()

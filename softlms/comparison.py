@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from softlms.experiments import Bench, Run
 from softlms.jobs import Job, available_processes, run_jobs
 from softlms.latency import forward_times, random_rows
+from softlms.precision import fast_bf16
 from softlms.recipe import Recipe, parse_method
 from softlms.scan import fast_scan
 from softlms.surgery import shrink
@@ -136,7 +137,7 @@ GRIDS = {
             deadline=0.6,
             calibration_rows=64,
             further_keeps=(0.35,),
-            bf16=True,
+            bf16=fast_bf16(),
         ),
         {"docpairs": Setting(train_rows=1024, max_length=48)},
         (0, 1),
@@ -159,7 +160,7 @@ GRIDS = {
             alpha_learning_rate=8e-3,
             deadline=0.6,
             further_keeps=(0.5, 0.35),
-            bf16=True,
+            bf16=fast_bf16(),
         ),
         {
             "mrpc": Setting(),

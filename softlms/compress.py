@@ -19,9 +19,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from softlms.budget import Budget, count_parameters
 from softlms.calibration import calibrate
-from softlms.checkpoint import save_compressed
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorize import FACTORIZATIONS, linear_targets
+from softlms.precision import fast_bf16
 from softlms.surgery import decompose, deploy, ranks
 from softlms.tasks import TaskData, encode, load_task
 from softlms.training import DistillingTrainer, SoftTrainer
@@ -100,8 +100,9 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     ----------
     settings : Compression
     out : str or Path
-        Folder for the compressed model; see `softlms.save_compressed`. Beside it ``OUT.partial`` holds
-        checkpoints of each epoch while the work lasts: the same call continues from there after an interruption.
+        Folder for the compressed model and its tokenizer: ``from_pretrained`` loads it after ``import softlms``. Beside
+        it ``OUT.partial`` holds checkpoints of each epoch while the work lasts: the same call continues from there
+        after an interruption.
     console : rich.console.Console, optional
         Where steps and the table of results go.
 
@@ -122,6 +123,9 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     encoder = find_encoder(settings.model)
     tokenizer = encoder.tokenizer()
     rows, collator = encode(data, tokenizer, settings.max_length), DataCollatorWithPadding(tokenizer)
+
+    if settings.bf16 and not fast_bf16():
+        console.print("[yellow]This processor has no bfloat16 instructions: without --bf16 it will be far faster.")
 
     work = _work_folder(settings, out)
     transformers.set_seed(settings.seed)
@@ -175,7 +179,12 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     kept = count_parameters(model)
     notes = asdict(settings) | {"source": encoder.source, "data": data.source, "dev": scores}
     notes |= {"kept_linear": kept.kept("linear"), "kept_total": kept.kept("total")}
-    save_compressed(model, out, tokenizer=tokenizer, notes=notes)
+    model.config.softlms = notes
+    model.save_pretrained(work / "compressed")
+    tokenizer.save_pretrained(work / "compressed")
+    if out.exists():
+        out.rmdir()
+    (work / "compressed").rename(out)
     shutil.rmtree(work)
 
     table = Table("", "linears", "total", *(f"dev {metric}" for metric in data.task.metrics), title=str(out))

@@ -26,6 +26,7 @@ from softlms.layers import svd
 __all__ = [
     "FACTORIZATIONS",
     "Factors",
+    "as_conv1d",
     "as_linear",
     "check_method",
     "factorize",
@@ -182,6 +183,15 @@ def as_linear(layer: nn.Linear | Conv1D) -> nn.Linear:
     linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=layer.weight.requires_grad)
     linear.bias = layer.bias
     return linear.train(layer.training)
+
+
+def as_conv1d(linear: nn.Linear) -> Conv1D:
+    """The Conv1D that GPT-2 has where another model has this nn.Linear."""
+    with torch.device("meta"):
+        conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=linear.weight.requires_grad)
+    conv.bias = linear.bias
+    return conv.train(linear.training)
 
 
 def _input_weights(method: str, statistics: LayerStatistics) -> Tensor:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from softlms.factorize import as_linear
-from softlms.layers import make_linear
+from softlms.layers import Factored, make_linear
 
 __all__ = ["SplitLinear", "split_fused"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class SplitLinear(nn.Module):
+class SplitLinear(Factored):
     """Three linear layers that read the same input; their outputs stand side by side.
 
     Parameters
@@ -25,9 +26,15 @@ class SplitLinear(nn.Module):
         Of n inputs each.
     """
 
+    form = "split"
+
     def __init__(self, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> None:
         super().__init__()
         self.q, self.k, self.v = q, k, v
+
+    @classmethod
+    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
+        return cls(*_thirds(linear))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., 3 m)."""
@@ -58,9 +65,11 @@ def split_fused(model: M) -> M:
     if not fused:
         raise ValueError("This model has no dense attn.c_attn (GPT-2's fused projection): there is nothing to split.")
     for name, conv in fused.items():
-        linear = as_linear(conv)
-        weights, biases = linear.weight.detach().chunk(3), linear.bias.detach().chunk(3)
-        trained = linear.weight.requires_grad
-        parts = [make_linear(*part).requires_grad_(trained) for part in zip(weights, biases, strict=True)]
+        parts = [part.requires_grad_(conv.weight.requires_grad) for part in _thirds(as_linear(conv))]
         model.set_submodule(name, SplitLinear(*parts).train(conv.training))
     return model
+
+
+def _thirds(linear: nn.Linear) -> list[nn.Linear]:
+    weights, biases = linear.weight.detach().chunk(3), linear.bias.detach().chunk(3)
+    return [make_linear(*part) for part in zip(weights, biases, strict=True)]

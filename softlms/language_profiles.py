@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from softlms import corpus
 from softlms.comparison import WHITENED_SOFT, Grid, Pass, Setting
 from softlms.language_models import FAMILIES, LanguageBench, SmallModel
+from softlms.precision import fast_bf16
 from softlms.profiles import Book, make_book, project_root
 from softlms.recipe import Recipe
 from softlms.text import tokenize_text
@@ -61,7 +62,7 @@ LAPTOP = Grid(
         deadline=0.6,
         weigh_by_size=True,
         further_keeps=(0.5, 0.35),
-        bf16=True,
+        bf16=fast_bf16(),
     ),
     {
         "gpt2": Setting({"static_learning_rate": 1e-4}),
@@ -97,7 +98,7 @@ LANGUAGE_PROFILES = {
                     deadline=0.6,
                     calibration_rows=128,
                     further_keeps=(0.2,),
-                    bf16=True,
+                    bf16=fast_bf16(),
                 ),
                 dict.fromkeys(FAMILIES, Setting()) | {"mamba": Setting({"dense_epochs": 0.5, "epochs": 0.06})},
                 (0, 1),

@@ -1,11 +1,13 @@
-"""The two forms of a compressed linear layer: `SoftLinear` to train, `LowRankLinear` to deploy.
+"""The forms of a compressed linear layer: `SoftLinear` to train, `LowRankLinear` to deploy.
 
 Shapes: W is (m, n) as in ``nn.Linear.weight``, m outputs and n inputs; W = U diag(T(sigma)) V^T with r components.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from softlms.thresholds import SoftThreshold, inverse_soft_threshold
 
-__all__ = ["LowRankLinear", "SoftLinear", "kept_parameters", "make_linear", "svd"]
+__all__ = ["Factored", "LowRankLinear", "SoftLinear", "kept_parameters", "make_linear", "svd"]
 
 
 UNITS: dict[str, Callable[[Tensor], float]] = {
@@ -41,7 +43,33 @@ def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, sigma, Vh.T
 
 
-class SoftLinear(nn.Module):
+class Factored(nn.Module):
+    """What stands in a model where a dense linear layer was; it can be saved, and built again from its description.
+
+    Attributes
+    ----------
+    form : str
+        Name of the form in a saved model.
+    """
+
+    form: ClassVar[str]
+
+    def description(self) -> dict[str, Any]:
+        """What `skeleton` needs beside the dense layer; JSON can hold it."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
+        """The same modules and shapes in place of a dense layer, on its device; the values mean nothing."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a saved model has an empty tensor where the dense layer has its weight, see softlms.checkpoint
+        state_dict.pop(f"{prefix}weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SoftLinear(Factored):
     """Training form of a linear layer: y = x (U diag(T(sigma)) V^T)^T + bias, all factors and alpha trained.
 
     Components at or below alpha are not multiplied, and the cheaper of two equal computations is taken at each
@@ -55,19 +83,34 @@ class SoftLinear(nn.Module):
         Shape (m,).
     threshold : SoftThreshold
         Holds alpha, s and the unit of both.
+    transposed : bool
+        The dense layer stores its weight as (n, m), like GPT-2's Conv1D: `softlms.deploy` has to know.
 
     Notes
     -----
-    Fig. 2 and 3 of the paper; the choice between factors and recomposed W is ours.
+    Fig. 2 and 3 of the paper; the choice between factors and recomposed W is ours. sigma and alpha are kept in float32
+    or wider, whatever U and V are in: half precision would decide by rounding which components live.
     """
 
-    def __init__(self, U: Tensor, sigma: Tensor, V: Tensor, bias: Tensor | None, threshold: SoftThreshold) -> None:
+    form = "soft"
+
+    def __init__(
+        self,
+        U: Tensor,
+        sigma: Tensor,
+        V: Tensor,
+        bias: Tensor | None,
+        threshold: SoftThreshold,
+        *,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
         self.U = nn.Parameter(U)
         self.sigma = nn.Parameter(sigma)
         self.V = nn.Parameter(V)
         self.bias = nn.Parameter(bias) if bias is not None else None
         self.threshold = threshold
+        self.transposed = transposed
 
     @classmethod
     def from_linear(
@@ -78,6 +121,7 @@ class SoftLinear(nn.Module):
         alpha: float = 0.0,
         s: float = 50.0,
         unit: str = "raw",
+        transposed: bool = False,
     ) -> SoftLinear:
         """Decompose `linear` so that the output does not change.
 
@@ -91,6 +135,8 @@ class SoftLinear(nn.Module):
             Start of the threshold and its sharpness, as in `SoftThreshold`.
         unit : {"raw", "max", "mean"}
             What alpha (and 1 / s) is measured in: sigma as it is, the layer's largest sigma, or its mean.
+        transposed : bool
+            As above; `linear` itself is an nn.Linear in any case.
         """
         weight = linear.weight
         U, sigma, V = svd(weight) if factors is None else factors
@@ -102,7 +148,22 @@ class SoftLinear(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach().clone()
         # copies: what is given may be used again, and a parameter changes in place
         U, V = (factor.to(dtype).clone(memory_format=torch.contiguous_format) for factor in (U, V))
-        return cls(U, sigma.to(dtype), V, bias, threshold)
+        return cls(U, sigma.to(torch.promote_types(dtype, torch.float32)), V, bias, threshold, transposed=transposed)
+
+    def description(self) -> dict[str, Any]:
+        learns = self.threshold.alpha.requires_grad
+        return {"components": len(self.sigma), "s": self.threshold.s, "learns": learns, "transposed": self.transposed}
+
+    @classmethod
+    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
+        m, n = linear.weight.shape
+        r = description["components"]
+        threshold = SoftThreshold(0.0, description["s"]).to(linear.weight.device)
+        threshold.alpha.requires_grad_(description["learns"])
+        new = linear.weight.new_empty
+        sigma = new(r, dtype=torch.promote_types(linear.weight.dtype, torch.float32))
+        bias = None if linear.bias is None else new(m)
+        return cls(new(m, r), sigma, new(n, r), bias, threshold, transposed=description["transposed"])
 
     @property
     def out_features(self) -> int:
@@ -131,7 +192,7 @@ class SoftLinear(nn.Module):
         live = self.threshold.is_live(sigma).nonzero().squeeze(-1)
         if len(live) < len(sigma):
             U, sigma, V = U.index_select(1, live), sigma[live], V.index_select(1, live)
-        return U * self.threshold(sigma), V
+        return U * self.threshold(sigma).to(U.dtype), V
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
@@ -220,7 +281,7 @@ class SoftLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(Factored):
     """Deployed form: y = up(down(x)), two thin matmuls.
 
     Parameters
@@ -233,6 +294,8 @@ class LowRankLinear(nn.Module):
         Shape (m,).
     """
 
+    form = "low rank"
+
     def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.down = make_linear(down, None)
@@ -243,6 +306,15 @@ class LowRankLinear(nn.Module):
         """The leading `rank` components of U diag(sigma) V^T; `down` gets unit rows, `up` the scale."""
         length = V[:, :rank].norm(dim=0).clamp(min=torch.finfo(V.dtype).tiny)  # a component may be zero
         return cls((V[:, :rank] / length).T, U[:, :rank] * (sigma[:rank] * length), bias)
+
+    def description(self) -> dict[str, Any]:
+        return {"rank": self.rank}
+
+    @classmethod
+    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
+        (m, n), rank = linear.weight.shape, description["rank"]
+        new = linear.weight.new_empty
+        return cls(new(rank, n), new(m, rank), None if linear.bias is None else new(m))
 
     @property
     def out_features(self) -> int:

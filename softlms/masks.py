@@ -8,7 +8,7 @@ the model meets its budget. The weights themselves stay as they are: what is lea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from softlms.budget import Budget, count_parameters, refill
 from softlms.factorize import Factors, linear_targets
-from softlms.layers import kept_parameters
+from softlms.layers import Factored, kept_parameters
 from softlms.training import BudgetNotMet, DistillingTrainer
 
 __all__ = ["MaskTrainer", "MaskedLinear"]
 
 
-class MaskedLinear(nn.Module):
+class MaskedLinear(Factored):
     """y = x (U diag(sigma * gate) V^T)^T + bias with gate = 1 where score > 0; only the scores are trained.
 
     Parameters
@@ -34,6 +34,7 @@ class MaskedLinear(nn.Module):
         Shape (m,).
     """
 
+    form = "masked"
     left: Tensor
     V: Tensor
     bias: Tensor | None
@@ -44,6 +45,12 @@ class MaskedLinear(nn.Module):
         self.register_buffer("V", factors.V)
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.score = nn.Parameter(torch.ones_like(factors.sigma))
+
+    @classmethod
+    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
+        (m, n), new = linear.weight.shape, linear.weight.new_empty
+        r = min(m, n)
+        return cls(Factors(new(m, r), new(r), new(n, r)), linear.bias)
 
     @property
     def rank(self) -> int:

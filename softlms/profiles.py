@@ -16,6 +16,7 @@ from softlms import plotting
 from softlms.comparison import Setting
 from softlms.experiments import Bench
 from softlms.jobs import be_quiet
+from softlms.precision import fast_bf16
 from softlms.provenance import hardware, versions
 from softlms.recipe import Recipe
 from softlms.report import Report
@@ -83,7 +84,7 @@ PROFILES = {
                 static_learning_rate=1e-4,  # 2e-4 does not always hold on so few rows
                 distillation=0.9,
                 alpha_learning_rate=8e-3,
-                bf16=True,
+                bf16=fast_bf16(),
             ),
             max_length=48,
             train_rows=1024,
@@ -94,7 +95,7 @@ PROFILES = {
             task="mrpc",
             data="hub",
             seeds=(0, 1, 2, 3, 4),
-            recipe=Recipe(distillation=0.9, bf16=True),
+            recipe=Recipe(distillation=0.9, bf16=fast_bf16()),
             loss_seeds=(1,),
             ablation={"raw sigma, alpha rate x 10": (0,), "linear loss": (1,)},
         ),

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from softlms.precision import fast_bf16
+
 __all__ = ["code_hash", "hardware", "versions", "weights_hash"]
 
 
@@ -33,7 +35,8 @@ def _processor() -> str:
     if cpuinfo.is_file():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return model
+    # one name may stand for processors with other instructions, whose numbers differ
+    return f"{model} {torch.backends.cpu.get_cpu_capability()}{'-BF16' if fast_bf16() else ''}"
 
 
 @cache

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Budget, count_parameters, refill
-from softlms.factorize import Factors, Statistics, as_linear, check_method, factorize_weight, linear_targets
+from softlms.factorize import Factors, Statistics, as_conv1d, as_linear, check_method, factorize_weight, linear_targets
 from softlms.layers import UNITS, LowRankLinear, SoftLinear, kept_parameters
 from softlms.thresholds import SoftThreshold
 
@@ -62,7 +63,8 @@ def decompose(
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}.")
     for name, linear in linears.items():
         f = make(name)
-        soft = SoftLinear.from_linear(linear, (f.U, f.sigma, f.V), alpha=alpha, s=s, unit=unit)
+        transposed = isinstance(model.get_submodule(name), Conv1D)
+        soft = SoftLinear.from_linear(linear, (f.U, f.sigma, f.V), alpha=alpha, s=s, unit=unit, transposed=transposed)
         model.set_submodule(name, soft.train(linear.training))
     return model
 
@@ -106,15 +108,13 @@ def truncate(
             f = make(name)
             layer = LowRankLinear.from_factors(f.U, f.sigma, f.V, linear.bias, ranks[name]).to(linear.weight.dtype)
             model.set_submodule(name, layer.train(linear.training))
-        else:
-            _keep_dense(model, name, linear)
     return model
 
 
 def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = None) -> M:
     """Give every target linear the deployed shape of its rank, with values that mean nothing.
 
-    For what depends on shapes alone: timing, counting, and loading weights into.
+    For what depends on shapes alone: timing and counting.
 
     Parameters
     ----------
@@ -139,8 +139,6 @@ def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = No
             weight = linear.weight.detach()
             layer = LowRankLinear(weight.new_zeros(rank, n), weight.new_zeros(m, rank), linear.bias)
             model.set_submodule(name, layer.train(linear.training))
-        else:
-            _keep_dense(model, name, linear)
     return model
 
 
@@ -183,7 +181,10 @@ def deploy(model: M, keep: float | None = None, count: str | None = None) -> M:
         margins = {name: layer.margins().tolist() for name, layer in layers.items()}
         kept = refill(shapes, dict.fromkeys(shapes, 1), limit, margins)
     for name, layer in layers.items():
-        model.set_submodule(name, layer.deployed(kept[name]).train(layer.training))
+        deployed = layer.deployed(kept[name])
+        if layer.transposed and isinstance(deployed, nn.Linear):
+            deployed = as_conv1d(deployed)
+        model.set_submodule(name, deployed.train(layer.training))
     return model
 
 
@@ -211,14 +212,6 @@ def _maker(
         if name not in factors or (len(factors[name].U), len(factors[name].V)) != linear.weight.shape:
             raise ValueError(f"factors miss {name}, or have another shape: factorize the same model and targets.")
     return factors.__getitem__
-
-
-def _keep_dense(model: nn.Module, name: str, linear: nn.Linear) -> None:
-    """A Conv1D becomes the nn.Linear that it is in a deployed model, so that both have the same tensors."""
-    if model.get_submodule(name) is not linear:
-        weight = nn.Parameter(linear.weight.detach().contiguous(), requires_grad=linear.weight.requires_grad)
-        linear.weight = weight
-        model.set_submodule(name, linear)
 
 
 def _check_ranks(layers: Mapping[str, Any], ranks: Mapping[str, int]) -> None:

@@ -204,9 +204,9 @@ class SoftTrainer(DistillingTrainer):
             if option in kwargs:
                 raise ValueError(f"{option} cannot be given: SoftTrainer rebuilds its optimizer when alpha is frozen.")
         for name, layer in self.soft_layers.items():
-            if layer.sigma.dtype != torch.float32:
+            if layer.U.dtype != torch.float32:
                 raise ValueError(
-                    f"{name} is in {layer.sigma.dtype}, too coarse to learn thresholds: load the model with "
+                    f"{name} is in {layer.U.dtype}, too coarse to learn thresholds: load the model with "
                     "dtype=torch.float32; for mixed precision pass TrainingArguments(bf16=True)."
                 )
         args = kwargs.get("args")
@@ -293,6 +293,14 @@ class SoftTrainer(DistillingTrainer):
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"]
         self.lr_scheduler = None
+        # for the model card
+        self.model.config.softlms = getattr(self.model.config, "softlms", {}) | {
+            "keep": self.budget.keep,
+            "count": self.budget.count,
+            "gamma": self.gamma,
+            "alpha_learning_rate": self.alpha_learning_rate,
+            "ranks_fixed_at_step": self.state.global_step,
+        }
         self.callback_handler.lr_scheduler = self.create_scheduler(self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,11 +1,10 @@
 import dataclasses
-import json
 import re
 
 import pytest
 from rich.console import Console
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from softlms.checkpoint import load_compressed
 from softlms.cli import COMPRESSION_OPTIONS, main
 from softlms.compress import Compression, compress
 from softlms.evaluation import evaluate
@@ -47,14 +46,13 @@ def test_the_command_leaves_a_model_that_scores_what_it_says(tiny_folder, data, 
     assert main(["compress", *arguments, "--bf16"]) == 0
     printed = capsys.readouterr().out
     assert "compressed" in printed and re.search(r"ranks \d+ to \d+ over 12 layers", printed)
-    notes = json.loads((out / "softlms.json").read_text())["notes"]
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    notes = model.config.softlms
     assert 0.49 < notes["kept_linear"] <= 0.5 and notes["factors"] == factors and notes["bf16"]
     task = load_task("rte", data)
-    from transformers import AutoTokenizer, DataCollatorWithPadding
-
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = encode(task, tokenizer, 32)["dev"]
-    scored = evaluate(load_compressed(out), task.task, rows, DataCollatorWithPadding(tokenizer))
+    scored = evaluate(model, task.task, rows, DataCollatorWithPadding(tokenizer))
     assert scored == notes["dev"]["compressed"]
     assert not (tmp_path / "small.partial").exists()
 
@@ -126,7 +124,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_folder, data, tmp_path, c
 
 def test_slow_thresholds_still_end_within_the_budget(tiny_folder, data, tmp_path):
     compress(settings(tiny_folder, data, alpha_learning_rate=1e-9), tmp_path / "out", console=quiet())
-    notes = json.loads((tmp_path / "out" / "softlms.json").read_text())["notes"]
+    notes = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.softlms
     assert 0.49 < notes["kept_linear"] <= 0.5
 
 

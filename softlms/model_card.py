@@ -1,0 +1,69 @@
+"""The README of a saved model: how much of it is left, the ranks, the scores, and how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from softlms.budget import count_parameters
+from softlms.layers import Factored, LowRankLinear, SoftLinear
+
+__all__ = ["write_card"]
+
+
+def write_card(model: PreTrainedModel, folder: Path) -> None:
+    """Write ``README.md``, with the front matter that the hub reads.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With factored layers. What ``model.config.softlms`` holds (a dict: metrics, data, settings) is shown as it is.
+    folder : Path
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (SoftLinear, LowRankLinear))}
+    base = [f"base_model: {model.config.name_or_path}"] if _is_hub_name(model.config.name_or_path) else []
+    lines = ["---", "library_name: transformers", *base, "tags: [softlms, low-rank, model-compression]", "---", ""]
+    lines += [f"# {type(model).__name__}, compressed by softlms", ""]
+    lines += [f"{len(layers)} linear layers are low rank ({_forms(model)}). {_size(model, layers)}", ""]
+    lines += ["```python", "import softlms  # from_pretrained needs it, and fails without", ""]
+    lines += [f"from transformers import {type(model).__name__}", ""]
+    lines += [f"model = {type(model).__name__}.from_pretrained(...)", "```", ""]
+    if notes := getattr(model.config, "softlms", None):
+        lines += ["## How it was made", "", "| | |", "|---|---|", *_rows(notes), ""]
+    lines += ["## Ranks", "", "| layer | outputs | inputs | rank |", "|---|---|---|---|"]
+    lines += [f"| {n} | {m.out_features} | {m.in_features} | {m.rank} |" for n, m in layers.items()]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _size(model: PreTrainedModel, layers: Mapping[str, Any]) -> str:
+    if not layers:
+        return ""
+    counted = count_parameters(model, lambda name, module: name in layers)
+    return (
+        f"They keep {counted.kept('linear'):.1%} of their dense weights; the model has {counted.total:,} of "
+        f"{counted.total_dense:,} parameters, {counted.kept('total'):.1%}."
+    )
+
+
+def _forms(model: PreTrainedModel) -> str:
+    return ", ".join(sorted({m.form for m in model.modules() if isinstance(m, Factored)}))
+
+
+def _rows(notes: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A line for each value; what is nested gets names with dots."""
+    lines = []
+    for name, value in notes.items():
+        if isinstance(value, Mapping):
+            lines += _rows(value, f"{prefix}{name}.")
+        else:
+            lines.append(
+                f"| {prefix}{name} | {value:.4g} |" if isinstance(value, float) else f"| {prefix}{name} | {value} |"
+            )
+    return lines
+
+
+def _is_hub_name(name: str) -> bool:
+    return bool(name) and name.count("/") <= 1 and not Path(name).exists()
