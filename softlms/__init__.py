@@ -5,9 +5,10 @@ Three verbs: `decompose` a model, train it with `SoftTrainer` until it meets its
 
 from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.architectures import ARCHITECTURES, find_targets
-from softlms.budget import Budget, ParameterCount, count_parameters, refill, uniform_ranks
+from softlms.budget import Budget, Costs, ParameterCount, count_parameters, parameter_costs, refill, uniform_ranks
 from softlms.calibration import LayerStatistics, calibrate
 from softlms.checkpoint import SoftLMsConfig  # teaches transformers to save and load factored layers
+from softlms.costs import count_flops, measure_latency
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorize import FACTORIZATIONS, Factors, factorize
 from softlms.fused import split_fused
@@ -31,6 +32,7 @@ __all__ = [
     "TASKS",
     "Budget",
     "BudgetNotMet",
+    "Costs",
     "DistillingTrainer",
     "Factors",
     "LayerStatistics",
@@ -45,6 +47,7 @@ __all__ = [
     "add_teacher_logits",
     "allocate",
     "calibrate",
+    "count_flops",
     "count_parameters",
     "decompose",
     "deploy",
@@ -58,6 +61,8 @@ __all__ = [
     "linear_compression_loss",
     "load_task",
     "load_text",
+    "measure_latency",
+    "parameter_costs",
     "perplexity",
     "ranks",
     "refill",

@@ -21,7 +21,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from softlms.budget import Budget, count_parameters, refill, uniform_ranks
+from softlms.budget import Budget, Costs, count_parameters, refill, uniform_ranks
 from softlms.factorize import Factors
 from softlms.layers import LowRankLinear
 
@@ -41,6 +41,8 @@ def allocate(
     keep: float,
     count: str,
     curves: Curves | None = None,
+    multiple: int = 1,
+    costs: Costs | None = None,
 ) -> dict[str, int]:
     """Components that each layer keeps under a budget, which is filled exactly: not one more would fit.
 
@@ -51,10 +53,13 @@ def allocate(
     factors : mapping
         From `softlms.factorize`.
     method : {"uniform", "energy", "greedy", "sensitivity"}
-    keep, count
+    keep, count, multiple
         See `softlms.Budget`.
     curves : mapping, optional
         From `sensitivity_curves`; needed by "sensitivity".
+    costs : Costs, optional
+        Of the dense model, from `softlms.count_flops` or `softlms.measure_latency`; needed where `count` is one of
+        those. Where it counts parameters, layers that would not be faster count as dense.
 
     Returns
     -------
@@ -76,9 +81,11 @@ def allocate(
     if method not in ALLOCATIONS:
         raise ValueError(f"Unknown allocation {method!r}; known: {', '.join(ALLOCATIONS)}.")
     shapes = {name: (f.U.shape[0], f.V.shape[0]) for name, f in factors.items()}
-    limit = Budget(keep, count).limit(shapes, count_parameters(model, lambda name, module: name in shapes).rest)
+    budget = Budget(keep, count, multiple)
+    costs = budget.costs(shapes, count_parameters(model, lambda name, module: name in shapes).rest, costs)
+    limit = budget.limit(costs)
     if method == "uniform":
-        return uniform_ranks(shapes, limit)
+        return uniform_ranks(costs, limit, multiple)
     if method == "sensitivity" and (curves is None or not shapes.keys() <= curves.keys()):
         raise ValueError("'sensitivity' needs curves=softlms.sensitivity_curves(model, factors, loss), one a layer.")
     scores: dict[str, Tensor] = {}
@@ -90,7 +97,7 @@ def allocate(
             scores[name] = energy / (m + n)
         elif curves is not None:
             scores[name] = _harm(curves[name], len(energy))
-    return refill(shapes, dict.fromkeys(shapes, 1), limit, scores)
+    return refill(costs, budget.start(shapes), limit, scores, multiple)
 
 
 @torch.no_grad()

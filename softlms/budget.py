@@ -1,20 +1,24 @@
-"""Parameter budgets: what is counted, what a keep ratio allows, and the exact fit to it."""
+"""Budgets: what is counted, what a keep ratio allows, and the exact fit to it."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from softlms.architectures import Predicate, find_targets
 from softlms.layers import LowRankLinear, SoftLinear, kept_parameters
 
-__all__ = ["Budget", "ParameterCount", "count_parameters", "refill", "uniform_ranks"]
+__all__ = ["Budget", "Costs", "ParameterCount", "count_parameters", "parameter_costs", "refill", "uniform_ranks"]
 
-COUNTS = ("linear", "total")
+PARAMETERS = ("linear", "total")
+COUNTS = (*PARAMETERS, "flops", "latency")
 Shapes = Mapping[str, tuple[int, int]]
+Price = Callable[[int], float]
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class ParameterCount:
 
     def kept(self, count: str) -> float:
         """Kept share of the dense model's parameters, `count` "linear" or "total"."""
-        _check_count(count)
+        if count not in PARAMETERS:
+            raise ValueError(f"Parameters are counted as 'linear' or 'total', got {count!r}.")
         return self.linear / self.linear_dense if count == "linear" else self.total / self.total_dense
 
 
@@ -66,6 +71,69 @@ def count_parameters(model: nn.Module, targets: Predicate | None = None) -> Para
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What a budget counts.
+
+    Attributes
+    ----------
+    count : {"linear", "total", "flops", "latency"}
+    shapes : mapping
+        (m, n) of each target linear by name.
+    prices : mapping
+        ``price(rank) -> cost`` of each layer by name, never falling; at full rank that of the dense layer. Where
+        a smaller rank costs as much, the layer is better kept dense.
+    rest : float
+        What no rank changes, in the same unit.
+    """
+
+    count: str
+    shapes: Shapes
+    prices: Mapping[str, Price]
+    rest: float = 0
+
+    @property
+    def dense(self) -> float:
+        """Of the whole dense model."""
+        return self.rest + sum(price(min(self.shapes[name])) for name, price in self.prices.items())
+
+    def of(self, ranks: Mapping[str, int]) -> float:
+        """Of the layers at these ranks, without the rest."""
+        return sum(price(ranks[name]) for name, price in self.prices.items())
+
+    def keeps_dense(self, name: str, rank: int) -> bool:
+        """Whether this layer at this rank costs as much as the dense one."""
+        return self.prices[name](rank) >= self.prices[name](min(self.shapes[name]))
+
+    def dense_from(self, name: str) -> int:
+        """The smallest rank at which this layer costs as much as the dense one."""
+        return bisect_left(range(min(self.shapes[name])), True, key=lambda rank: self.keeps_dense(name, rank))
+
+
+def parameter_costs(
+    shapes: Shapes, rest: int = 0, count: str = "linear", dense_from: Mapping[str, int] | None = None
+) -> Costs:
+    """Stored weights as costs.
+
+    Parameters
+    ----------
+    shapes : mapping
+        (m, n) of each target linear by name.
+    rest : int
+        Parameters outside of them (`ParameterCount.rest`); they count in "total" only.
+    count : {"linear", "total"}
+    dense_from : mapping, optional
+        Ranks from which a layer is stored dense although two factors would be smaller.
+    """
+
+    def price(m: int, n: int, dense: int, rank: int) -> int:
+        return m * n if rank >= dense else kept_parameters(m, n, rank)
+
+    early = dense_from or {}
+    prices = {name: partial(price, m, n, early.get(name, min(m, n))) for name, (m, n) in shapes.items()}
+    return Costs(count, shapes, prices, rest if count == "total" else 0)
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much of the dense model may be kept.
 
@@ -73,49 +141,88 @@ class Budget:
     ----------
     keep : float
         Share that is kept (not removed), above 0 and at most 1.
-    count : {"linear", "total"}
-        Share of what: the weights of the target linears, or all parameters of the model.
+    count : {"linear", "total", "flops", "latency"}
+        Share of what: the weights of the target linears; all parameters of the model; the multiplications and additions
+        of its forward pass; or its measured time.
+    multiple : int
+        Ranks are multiples of this where a layer is not at full rank: 16 suits processors, 8 GPUs.
 
     Raises
     ------
     ValueError
-        `keep` or `count` is out of range.
+        A setting is out of range.
     """
 
     keep: float
     count: str
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep is the share of parameters that stays, above 0 and at most 1; got {self.keep!r}.")
-        _check_count(self.count)
+        if self.count not in COUNTS:
+            raise ValueError(f"count must be one of {', '.join(map(repr, COUNTS))}, got {self.count!r}.")
+        if self.multiple < 1:
+            raise ValueError(f"multiple must be at least 1, got {self.multiple!r}.")
 
-    def limit(self, shapes: Shapes, rest: int) -> int:
-        """Weights that the target linears may store.
+    def costs(self, shapes: Shapes, rest: int, measured: Costs | None = None) -> Costs:
+        """What this budget counts: parameters, or what was measured.
+
+        Where it counts parameters, what was measured says which layers are better stored dense.
 
         Parameters
         ----------
         shapes : mapping
-            (m, n) of each target by name.
+            (m, n) of each target linear by name.
         rest : int
             Parameters outside of them (`ParameterCount.rest`).
+        measured : Costs, optional
+            From `softlms.count_flops` or `softlms.measure_latency`.
 
         Raises
         ------
         ValueError
-            Not even one component a layer would fit; says why and what would.
+            `measured` is missing, of another count or of another model.
         """
-        linear = sum(m * n for m, n in shapes.values())
-        least = sum(kept_parameters(m, n, 1) for m, n in shapes.values())
-        whole, outside = (linear, 0) if self.count == "linear" else (linear + rest, rest)
-        limit = int(self.keep * whole) - outside
+        if measured is not None and dict(measured.shapes) != dict(shapes):
+            raise ValueError("The costs are of another model, or of other targets: measure this one.")
+        if self.count in PARAMETERS:
+            dense_from = None if measured is None else {name: measured.dense_from(name) for name in shapes}
+            return parameter_costs(shapes, rest, self.count, dense_from)
+        if measured is None or measured.count != self.count:
+            maker = "count_flops" if self.count == "flops" else "measure_latency"
+            raise ValueError(f"count={self.count!r} needs costs=softlms.{maker}(model, ...) of the dense model.")
+        return measured
+
+    def start(self, shapes: Shapes) -> dict[str, int]:
+        """The smallest ranks that this budget can give."""
+        return {name: min(self.multiple, *shape) for name, shape in shapes.items()}
+
+    def limit(self, costs: Costs) -> float:
+        """What the target linears may cost.
+
+        Raises
+        ------
+        ValueError
+            Not even the smallest ranks would fit; says why and what would.
+        """
+        whole, least = costs.dense, costs.of(self.start(costs.shapes))
+        limit = self.keep * whole - costs.rest
+        if self.count in PARAMETERS:
+            limit = int(self.keep * whole) - costs.rest
         if limit < least:
-            smallest = (least + outside) / whole
-            why = f"one component a layer needs {least:,} weights"
-            if outside:
-                why = f"embeddings, biases, norms and head alone are {outside:,} parameters, and {why}"
+            smallest = (least + costs.rest) / whole
+            if self.count in PARAMETERS:
+                each = "one component a layer needs" if self.multiple == 1 else f"{self.multiple} a layer need"
+                why = f"{each} {least:,} weights"
+                if costs.rest:
+                    why = f"embeddings, biases, norms and head alone are {costs.rest:,} parameters, and {why}"
+                of, linear = f"{self.count} ({whole:,} parameters)", int(whole - costs.rest)
+            else:
+                why = f"all that is not a target linear takes {costs.rest / whole:.0%} of it"
+                of, linear = self.count, 0
             raise ValueError(
-                f"keep={self.keep} of {self.count} ({whole:,} parameters) cannot be met: {why}. "
+                f"keep={self.keep} of {of} cannot be met: {why}. "
                 f"The smallest keep of {self.count} is {smallest + 5e-4:.3f}"
                 + (f"; or choose count='linear' ({linear:,} weights)." if self.count == "total" else ".")
             )
@@ -123,25 +230,32 @@ class Budget:
 
 
 def refill(
-    shapes: Shapes, ranks: Mapping[str, int], limit: int, scores: Mapping[str, Sequence[float] | Tensor]
+    costs: Costs,
+    ranks: Mapping[str, int],
+    limit: float,
+    scores: Mapping[str, Sequence[float] | Tensor],
+    multiple: int = 1,
 ) -> dict[str, int]:
     """Add components, best score first, until not one more of any layer fits.
 
     Parameters
     ----------
-    shapes : mapping
-        (m, n) of each layer by name.
+    costs : Costs
+        See `parameter_costs`.
     ranks : mapping
         Components to start from, at least 1 each; their cost must be within `limit`.
-    limit : int
-        Weights that all layers together may store.
+    limit : float
+        What all layers together may cost.
     scores : mapping
         Score of each component that a layer has, best first; component i is added only after i - 1.
+    multiple : int
+        Components are added up to the next multiple of this (or to full rank), by their mean score.
 
     Returns
     -------
     dict
-        Ranks by name. A layer at or above break-even, r (m + n) >= m n, is stored dense and so gets all components.
+        Ranks by name. A layer whose rank costs as much as the dense one (for parameters r (m + n) >= m n) gets all
+        components: more cost nothing.
 
     Raises
     ------
@@ -151,16 +265,19 @@ def refill(
     result = dict(ranks)
     if min(result.values()) < 1:
         raise ValueError("Every layer keeps at least one component: a rank below 1 was given.")
-    left = limit - sum(kept_parameters(*shapes[name], rank) for name, rank in result.items())
+    left = limit - costs.of(result)
     if left < 0:
-        raise ValueError(f"The ranks given exceed the limit of {limit:,} weights by {-left:,}.")
+        raise ValueError(f"The ranks given exceed the limit of {limit:,} by {-left:,}.")
 
-    def price(name: str) -> int:
-        rank = result[name]
-        return kept_parameters(*shapes[name], rank + 1) - kept_parameters(*shapes[name], rank)
+    def following(name: str) -> int:
+        return min((result[name] // multiple + 1) * multiple, len(scores[name]))
+
+    def price(name: str) -> float:
+        return costs.prices[name](following(name)) - costs.prices[name](result[name])
 
     def candidate(name: str) -> list[tuple[float, str]]:
-        return [(-float(scores[name][result[name]]), name)] if result[name] < len(scores[name]) else []
+        more = [float(score) for score in scores[name][result[name] : following(name)]]
+        return [(-sum(more) / len(more), name)] if more else []
 
     queue = [entry for name in result for entry in candidate(name)]
     heapq.heapify(queue)
@@ -169,35 +286,44 @@ def refill(
         # what does not fit now never will: `left` only falls, and this layer's next price stays
         if price(name) <= left:
             left -= price(name)
-            result[name] += 1
+            result[name] = following(name)
             for entry in candidate(name):
                 heapq.heappush(queue, entry)
     return result
 
 
-def uniform_ranks(shapes: Shapes, limit: int) -> dict[str, int]:
+def uniform_ranks(costs: Costs, limit: float, multiple: int = 1) -> dict[str, int]:
     """The same keep ratio in each layer ("static" rank), filled up exactly to the limit.
 
     Parameters
     ----------
-    shapes : mapping
-        (m, n) of each layer by name.
-    limit : int
-        Weights that all layers together may store.
+    costs : Costs
+        See `parameter_costs`.
+    limit : float
+        What all layers together may cost.
+    multiple : int
+        See `Budget`.
 
     Returns
     -------
     dict
         Ranks by name; what rounding leaves over goes to the layers that are cut deepest.
     """
-    keep = limit / sum(m * n for m, n in shapes.values())
-    start = {name: max(1, int(keep * m * n / (m + n))) for name, (m, n) in shapes.items()}
-    scores = {name: [-rank * (m + n) / (m * n) for rank in range(min(m, n))] for name, (m, n) in shapes.items()}
-    if sum(kept_parameters(*shapes[name], rank) for name, rank in start.items()) > limit:
-        start = dict.fromkeys(shapes, 1)
-    return refill(shapes, start, limit, scores)
+    dense = costs.dense - costs.rest
+    shares = {
+        name: [-costs.prices[name](rank) / costs.prices[name](min(shape)) for rank in range(min(shape))]
+        for name, shape in costs.shapes.items()
+    }
+    smallest = {name: min(multiple, *shape) for name, shape in costs.shapes.items()}
+    start = {name: max(_below(costs, name, limit / dense, multiple), rank) for name, rank in smallest.items()}
+    return refill(costs, start if costs.of(start) <= limit else smallest, limit, shares, multiple)
 
 
-def _check_count(count: str) -> None:
-    if count not in COUNTS:
-        raise ValueError(f"count must be one of {', '.join(map(repr, COUNTS))}, got {count!r}.")
+def _below(costs: Costs, name: str, share: float, multiple: int) -> int:
+    """The largest multiple at which a layer costs at most this share of its dense form; 0 if there is none."""
+    full, price = min(costs.shapes[name]), costs.prices[name]
+    low, high = 0, full // multiple
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if price(middle * multiple) <= share * price(full) else (low, middle - 1)
+    return low * multiple

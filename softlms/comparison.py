@@ -17,9 +17,10 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from softlms.costs import random_rows
 from softlms.experiments import Bench, Run
 from softlms.jobs import Job, available_processes, run_jobs
-from softlms.latency import forward_times, random_rows
+from softlms.latency import forward_times
 from softlms.precision import fast_bf16
 from softlms.recipe import Recipe, parse_method
 from softlms.scan import fast_scan

@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import DataCollator, DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from softlms.budget import Budget, count_parameters
+from softlms.budget import Budget, count_parameters, parameter_costs
 from softlms.calibration import calibrate
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorize import FACTORIZATIONS, linear_targets
@@ -135,7 +135,7 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     )
     # the budget is checked here and now: it would be a pity after an hour of fine-tuning
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear_targets(dense).items()}
-    Budget(settings.keep, settings.count).limit(shapes, count_parameters(dense).rest)
+    Budget(settings.keep, settings.count).limit(parameter_costs(shapes, count_parameters(dense).rest, settings.count))
     if location == encoder.location and not report["missing_keys"]:
         _check_head(settings, dense, data, rows["dev"], collator)
     work.mkdir(parents=True, exist_ok=True)

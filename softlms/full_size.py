@@ -23,10 +23,10 @@ from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from softlms.architectures import find_targets
-from softlms.budget import Budget, count_parameters
+from softlms.budget import Budget, count_parameters, parameter_costs
+from softlms.costs import random_rows
 from softlms.fused import split_fused
 from softlms.jobs import use_threads
-from softlms.latency import random_rows
 from softlms.layers import LowRankLinear, make_linear
 from softlms.provenance import hardware, versions
 from softlms.scan import fast_scan
@@ -101,7 +101,7 @@ def compress_full_size(
     if split:
         split_fused(skeleton)
     shapes = {target.name: target.shape for target in find_targets(skeleton)}
-    Budget(keep, count).limit(shapes, count_parameters(skeleton).rest)  # refuses what cannot be met
+    Budget(keep, count).limit(parameter_costs(shapes, count_parameters(skeleton).rest, count))  # refuses what cannot be
 
     seconds = {}
     with use_threads(threads), fast_scan():

@@ -6,21 +6,19 @@ import copy
 import csv
 import importlib.util
 import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from softlms.architectures import find_targets
-from softlms.budget import Budget, count_parameters, uniform_ranks
+from softlms.budget import Budget, parameter_costs, uniform_ranks
+from softlms.costs import interleaved, random_rows
 from softlms.jobs import use_threads
 from softlms.provenance import hardware, versions
 from softlms.scan import fast_scan
@@ -28,7 +26,7 @@ from softlms.surgery import decompose, soft_layers
 from softlms.tasks import TASKS
 from softlms.zoo import find_encoder
 
-__all__ = ["forward_times", "print_scan_times", "print_step_times", "random_rows", "scan_times", "step_times"]
+__all__ = ["forward_times", "print_scan_times", "print_step_times", "scan_times", "step_times"]
 
 
 def step_times(
@@ -61,7 +59,8 @@ def step_times(
     """
     _check(batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     shapes = {target.name: target.shape for target in find_targets(model)}
-    ranks = uniform_ranks(shapes, Budget(keep, "linear").limit(shapes, count_parameters(model).rest))
+    costs = parameter_costs(shapes)
+    ranks = uniform_ranks(costs, Budget(keep, "linear").limit(costs))
     full, budget = decompose(copy.deepcopy(model)), decompose(copy.deepcopy(model))
     for name, layer in soft_layers(budget).items():
         layer.set_rank_(ranks[name])
@@ -98,23 +97,11 @@ def forward_times(
     return _interleaved({name: forward(model) for name, model in models.items()}, rounds, threads, "timing forwards")
 
 
-def random_rows(vocabulary: int, batch: int, tokens: int) -> dict[str, Tensor]:
-    """A batch of random tokens without padding."""
-    ids = torch.randint(vocabulary, (batch, tokens))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
 def _interleaved(
     calls: Mapping[str, Callable[[], None]], rounds: int, threads: int, description: str
 ) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
     with use_threads(threads):
-        for _ in track(range(rounds + 2), description, transient=True, disable=not sys.stdout.isatty()):
-            for name, call in calls.items():
-                started = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - started)
-    return {name: taken[2:] for name, taken in seconds.items()}
+        return interleaved(calls, rounds, description)
 
 
 def scan_times(

@@ -260,20 +260,22 @@ class SoftLinear(Factored):
         return margin[chosen].sort(descending=True).values
 
     @torch.no_grad()
-    def deployed(self, rank: int | None = None) -> LowRankLinear | nn.Linear:
+    def deployed(self, rank: int | None = None, *, dense: bool = False) -> LowRankLinear | nn.Linear:
         """The layer to deploy: T(sigma) folded in, dead components cut, dense where dense is not larger.
 
         Parameters
         ----------
         rank : int, optional
             Keep only so many live components, those with the largest sigma; all when not given.
+        dense : bool
+            Dense in any case.
         """
         left, V = self._live_factors()
         if rank is not None and rank < V.shape[1]:
             best = self.sigma[self.threshold.is_live(self.sigma)].topk(rank).indices.sort().values
             left, V = left[:, best], V[:, best]
         (m, rank), n = left.shape, V.shape[0]
-        if kept_parameters(m, n, rank) == m * n:
+        if dense or kept_parameters(m, n, rank) == m * n:
             return make_linear(left @ V.T, self.bias)
         return LowRankLinear(V.T, left, self.bias)
 

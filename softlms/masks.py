@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from softlms.budget import Budget, count_parameters, refill
+from softlms.budget import Budget, Costs, count_parameters, refill
 from softlms.factorize import Factors, linear_targets
-from softlms.layers import Factored, kept_parameters
+from softlms.layers import Factored
 from softlms.training import BudgetNotMet, DistillingTrainer
 
 __all__ = ["MaskTrainer", "MaskedLinear"]
@@ -82,8 +82,8 @@ class MaskTrainer(DistillingTrainer):
         `softlms.truncate`.
     factors : mapping
         From `softlms.factorize`.
-    keep, count
-        See `softlms.Budget`.
+    keep, count, multiple, costs
+        See `softlms.Budget` and `softlms.allocate`.
     l1 : tuple of float
         Weight of the L1 term at the first step and, growing geometrically, half-way through the steps of `args`;
         positive and rising. A component's score is weighed by the weights that it stores (mean 1).
@@ -111,6 +111,8 @@ class MaskTrainer(DistillingTrainer):
         *,
         keep: float,
         count: str,
+        multiple: int = 1,
+        costs: Costs | None = None,
         l1: tuple[float, float] = (1e-6, 1.0),
         **kwargs: Any,
     ) -> None:
@@ -124,7 +126,9 @@ class MaskTrainer(DistillingTrainer):
             if (len(factors[name].U), len(factors[name].V)) != shape:
                 raise ValueError(f"The factors of {name} do not fit its shape {shape}: factorize the same model.")
         rest = count_parameters(model, lambda name, module: name in factors).rest
-        self.limit = Budget(keep, count).limit(self.shapes, rest)
+        self.budget = Budget(keep, count, multiple)
+        self.costs = self.budget.costs(self.shapes, rest, costs)
+        self.limit = self.budget.limit(self.costs)
         super().__init__(model, **kwargs)
         model.requires_grad_(False)
         self.masks: dict[str, MaskedLinear] = {}
@@ -154,15 +158,15 @@ class MaskTrainer(DistillingTrainer):
         loss = loss + weight * size
         return (loss, outputs) if return_outputs else loss
 
-    def kept_weights(self) -> int:
-        """Weights that the layers would store if cut to their open gates now."""
-        return sum(kept_parameters(*self.shapes[name], mask.rank) for name, mask in self.masks.items())
+    def cost(self) -> float:
+        """What the layers would cost, in the budget's count, if cut to their open gates now."""
+        return self.costs.of({name: mask.rank for name, mask in self.masks.items()})
 
     @property
     def ranks(self) -> dict[str, int]:
         """Components of each layer, taken by falling score until the budget is full."""
         scores = {name: mask.score.detach().sort(descending=True).values for name, mask in self.masks.items()}
-        return refill(self.shapes, dict.fromkeys(self.shapes, 1), self.limit, scores)
+        return refill(self.costs, self.budget.start(self.shapes), self.limit, scores, self.budget.multiple)
 
 
 class _StopAtBudget(TrainerCallback):
@@ -170,15 +174,16 @@ class _StopAtBudget(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trainer.kept_weights() <= self.trainer.limit:
+        if self.trainer.cost() <= self.trainer.limit:
             control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kept, limit = self.trainer.kept_weights(), self.trainer.limit
+        kept, limit = self.trainer.cost(), self.trainer.limit
         if kept > limit:
             raise BudgetNotMet(
-                f"After {state.global_step} steps the masks keep {kept:,} weights, the budget allows {limit:,}. "
+                f"After {state.global_step} steps the masks keep {kept:,} of {self.trainer.budget.count}, the budget "
+                f"allows {limit:,}. "
                 f"Train longer, or raise l1 ({self.trainer.l1}) or the learning rate."
             )

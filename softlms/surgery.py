@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from softlms.architectures import Predicate, find_targets
-from softlms.budget import Budget, count_parameters, refill
+from softlms.budget import Budget, Costs, count_parameters, parameter_costs, refill
 from softlms.factorize import Factors, Statistics, as_conv1d, as_linear, check_method, factorize_weight, linear_targets
 from softlms.layers import UNITS, LowRankLinear, SoftLinear, kept_parameters
 from softlms.thresholds import SoftThreshold
@@ -76,6 +76,7 @@ def truncate(
     statistics: Statistics | None = None,
     *,
     targets: Predicate | None = None,
+    costs: Costs | None = None,
 ) -> M:
     """Replace every target linear by the leading components of its factors: the static baselines.
 
@@ -88,6 +89,8 @@ def truncate(
         stays dense.
     factors, statistics, targets
         As in `decompose`.
+    costs : Costs, optional
+        From `softlms.measure_latency`: layers that would not be faster stay dense.
 
     Returns
     -------
@@ -103,8 +106,10 @@ def truncate(
     linears = linear_targets(model, targets)
     _check_ranks(linears, ranks)
     make = _maker(linears, factors, statistics)
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    prices = costs or parameter_costs(shapes)
     for name, linear in linears.items():
-        if kept_parameters(linear.out_features, linear.in_features, ranks[name]) < linear.weight.numel():
+        if not prices.keeps_dense(name, ranks[name]):
             f = make(name)
             layer = LowRankLinear.from_factors(f.U, f.sigma, f.V, linear.bias, ranks[name]).to(linear.weight.dtype)
             model.set_submodule(name, layer.train(linear.training))
@@ -142,7 +147,9 @@ def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = No
     return model
 
 
-def deploy(model: M, keep: float | None = None, count: str | None = None) -> M:
+def deploy(
+    model: M, keep: float | None = None, count: str | None = None, *, multiple: int = 1, costs: Costs | None = None
+) -> M:
     """Cut every soft layer to its live components and fold T(sigma) in: thin matmuls, or dense where not larger.
 
     Parameters
@@ -153,6 +160,11 @@ def deploy(model: M, keep: float | None = None, count: str | None = None) -> M:
         Cut further, to this budget (see `softlms.Budget`) and exactly, without any training: the components with
         the smallest sigma - alpha go first, as if all thresholds rose together. One trained model so gives
         any smaller size; train it again where quality matters.
+    multiple : int
+        Of the ranks that are cut; see `softlms.Budget`.
+    costs : Costs, optional
+        Of the dense model, from `softlms.measure_latency`: layers that would not be faster stay dense. Needed where
+        `count` is "flops" or "latency".
 
     Returns
     -------
@@ -172,16 +184,21 @@ def deploy(model: M, keep: float | None = None, count: str | None = None) -> M:
             raise ValueError("keep and count belong together: deploy(model, keep=0.4, count='linear').")
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
         parameters = count_parameters(model, lambda name, module: name in shapes)
-        limit = Budget(keep, count).limit(shapes, parameters.rest)
-        if limit > parameters.linear:
-            raise ValueError(
-                f"keep={keep} of {count} is more than this model keeps ({parameters.kept(count):.3f}): it can only be "
-                "cut further."
-            )
+        budget = Budget(keep, count, multiple)
+        costs = budget.costs(shapes, parameters.rest, costs)
+        limit = budget.limit(costs)
+        if limit > costs.of(kept):
+            share = (costs.of(kept) + costs.rest) / costs.dense
+            raise ValueError(f"keep={keep} of {count} is more than this model keeps ({share:.3f}): it can only be cut.")
         margins = {name: layer.margins().tolist() for name, layer in layers.items()}
-        kept = refill(shapes, dict.fromkeys(shapes, 1), limit, margins)
+        for name, rank in kept.items():
+            if multiple < rank < min(shapes[name]):
+                del margins[name][rank // multiple * multiple :]
+        least = {name: min(multiple, rank) for name, rank in kept.items()}
+        kept = refill(costs, least, limit, margins, multiple)
     for name, layer in layers.items():
-        deployed = layer.deployed(kept[name])
+        dense = costs is not None and costs.keeps_dense(name, kept[name])
+        deployed = layer.deployed(kept[name], dense=dense)
         if layer.transposed and isinstance(deployed, nn.Linear):
             deployed = as_conv1d(deployed)
         model.set_submodule(name, deployed.train(layer.training))

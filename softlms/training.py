@@ -21,8 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
-from softlms.budget import Budget, count_parameters, refill
-from softlms.layers import SoftLinear, kept_parameters
+from softlms.budget import Budget, Costs, count_parameters, refill
+from softlms.layers import SoftLinear
 from softlms.losses import COMPRESSION_LOSSES, distillation_loss
 from softlms.surgery import soft_layers
 
@@ -131,10 +131,10 @@ class SoftTrainer(DistillingTrainer):
     ----------
     model : PreTrainedModel
         Decomposed by `softlms.decompose`.
-    keep : float
-        Share of parameters that stays, above 0 and at most 1.
-    count : {"linear", "total"}
-        Share of what: the target linears' weights, or the whole model.
+    keep, count, multiple
+        See `softlms.Budget`.
+    costs : Costs, optional
+        Of the dense model, from `softlms.count_flops` or `softlms.measure_latency`; see `softlms.allocate`.
     gamma : float
         Weight of the compression loss, positive. Adam's steps do not depend on the size of a gradient: where this one
         outweighs the task's in every threshold, all rise alike and the ranks are those of one threshold for all,
@@ -174,6 +174,8 @@ class SoftTrainer(DistillingTrainer):
         *,
         keep: float,
         count: str,
+        multiple: int = 1,
+        costs: Costs | None = None,
         gamma: float = 0.1,
         alpha_learning_rate: float = 1e-2,
         compression_loss: str = "adaptive",
@@ -184,8 +186,9 @@ class SoftTrainer(DistillingTrainer):
     ) -> None:
         self.soft_layers = soft_layers(model)
         self.shapes = {n: (layer.out_features, layer.in_features) for n, layer in self.soft_layers.items()}
-        self.budget = Budget(keep, count)
-        self.limit = self.budget.limit(self.shapes, count_parameters(model, _is_soft).rest)
+        self.budget = Budget(keep, count, multiple)
+        self.costs = self.budget.costs(self.shapes, count_parameters(model, _is_soft).rest, costs)
+        self.limit = self.budget.limit(self.costs)
         for name, value in (("gamma", gamma), ("alpha_learning_rate", alpha_learning_rate)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value!r}.")
@@ -275,16 +278,20 @@ class SoftTrainer(DistillingTrainer):
         # a model from before the cut is never the best one
         return self.schedule.frozen_at is not None and super()._determine_best_metric(metrics, trial)
 
-    def kept_weights(self) -> int:
-        """Weights that the soft layers would store if deployed now."""
-        return sum(kept_parameters(*self.shapes[name], layer.rank) for name, layer in self.soft_layers.items())
+    def cost(self) -> float:
+        """What the soft layers would cost, in the budget's count, if deployed now."""
+        return self.costs.of({name: layer.rank for name, layer in self.soft_layers.items()})
 
     def freeze(self) -> None:
         """Cut or fill the ranks up to the budget, fix them, and start afresh with optimizer and learning rate."""
-        met = self.kept_weights() <= self.limit
-        start = {name: layer.rank if met else 1 for name, layer in self.soft_layers.items()}
+        met, multiple = self.cost() <= self.limit, self.budget.multiple
+        start = self.budget.start(self.shapes)
+        if met:
+            rounded = {name: layer.rank // multiple * multiple for name, layer in self.soft_layers.items()}
+            larger = {name: max(rounded[name], least) for name, least in start.items()}
+            start = larger if self.costs.of(larger) <= self.limit else start
         margins = {name: layer.margins(dead=True).tolist() for name, layer in self.soft_layers.items()}
-        for name, rank in refill(self.shapes, start, self.limit, margins).items():
+        for name, rank in refill(self.costs, start, self.limit, margins, multiple).items():
             self.soft_layers[name].set_rank_(rank)
             self.soft_layers[name].freeze_()
         # the same object, emptied: accelerate would keep a replaced optimizer, and its moments, in memory
@@ -358,7 +365,7 @@ class SoftSchedule(TrainerCallback):
 
     def _compress(self, state: TrainerState) -> None:
         trainer = self.trainer
-        kept = trainer.kept_weights()
+        kept = trainer.cost()
         late = trainer.deadline < 1 and state.global_step >= trainer.deadline * state.max_steps
         if kept <= trainer.limit or late:
             self.check_finite(state)
@@ -370,13 +377,13 @@ class SoftSchedule(TrainerCallback):
                 logger.warning("The budget was met at the very last step: none is left to recover. Train longer.")
             return
         step, before = self.last_move
-        now, whole = self.components(), sum(m * n for m, n in trainer.shapes.values())
+        now, whole = self.components(), trainer.costs.dense - trainer.costs.rest
         if abs(before - now) > STALL_SHARE * sum(min(shape) for shape in trainer.shapes.values()):
             self.last_move = (state.global_step, now)
         elif state.global_step - step == STALL_STEPS:
             logger.warning(
-                f"The ranks have not moved for {STALL_STEPS} steps, with {kept / whole:.3f} of the linears kept and a "
-                f"budget of {trainer.limit / whole:.3f}: raise gamma ({trainer.gamma}) or alpha_learning_rate "
+                f"The ranks have not moved for {STALL_STEPS} steps, with {kept / whole:.3f} of the linears kept and "
+                f"a budget of {trainer.limit / whole:.3f}: raise gamma ({trainer.gamma}) or alpha_learning_rate "
                 f"({trainer.alpha_learning_rate})."
             )
 
@@ -384,10 +391,10 @@ class SoftSchedule(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        kept, whole = trainer.kept_weights(), sum(m * n for m, n in trainer.shapes.values())
+        kept, whole = trainer.cost(), trainer.costs.dense - trainer.costs.rest
         if kept > trainer.limit:
             raise BudgetNotMet(
-                f"After {state.global_step} steps {kept / whole:.3f} of the linears are kept, the budget allows "
+                f"After {state.global_step} steps {kept / whole:.3f} of the linears' cost is kept, the budget allows "
                 f"{trainer.limit / whole:.3f}. Train longer, or raise gamma ({trainer.gamma}) or alpha_learning_rate "
                 f"({trainer.alpha_learning_rate})."
             )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.architectures import find_targets
-from softlms.budget import Budget, count_parameters
+from softlms.budget import Budget, count_parameters, parameter_costs
 from softlms.factorize import factorize
 from softlms.layers import kept_parameters
 from softlms.surgery import truncate
@@ -19,7 +19,7 @@ def assert_exact(model, ranks, keep, count):
     deployed = count_parameters(truncate(copy.deepcopy(model), ranks))
     assert deployed.kept(count) <= keep
     shapes = {t.name: t.shape for t in find_targets(model)}
-    spare = Budget(keep, count).limit(shapes, deployed.rest) - deployed.linear
+    spare = Budget(keep, count).limit(parameter_costs(shapes, deployed.rest, count)) - deployed.linear
     for name, (m, n) in shapes.items():
         price = kept_parameters(m, n, ranks[name] + 1) - kept_parameters(m, n, ranks[name])
         assert ranks[name] == min(m, n) or price > spare, name
@@ -56,7 +56,7 @@ def test_ranks_are_those_of_a_bisected_cut_off(method, keep):
     factors = factorize(model)
     rules = cut_offs(method, factors)
     shapes = {name: (len(f.U), len(f.V)) for name, f in factors.items()}
-    limit = Budget(keep, "linear").limit(shapes, 0)
+    limit = Budget(keep, "linear").limit(parameter_costs(shapes))
 
     def ranks_at(tau):
         return {name: rule(tau) for name, rule in rules.items()}
@@ -79,7 +79,7 @@ def test_greedy_keeps_the_most_energy_of_all_rank_choices():
     model = _bert()
     factors = dict(list(factorize(model).items())[:2])
     shapes = {name: (len(f.U), len(f.V)) for name, f in factors.items()}
-    limit = Budget(0.4, "linear").limit(shapes, 0)
+    limit = Budget(0.4, "linear").limit(parameter_costs(shapes))
 
     def energy(ranks):
         return sum(factors[n].sigma[: ranks[n]].square().sum().item() for n in factors)

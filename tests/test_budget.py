@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softlms.architectures import find_targets
-from softlms.budget import Budget, count_parameters, refill, uniform_ranks
+from softlms.budget import Budget, count_parameters, parameter_costs, refill, uniform_ranks
 from softlms.layers import kept_parameters
 from softlms.surgery import decompose
 
@@ -35,8 +35,8 @@ def test_refill_is_exact_from_below(shapes, share, seed):
     scores = {
         name: torch.rand(min(shape), generator=generator).sort(descending=True).values for name, shape in shapes.items()
     }
-    assert_exact(shapes, refill(shapes, dict.fromkeys(shapes, 1), limit, scores), limit)
-    assert_exact(shapes, uniform_ranks(shapes, limit), limit)
+    assert_exact(shapes, refill(parameter_costs(shapes), dict.fromkeys(shapes, 1), limit, scores), limit)
+    assert_exact(shapes, uniform_ranks(parameter_costs(shapes), limit), limit)
 
 
 def test_refill_is_the_best_fill_by_brute_force():
@@ -44,7 +44,7 @@ def test_refill_is_the_best_fill_by_brute_force():
     shapes = {"a": (4, 3), "b": (3, 4), "c": (4, 3)}
     scores = {"a": [9.0, 2.0, 1.5], "b": [8.0, 7.0, 0.5], "c": [6.0, 5.0, 4.0]}
     limit = 35  # five components of price 7; a layer of two components is at 14 > 12, stored dense
-    got = refill(shapes, dict.fromkeys(shapes, 1), limit, scores)
+    got = refill(parameter_costs(shapes), dict.fromkeys(shapes, 1), limit, scores)
     every = (dict(zip(shapes, ranks, strict=True)) for ranks in itertools.product((1, 2, 3), repeat=3))
     fitting = [ranks for ranks in every if cost(shapes, ranks) <= limit]
     best = max(fitting, key=lambda ranks: sum(sum(scores[n][:r]) for n, r in ranks.items()))
@@ -55,16 +55,16 @@ def test_refill_is_the_best_fill_by_brute_force():
 def test_refill_starts_from_what_it_is_given():
     shapes = {"a": (10, 10), "b": (10, 10)}
     flat = {"a": [0.0] * 10, "b": [1.0] * 10}
-    assert refill(shapes, {"a": 3, "b": 1}, 100, flat) == {"a": 3, "b": 2}
-    with pytest.raises(ValueError, match="exceed the limit of 50 weights by 30"):
-        refill(shapes, {"a": 3, "b": 1}, 50, flat)
+    assert refill(parameter_costs(shapes), {"a": 3, "b": 1}, 100, flat) == {"a": 3, "b": 2}
+    with pytest.raises(ValueError, match="exceed the limit of 50 by 30"):
+        refill(parameter_costs(shapes), {"a": 3, "b": 1}, 50, flat)
     with pytest.raises(ValueError, match="at least one component"):
-        refill(shapes, {"a": 0, "b": 1}, 50, flat)
+        refill(parameter_costs(shapes), {"a": 0, "b": 1}, 50, flat)
 
 
 def test_uniform_ranks_are_uniform():
     shapes = {f"{i}": (384, 384) for i in range(5)} | {"fc": (1536, 384)}
-    ranks = uniform_ranks(shapes, sum(m * n for m, n in shapes.values()) // 2)
+    ranks = uniform_ranks(parameter_costs(shapes), sum(m * n for m, n in shapes.values()) // 2)
     kept = [ranks[name] * (m + n) / (m * n) for name, (m, n) in shapes.items()]
     assert max(kept) - min(kept) < 0.01
 
@@ -100,15 +100,15 @@ def test_wrong_keep(keep):
 
 
 def test_wrong_count():
-    with pytest.raises(ValueError, match="count must be one of 'linear', 'total', got 'all'"):
+    with pytest.raises(ValueError, match="count must be one of 'linear', 'total', 'flops', 'latency', got 'all'"):
         Budget(0.5, "all")
 
 
 def test_limits():
     shapes = {"a": (10, 10), "b": (20, 10)}
-    assert Budget(0.5, "linear").limit(shapes, rest=1000) == 150
-    assert Budget(0.9, "total").limit(shapes, rest=1000) == 170
-    assert Budget(1.0, "total").limit(shapes, rest=7) == 300
+    assert Budget(0.5, "linear").limit(parameter_costs(shapes, 1000, "linear")) == 150
+    assert Budget(0.9, "total").limit(parameter_costs(shapes, 1000, "total")) == 170
+    assert Budget(1.0, "total").limit(parameter_costs(shapes, 7, "total")) == 300
 
 
 def test_impossible_budget_says_why_and_what_is_possible():
@@ -116,8 +116,8 @@ def test_impossible_budget_says_why_and_what_is_possible():
     with pytest.raises(
         ValueError, match=r"embeddings, biases, norms and head alone are 1,000.*count='linear'"
     ) as error:
-        Budget(0.5, "total").limit(shapes, rest=1000)
+        Budget(0.5, "total").limit(parameter_costs(shapes, 1000, "total"))
     smallest = float(str(error.value).split("smallest keep of total is ")[1].split(";")[0])
-    assert Budget(smallest, "total").limit(shapes, rest=1000) >= 50  # what it promises holds
+    assert Budget(smallest, "total").limit(parameter_costs(shapes, 1000, "total")) >= 50  # what it promises holds
     with pytest.raises(ValueError, match="one component a layer needs 50 weights"):
-        Budget(0.1, "linear").limit(shapes, rest=0)
+        Budget(0.1, "linear").limit(parameter_costs(shapes, 0, "linear"))

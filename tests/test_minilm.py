@@ -49,6 +49,6 @@ def test_half_of_the_total_is_impossible_and_said_so(minilm):
 
 
 def test_static_ranks_halve_the_linears(minilm):
-    shapes = {target.name: target.shape for target in softlms.find_targets(minilm)}
-    softlms.truncate(minilm, softlms.uniform_ranks(shapes, softlms.Budget(0.5, "linear").limit(shapes, 0)))
+    costs = softlms.parameter_costs({target.name: target.shape for target in softlms.find_targets(minilm)})
+    softlms.truncate(minilm, softlms.uniform_ranks(costs, softlms.Budget(0.5, "linear").limit(costs)))
     assert 0.4999 < softlms.count_parameters(minilm).kept("linear") <= 0.5

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from softlms.budget import Budget, uniform_ranks
+from softlms.budget import Budget, parameter_costs, uniform_ranks
 from softlms.experiments import Bench, Run
 from softlms.jobs import Job
 from softlms.language import SPLITS
@@ -31,7 +31,8 @@ def language_bench(tmp_path):
 
 
 def cell(bench, method, seed, score, metric="f1", **changes):
-    ranks = uniform_ranks(bench.targets(), Budget(0.5, "linear").limit(bench.targets(), 0))
+    costs = parameter_costs(bench.targets())
+    ranks = uniform_ranks(costs, Budget(0.5, "linear").limit(costs))
     dense = method == "dense"
     result = {
         "seed": seed, "scores": {"dev": {metric: score}, "test": {metric: score}},

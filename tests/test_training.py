@@ -70,11 +70,11 @@ def test_training_meets_the_budget_exactly_then_recovers(tiny_bert, rows, tmp_pa
     run.train()
     frozen_at = run.schedule.frozen_at
     assert 0 < frozen_at < 40
-    assert run.kept_weights() <= run.limit
+    assert run.cost() <= run.limit
     for name, shape in run.shapes.items():
         rank = ranks(model)[name]
         more = kept_parameters(*shape, rank + 1) - kept_parameters(*shape, rank) if rank < min(shape) else run.limit
-        assert run.kept_weights() + more > run.limit
+        assert run.cost() + more > run.limit
     kept = [entry["kept_linear"] for entry in run.state.log_history if "kept_linear" in entry]
     assert kept[0] > kept[frozen_at] and len(set(kept[frozen_at:])) == 1  # falls, then stands still
 
@@ -100,7 +100,7 @@ def test_alpha_has_its_own_group_and_is_frozen_for_good(tiny_bert, rows, tmp_pat
 
 def test_rates_while_compressing_are_constant_then_follow_the_arguments(tiny_bert, rows, tmp_path):
     model = decompose(tiny_bert())
-    run = trainer(model, rows, tmp_path, steps=30, arguments={"warmup_steps": 0.0})
+    run = trainer(model, rows, tmp_path, steps=30, deadline=0.5, arguments={"warmup_steps": 0.0})
     run.train()
     rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
     frozen_at = run.schedule.frozen_at
@@ -133,12 +133,13 @@ def test_total_budget_counts_the_whole_model(tiny_bert, rows, tmp_path):
 def test_resumed_run_equals_uninterrupted(tiny_bert, rows, tmp_path, stop_at):
     """Before the budget is met, and after: same phase, alphas, optimizer state, and the same numbers at the end."""
     arguments = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
-    whole = trainer(decompose(tiny_bert()), rows, tmp_path / "whole", arguments=arguments)
+    # the deadline: when the budget is met depends on the processor's rounding
+    whole = trainer(decompose(tiny_bert()), rows, tmp_path / "whole", deadline=0.5, arguments=arguments)
     whole.train()
 
     torch.manual_seed(1)  # another process has other random numbers
     model = decompose(tiny_bert())
-    resumed = trainer(model, rows, tmp_path / "resumed", arguments=arguments)
+    resumed = trainer(model, rows, tmp_path / "resumed", deadline=0.5, arguments=arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop_at}"))
 
     assert resumed.schedule.frozen_at == whole.schedule.frozen_at
@@ -286,7 +287,7 @@ def test_limit_of_a_total_budget_leaves_the_rest_out(tiny_bert, rows, tmp_path):
 def test_bfloat16_autocast_trains_to_the_budget(tiny_bert, rows, tmp_path):
     run = trainer(decompose(tiny_bert()), rows, tmp_path, steps=40, arguments={"bf16": True})
     run.train()
-    assert run.schedule.frozen_at is not None and run.kept_weights() <= run.limit
+    assert run.schedule.frozen_at is not None and run.cost() <= run.limit
     assert all(parameter.isfinite().all() and parameter.dtype == torch.float32 for parameter in run.model.parameters())
 
 
@@ -329,7 +330,7 @@ def test_the_best_model_is_one_within_the_budget(tiny_bert, rows, tmp_path):
     run = trainer(decompose(tiny_bert()), rows, tmp_path, arguments=arguments, eval_dataset=rows.select(range(8)))
     run.train()
     assert int(run.state.best_model_checkpoint.split("-")[-1]) > run.schedule.frozen_at
-    assert run.kept_weights() <= run.limit
+    assert run.cost() <= run.limit
 
 
 def test_interrupted_notebook_cell_resumes_in_the_same_trainer(tiny_bert, rows, tmp_path):

@@ -1,0 +1,165 @@
+"""What a budget may count besides parameters: the FLOPs of a forward pass, or its measured time."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from softlms.architectures import Predicate, find_targets
+from softlms.budget import Costs
+from softlms.jobs import use_threads
+from softlms.layers import LowRankLinear, kept_parameters, make_linear
+from softlms.scan import fast_scan
+
+__all__ = ["count_flops", "measure_latency", "random_rows"]
+
+SHARES = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # of break-even: the ranks that are timed
+
+
+def count_flops(
+    model: PreTrainedModel, *, batch: int = 1, tokens: int = 128, targets: Predicate | None = None
+) -> Costs:
+    """FLOPs (multiplications and additions) of a forward pass, as costs for a budget.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense; not changed.
+    batch, tokens : int
+        Rows, and tokens a row: attention grows with the square of the tokens, the linears do not.
+    targets : callable, optional
+        See `find_targets`.
+
+    Returns
+    -------
+    Costs
+        Of matrix products and convolutions; elementwise work (norms, activations, Mamba's scan) has no FLOPs here, but
+        takes time: see `measure_latency`.
+    """
+    shapes = _shapes(model, targets)
+    rows = batch * tokens
+    prices = {name: _flops(rows, m, n) for name, (m, n) in shapes.items()}
+    inputs = random_rows(model.config.vocab_size, batch, tokens)
+    attention = model.config._attn_implementation
+    try:
+        if attention:  # fused kernels are not counted everywhere
+            model.set_attn_implementation("eager")
+        with FlopCounterMode(display=False) as counter, torch.inference_mode(), fast_scan():
+            model(**{name: values.to(model.device) for name, values in inputs.items()})
+    finally:
+        if attention:
+            model.set_attn_implementation(attention)
+    dense = sum(price(min(shapes[name])) for name, price in prices.items())
+    return Costs("flops", shapes, prices, counter.get_total_flops() - dense)
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    *,
+    batch: int = 1,
+    tokens: int = 128,
+    rounds: int = 15,
+    threads: int = 1,
+    targets: Predicate | None = None,
+) -> Costs:
+    """Seconds of a forward pass on this machine, as costs for a budget: each kind of layer timed dense and thin.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense, on the device and in the precision it will run in; not changed.
+    batch, tokens : int
+        Rows, and tokens a row; 1 token is a step of decoding.
+    rounds : int
+        Measured calls of each layer, after two that warm up; sizes take turns; medians.
+    threads : int
+        Of torch, restored afterwards.
+    targets : callable, optional
+        See `find_targets`.
+
+    Returns
+    -------
+    Costs
+        Time of a layer between the measured ranks by straight lines; the rest is what the whole forward pass takes
+        besides its target layers. A layer as slow as its dense form costs what that costs, and is better kept dense.
+
+    Raises
+    ------
+    ValueError
+        A number below 1.
+    """
+    for name, value in (("batch", batch), ("tokens", tokens), ("rounds", rounds), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    shapes = _shapes(model, targets)
+    inputs = {k: v.to(model.device) for k, v in random_rows(model.config.vocab_size, batch, tokens).items()}
+    with use_threads(threads), torch.inference_mode(), fast_scan():
+        kinds = sorted(set(shapes.values()))
+        timed = {
+            kind: _time_kind(kind, torch.randn(batch, tokens, kind[1]).to(model.device, model.dtype), rounds)
+            for kind in track(kinds, "timing layers", transient=True, disable=not sys.stdout.isatty())
+        }
+        whole = interleaved({"model": lambda: model(**inputs)}, max(3, rounds // 3))["model"]
+    prices = {name: timed[shape] for name, shape in shapes.items()}
+    layers = sum(price(min(shapes[name])) for name, price in prices.items())
+    return Costs("latency", shapes, prices, max(0.0, statistics.median(whole) - layers))
+
+
+def random_rows(vocabulary: int, batch: int, tokens: int) -> dict[str, Tensor]:
+    """A batch of random tokens without padding."""
+    ids = torch.randint(vocabulary, (batch, tokens))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, description: str = "", warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each call; the calls take turns, so that what else the machine does strikes all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    shown = bool(description) and sys.stdout.isatty()
+    for _ in track(range(rounds + warm_up), description, transient=True, disable=not shown):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: taken[warm_up:] for name, taken in seconds.items()}
+
+
+def _shapes(model: nn.Module, targets: Predicate | None) -> dict[str, tuple[int, int]]:
+    return {target.name: target.shape for target in find_targets(model, targets)}
+
+
+def _flops(rows: int, m: int, n: int) -> Callable[[int], float]:
+    return lambda rank: 2 * rows * kept_parameters(m, n, rank)
+
+
+def _time_kind(shape: tuple[int, int], x: Tensor, rounds: int) -> Callable[[int], float]:
+    """``price(rank)`` of an m x n layer on inputs x, (batch, tokens, n)."""
+    m, n = shape
+    ranks = sorted({max(1, round(share * m * n / (m + n) / 16) * 16) for share in SHARES})
+    ranks = [rank for rank in ranks if rank <= min(m, n)]
+    zeros = x.new_zeros
+    layers: dict[Any, nn.Module] = {rank: LowRankLinear(zeros(rank, n), zeros(m, rank), zeros(m)) for rank in ranks}
+    layers["dense"] = make_linear(zeros(m, n), zeros(m))
+    calls = {str(name): (lambda layer=layer: layer(x)) for name, layer in layers.items()}
+    seconds = {name: statistics.median(taken) for name, taken in interleaved(calls, rounds).items()}
+    # a larger rank never costs less
+    thin = np.maximum.accumulate([seconds[str(rank)] for rank in ranks])
+    dense = seconds["dense"]
+
+    def price(rank: int) -> float:
+        return dense if rank >= min(m, n) else min(dense, float(np.interp(rank, ranks, thin)))
+
+    return price
