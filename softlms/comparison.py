@@ -140,7 +140,7 @@ GRIDS = {
             further_keeps=(0.35,),
             bf16=fast_bf16(),
         ),
-        {"docpairs": Setting(train_rows=1024, max_length=48)},
+        {"docpairs": Setting(train_rows=768, max_length=40)},
         (0, 1),
         (
             Pass(("whitened+uniform", "whitened+soft"), (0.5,)),  # svd's own two are notebook 04's

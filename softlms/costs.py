@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Costs
 from softlms.jobs import use_threads
-from softlms.layers import LowRankLinear, kept_parameters, make_linear
+from softlms.layers import Factored, LowRankLinear, kept_parameters, make_linear
 from softlms.scan import fast_scan
 
 __all__ = ["count_flops", "measure_latency", "random_rows"]
@@ -138,7 +138,11 @@ def interleaved(
 
 
 def _shapes(model: nn.Module, targets: Predicate | None) -> dict[str, tuple[int, int]]:
-    return {target.name: target.shape for target in find_targets(model, targets)}
+    found = find_targets(model, targets)
+    for target in found:
+        if isinstance(target.module, Factored):
+            raise ValueError(f"{target.name} is factored already: costs are those of the dense model.")
+    return {target.name: target.shape for target in found}
 
 
 def _flops(rows: int, m: int, n: int) -> Callable[[int], float]:

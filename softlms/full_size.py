@@ -32,7 +32,7 @@ from softlms.provenance import hardware, versions
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy
 
-__all__ = ["FULL_SIZE", "compress_full_size", "print_full_size"]
+__all__ = ["FULL_SIZE", "compress_full_size", "find_full_size", "print_full_size"]
 
 # class and configuration, as published on the hub
 FULL_SIZE: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
@@ -95,7 +95,7 @@ def compress_full_size(
     for name, value in (("threads", threads), ("tokens", tokens)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    create, config = _find(model, layers)
+    create, config = find_full_size(model, layers)
     with torch.device("meta"):
         skeleton = create(None)
     if split:
@@ -166,8 +166,21 @@ def print_full_size(*, model: str, out: str = "", **options: Any) -> None:
         pd.concat([*before, pd.DataFrame([result])]).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
 
 
-def _find(model: str, layers: int | None) -> tuple[Callable[[str | None], PreTrainedModel], PretrainedConfig]:
-    """What makes the model, from a checkpoint's folder or name or with random weights, and its configuration."""
+def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None], PreTrainedModel], PretrainedConfig]:
+    """What makes a model, from a checkpoint's folder or name or with random weights (None), and its configuration.
+
+    Parameters
+    ----------
+    model : str
+        A key of `FULL_SIZE`, or the folder or hub name of a checkpoint.
+    layers : int, optional
+        Only so many blocks.
+
+    Raises
+    ------
+    ValueError, OSError
+        There is no such model, or it has fewer blocks.
+    """
     if model in FULL_SIZE:
         name, make = FULL_SIZE[model]
         config = make()

@@ -86,8 +86,8 @@ PROFILES = {
                 alpha_learning_rate=8e-3,
                 bf16=fast_bf16(),
             ),
-            max_length=48,
-            train_rows=1024,
+            max_length=40,
+            train_rows=768,
         ),
         Profile(
             "laptop",

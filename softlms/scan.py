@@ -11,14 +11,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops import scan as scan_operator
 from transformers.models.mamba import modeling_mamba
 
 __all__ = ["fast_scan", "selective_scan"]
 
 CHUNK = 16  # steps between two states that are kept for the backward
+FEW_STATES = 1 << 16  # numbers in h: 16 states of them are 4 MB
 
 
-def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t and y_t = C_t h_t, from h_0 = 0.
 
     Parameters
@@ -29,6 +33,9 @@ def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
         Shape (d_inner, d_state), negative.
     B, C : Tensor
         Shape (batch, d_state, length).
+    compiled : bool
+        Where no gradient is wanted, fuse a few steps of time by ``torch.compile``: it needs a C++ compiler, and half a
+        minute at the first call with each batch size.
 
     Returns
     -------
@@ -45,8 +52,50 @@ def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
     """
     # time first, channels last: a step's slices are contiguous
     over_time = [x.float().permute(2, 0, 1).contiguous() for x in (u, dt, B, C)]
-    y, h = _Scan.apply(*over_time[:2], A.float().T.contiguous(), *over_time[2:])
+    inputs = (*over_time[:2], A.float().T.contiguous(), *over_time[2:])
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if torch.compiler.is_exporting():
+        y, h = _scan_traced(*inputs)
+    else:
+        y, h = _scan_compiled(*inputs) if compiled and not gradient else _Scan.apply(*inputs)
     return y.permute(1, 2, 0), h.transpose(1, 2)
+
+
+def _scan_compiled(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    length, batch, d = u.shape
+    x, y = dt * u, torch.empty_like(u)
+    h = u.new_zeros(batch, len(A), d)
+    fused = CHUNK if h.numel() <= FEW_STATES else CHUNK // 4  # what a chunk touches should stay in cache
+    whole = length - length % fused
+    for first in range(0, whole, fused):
+        here = slice(first, first + fused)
+        y[here], h = _fused_steps(h, dt[here], A, B[here], C[here], x[here])
+    decay = torch.empty_like(h)
+    for t in range(whole, length):
+        _step(h, decay, dt[t], A, B[t], x[t])
+        y[t] = (C[t].unsqueeze(2) * h).sum(1)
+    return y, h
+
+
+def _scan_traced(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """For export: one step of time as a graph, whatever the length."""
+
+    def step(h: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        dt, x, B, C = now
+        h = torch.exp(dt.unsqueeze(1) * A) * h + B.unsqueeze(2) * x.unsqueeze(1)
+        return h, (C.unsqueeze(2) * h).sum(1)
+
+    h, y = scan_operator(step, u.new_zeros(u.shape[1], *A.shape), (dt, dt * u, B, C))
+    return y, h
+
+
+@torch.compile(dynamic=False)
+def _fused_steps(h: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    ys = []
+    for t in range(len(dt)):
+        h = torch.exp(dt[t].unsqueeze(1) * A) * h + B[t].unsqueeze(2) * x[t].unsqueeze(1)
+        ys.append((C[t].unsqueeze(2) * h).sum(1))
+    return torch.stack(ys), h
 
 
 def _in_float32(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,11 +165,16 @@ def _step(h: Tensor, decay: Tensor, dt: Tensor, A: Tensor, B: Tensor, x: Tensor)
 
 
 @contextmanager
-def fast_scan() -> Iterator[None]:
+def fast_scan(*, compiled: bool = False) -> Iterator[None]:
     """Inside, transformers' Mamba takes `selective_scan` wherever it would fall back to its plain loop.
 
-    Where ``mamba_ssm`` brings its kernels to a GPU, under ``use_mambapy``, and in compilation and export, all is as
-    without it.
+    Parameters
+    ----------
+    compiled : bool
+        See `selective_scan`.
+
+    Where ``mamba_ssm`` brings its kernels to a GPU, under ``use_mambapy``, and in compilation, all is as without it; in
+    export the loop over time becomes a scan operator, so that the length stays free.
     """
     kernels = importlib.util.find_spec("mamba_ssm") is not None
     original = modeling_mamba.mamba_selective_scan
@@ -140,11 +194,13 @@ def fast_scan() -> Iterator[None]:
         **options: Any,
     ) -> Any:
         on_kernels = kernels and hidden_states.device.type == "cuda"
-        if on_kernels or options.get("use_mambapy") or torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if on_kernels or options.get("use_mambapy") or compiling:
             return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
         if delta_bias is not None:
             dt = dt + delta_bias.to(dt.dtype)[..., None]
-        y, h = selective_scan(hidden_states, F.softplus(dt) if delta_softplus else dt, A, B, C)
+        dt = F.softplus(dt) if delta_softplus else dt
+        y, h = selective_scan(hidden_states, dt, A, B, C, compiled=compiled)
         if D is not None:
             y = y + hidden_states * D[None, :, None]
         if z is not None:

@@ -21,15 +21,15 @@ def canonical(name):
 
 def needed():
     extras = PYPROJECT["project"]["optional-dependencies"]
-    return [*PYPROJECT["project"]["dependencies"], *extras["notebooks"], *extras["test"]]
+    return [*PYPROJECT["project"]["dependencies"], *extras["notebooks"], *extras["export"], *extras["test"]]
 
 
 def test_environment_installs_what_pyproject_names():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python, pip, pip_section = environment["dependencies"]
     assert python == f"python{PYPROJECT['project']['requires-python']}" and pip == "pip"
-    assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,test]"]
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "test"}
+    assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,export,test]"]
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "export", "test"}
 
 
 def test_every_dependency_is_pinned_within_its_range():

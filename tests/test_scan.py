@@ -44,6 +44,20 @@ def test_scan_and_its_gradients_are_the_plain_recurrences(batch, d, states, leng
         torch.testing.assert_close(mine.grad.double(), reference.grad, rtol=1e-3, atol=1e-4 * max(scale, 1.0))
 
 
+@pytest.mark.parametrize("batch, d", [(1, 8), (2, 3000)])  # few states and many
+@pytest.mark.parametrize("length", [CHUNK, 2 * CHUNK + 5])
+def test_compiled_scan_is_the_plain_recurrence(batch, d, length):
+    xs = inputs(batch, d, 16, length)
+    expected, last = plain(*(x.double() for x in xs))
+    with torch.no_grad():
+        y, h = selective_scan(*xs, compiled=True)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(h.double(), last, rtol=1e-4, atol=1e-4)
+    xs[0].requires_grad_()
+    selective_scan(*xs, compiled=True)[0].sum().backward()  # with a gradient it is the other one
+    assert xs[0].grad is not None
+
+
 @pytest.fixture
 def mamba():
     config = MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4)

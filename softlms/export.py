@@ -1,0 +1,148 @@
+"""A compressed model as ONNX: dynamic batch and length, checked against torch before it is kept."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softlms.costs import random_rows
+from softlms.scan import fast_scan
+
+__all__ = ["export_onnx", "onnx_logits"]
+
+SHAPES = ((1, 7), (3, 20))  # batch and length at which the file is checked: neither is the exported one
+TOLERANCE = 1e-4  # of the largest logit
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        options = {"use_cache": False} if self.model.can_generate() else {}
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
+        return logits
+
+
+def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False) -> Path:
+    """Write a model with inputs ``input_ids`` and ``attention_mask``, (batch, length), and output ``logits``.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With a head; in eval mode, float32, deployed or dense; not changed.
+    path : str or Path
+        The ``.onnx`` file; it appears whole or not at all.
+    int8 : bool
+        Store weights in 8 bits (onnxruntime's dynamic quantization) on top. The outputs then differ by what rounding
+        does to this model: look at its scores. The check against torch is that of the model before.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    ImportError
+        onnx, onnxscript or onnxruntime is missing: ``pip install softlms[export]``.
+    ValueError
+        The model is in training mode or in another precision.
+    RuntimeError
+        onnxruntime's logits differ from torch's by more than 1e-4 of the largest.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{package} is missing: pip install softlms[export].")
+    if model.training:
+        raise ValueError("The model is in training mode: call model.eval() first.")
+    if model.dtype != torch.float32:
+        raise ValueError(f"The model is in {model.dtype}: onnxruntime's CPU kernels want model.float().")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network = copy.deepcopy(model).cpu().requires_grad_(False)
+    network.set_attn_implementation("eager")
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
+    inputs = random_rows(model.config.vocab_size, 2, 11)
+    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as folder, fast_scan():
+        file = Path(folder) / path.name
+        torch.onnx.export(
+            _Logits(network).eval(),
+            (inputs["input_ids"], inputs["attention_mask"]),
+            str(file),
+            dynamo=True,
+            verbose=False,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_shapes={"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}},
+            external_data=sum(p.nbytes for p in network.parameters()) > 1.9e9,  # what one protobuf may hold
+        )
+        _check(network, file)
+        if int8:
+            file = _quantized(file)
+        for part in Path(folder).iterdir():
+            if part.name.startswith(file.name) and part != file:
+                part.replace(path.parent / part.name)  # weights of their own, before the graph that names them
+        file.replace(path)
+    return path
+
+
+def onnx_logits(path: str | Path, inputs: dict[str, Tensor], *, threads: int = 1) -> Tensor:
+    """Logits of an exported model.
+
+    Parameters
+    ----------
+    path : str or Path
+    inputs : dict
+        ``input_ids`` and ``attention_mask``, (batch, length).
+    threads : int
+    """
+    logits = onnx_session(path, threads).run(["logits"], {name: values.numpy() for name, values in inputs.items()})[0]
+    return torch.from_numpy(np.asarray(logits))
+
+
+def onnx_session(path: str | Path, threads: int = 1) -> Any:
+    """An onnxruntime session on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _check(network: PreTrainedModel, file: Path) -> None:
+    for batch, length in SHAPES:
+        inputs = random_rows(network.config.vocab_size, batch, length)
+        inputs["attention_mask"][0, :2] = 0  # padding on the left, as generation has it
+        with torch.inference_mode():
+            expected = network(**inputs).logits
+        got = onnx_logits(file, inputs)
+        if expected.ndim == 3:  # a token each: what stands at padding means nothing
+            seen = inputs["attention_mask"].bool()
+            expected, got = expected[seen], got[seen]
+        error = (got - expected).abs().max().item() / expected.abs().max().item()
+        if not error < TOLERANCE:
+            raise RuntimeError(f"onnxruntime's logits differ from torch's by {error:.1e} of the largest: not kept.")
+
+
+def _quantized(file: Path) -> Path:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx.load(file)
+    graph.graph.ClearField("value_info")  # the exporter's shapes of weights are those before it transposed them
+    onnx.save(graph, file)
+    small = file.with_name(f"int8-{file.name}")
+    quantize_dynamic(file, small, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+    small.replace(file)
+    return file

@@ -1,0 +1,350 @@
+"""How much faster the compressed models are, at the paper's real sizes: dense and thin take turns in one run."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import BertConfig, PretrainedConfig, PreTrainedModel
+from transformers.activations import GELUTanh, NewGELUActivation
+
+from softlms.architectures import find_targets
+from softlms.budget import Budget, Costs, count_parameters, refill, uniform_ranks
+from softlms.costs import count_flops, interleaved, random_rows
+from softlms.full_size import FULL_SIZE, find_full_size
+from softlms.jobs import use_threads
+from softlms.language_models import SmallModel
+from softlms.layers import LowRankLinear
+from softlms.provenance import hardware, versions
+from softlms.scan import fast_scan
+from softlms.surgery import shrink
+
+__all__ = ["compare_speed", "half_ranks", "print_speed", "stretch_ranks"]
+
+MULTIPLE = 16
+# the table of laptop runs whose learned ranks stand for those of the real model, and the model that they are of
+PROFILES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
+    "bert-base": ("05_bert_table", lambda: BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)),
+    "gpt2": ("06_gpt2_table", lambda: SmallModel("gpt2").config),
+    "tinyllama-1.1b": ("07_tinyllama_table", lambda: SmallModel("llama").config),
+    "mamba-130m": ("08_mamba_table", lambda: SmallModel("mamba").config),
+}
+
+
+def stretch_ranks(
+    ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], costs: Costs, limit: float, multiple: int = 16
+) -> dict[str, int]:
+    """Ranks of a larger model with the profile that a smaller one of its family has learned.
+
+    Parameters
+    ----------
+    ranks : mapping
+        Of the smaller model, by layer name; blocks are numbered in the names.
+    shapes : mapping
+        (m, n) of the smaller model's layers.
+    costs, limit, multiple
+        Of the larger model; see `refill`. Block i of L takes the profile of the block at the same relative depth.
+
+    Returns
+    -------
+    dict
+        Ranks by name. Shares of full rank keep their proportions as far as the budget and the multiple let them.
+    """
+    small: dict[str, dict[int, float]] = {}
+    for name, rank in ranks.items():
+        block, kind = _place(name)
+        small.setdefault(kind, {})[block] = rank / min(shapes[name])
+    places = {name: _place(name) for name in costs.shapes}
+    depth = 1 + max(block for block, _ in places.values())
+    scores = {}
+    for name, (block, kind) in places.items():
+        shares = small[kind]
+        share = shares[round(block * (len(shares) - 1) / max(1, depth - 1))]
+        full = min(costs.shapes[name])
+        scores[name] = [-(i + 1) / (share * full) for i in range(full)]
+    start = {name: min(multiple, *shape) for name, shape in costs.shapes.items()}
+    return refill(costs, start, limit, scores, multiple)
+
+
+def half_ranks(
+    model: str, skeleton: nn.Module, *, keep: float = 0.5, results: Path | None = None, measured: Costs | None = None
+) -> dict[str, int]:
+    """Ranks of a real-sized model that keep a share of its total parameters, in multiples of 16.
+
+    Parameters
+    ----------
+    model : str
+        A key of `FULL_SIZE`.
+    skeleton : nn.Module
+        That model, dense; shapes are all that is looked at.
+    keep : float
+    results : Path, optional
+        Folder with the laptop runs' ranks: their profile, at the budget next to this one. Without it, uniform ranks.
+    measured : Costs, optional
+        See `softlms.Budget.costs`: layers that thin is not faster for stay dense.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder has no such table.
+    """
+    shapes = {target.name: target.shape for target in find_targets(skeleton)}
+    budget = Budget(keep, "total", MULTIPLE)
+    costs = budget.costs(shapes, count_parameters(skeleton).rest, measured)
+    limit = budget.limit(costs)
+    if results is None:
+        return uniform_ranks(costs, limit, MULTIPLE)
+    table_name, config = PROFILES[model]
+    path = results / f"{table_name}_ranks.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it holds the ranks that the laptop runs have learned.")
+    table = pd.read_csv(path)
+    learned = table[(table.method == "whitened+soft") & (table.seed == table.seed.min())]
+    learned = learned[learned.task == learned.task.iloc[0]]
+    share = limit / (costs.dense - costs.rest)
+    nearest = min(sorted(learned.keep.unique()), key=lambda kept: abs(kept - share))
+    learned = learned[learned.keep == nearest]
+    ranks = dict(zip(learned.layer, learned["rank"], strict=True))
+    with torch.device("meta"):
+        small = type(skeleton)(config())
+    return stretch_ranks(ranks, {t.name: t.shape for t in find_targets(small)}, costs, limit, MULTIPLE)
+
+
+def _place(name: str) -> tuple[int, str]:
+    """A layer's block and its name inside it."""
+    block = re.search(r"\.(\d+)\.(.+)$", name)
+    if block is None:
+        raise ValueError(f"{name} stands in no numbered block: its profile cannot be stretched.")
+    return int(block[1]), block[2]
+
+
+def compare_speed(
+    model: str,
+    *,
+    layers: int | None = None,
+    keep: float = 0.5,
+    results: Path | None = None,
+    batches: Sequence[int] = (1, 8),
+    tokens: int = 128,
+    threads: Sequence[int] = (1,),
+    rounds: int = 9,
+    decode: bool = True,
+    compiled_scan: bool = False,
+) -> pd.DataFrame:
+    """Time the dense model against thin ones of half its parameters: forward passes in turn, fp32 (bf16 on a GPU).
+
+    Parameters
+    ----------
+    model : str
+        A key of `FULL_SIZE`; random weights.
+    layers : int, optional
+        Only so many blocks.
+    keep : float
+        Share of the total parameters.
+    results : Path, optional
+        See `half_ranks`; with it a form "trained ranks" beside "uniform ranks".
+    batches, threads : sequence of int
+        Each of them is measured.
+    tokens : int
+        Tokens a row, of a prefill and of the cache that a decoding step reads.
+    rounds : int
+        Measured calls, after two that warm up.
+    decode : bool
+        Also time one token with a cache, at batch 1 (for BERT, which has none, one token alone).
+    compiled_scan : bool
+        Mamba's scan compiled, dense and thin alike; see `softlms.fast_scan`.
+
+    Returns
+    -------
+    DataFrame
+        A row for each form ("dense", "uniform ranks", "trained ranks"), part ("stack", the blocks and the norms around
+        them, or "model", end to end), phase ("prefill" or "decode"), batch and number of threads: median and quartiles
+        in ms, "speed_up" over dense, the speed-up if only FLOPs took time ("flop_limit"), or if each product took what
+        its FLOPs or its weights take, whichever is longer, at the peak and bandwidth that this machine shows
+        ("roofline_limit"), and where all this was measured.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Unknown model, a number out of range, or no table of ranks.
+    """
+    for name, numbers in (("batches", batches), ("threads", threads), ("tokens", [tokens]), ("rounds", [rounds])):
+        if min(numbers) < 1:
+            raise ValueError(f"{name} must be at least 1, got {min(numbers)}.")
+    if model not in FULL_SIZE:
+        raise ValueError(f"Unknown model {model!r}; known: {', '.join(FULL_SIZE)}.")
+    create, config = find_full_size(model, layers)
+    with torch.device("meta"):
+        skeleton = find_full_size(model, None)[0](None)
+    ranks: dict[str, dict[str, int]] = {"dense": {}, "uniform ranks": half_ranks(model, skeleton, keep=keep)}
+    if results is not None:
+        ranks["trained ranks"] = half_ranks(model, skeleton, keep=keep, results=results)
+    forms = {form: _form(create, chosen) for form, chosen in ranks.items()}
+    rows = []
+    with torch.inference_mode(), fast_scan(compiled=compiled_scan):
+        for number, case in product(threads, _cases(forms, batches, tokens, decode)):
+            with use_threads(number):
+                limits = {form: _limits(case, form, *_machine()) for form in forms}
+                seconds = interleaved(case.calls, rounds, f"{model}: {case.part}, {case.phase}, {case.batch} row(s)")
+            dense = statistics.median(seconds["dense"])
+            for form, taken in seconds.items():
+                low, middle, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
+                rows.append(
+                    {
+                        "model": model,
+                        "form": form,
+                        "part": case.part,
+                        "phase": case.phase,
+                        "batch": case.batch,
+                        "tokens": tokens,
+                        "threads": number,
+                        "median_ms": 1e3 * middle,
+                        "quartile1_ms": 1e3 * low,
+                        "quartile3_ms": 1e3 * high,
+                        "speed_up": dense / middle,
+                        "flop_limit": limits["dense"][0] / limits[form][0],
+                        "roofline_limit": limits["dense"][1] / limits[form][1],
+                        "parameters": count_parameters(forms[form]).total,
+                        "blocks": config.num_hidden_layers,
+                        "scan": "compiled" if compiled_scan else "eager",
+                        "rounds": rounds,
+                        "hardware": hardware(number),
+                        "versions": versions(),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def print_speed(
+    *,
+    models: Sequence[str],
+    results: str = "",
+    out: str = "",
+    two_threads: bool = False,
+    compiled_scan: bool = False,
+    **options: Any,
+) -> None:
+    """The ``softlms benchmark-speed`` command: a table for each model; rows go to the CSV that `out` names at once."""
+    for model in models or FULL_SIZE:
+        table = compare_speed(
+            model,
+            results=Path(results) if results else None,
+            threads=(1, 2) if two_threads else (1,),
+            compiled_scan=compiled_scan and model.startswith("mamba"),
+            **options,
+        )
+        shown = Table(*("form", "part", "phase", "batch", "threads", "ms", "speed-up", "FLOP limit"), title=model)
+        for row in table.itertuples():
+            shown.add_row(
+                row.form, row.part, row.phase, str(row.batch), str(row.threads), f"{row.median_ms:.1f}",
+                f"{row.speed_up:.2f}", f"{row.flop_limit:.2f}",
+            )  # fmt: skip
+        Console().print(shown)
+        if out:
+            path = Path(out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = [pd.read_csv(path)] if path.is_file() else []
+            pd.concat([*before, table]).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What is timed in turn: the same work by each form."""
+
+    part: str
+    phase: str
+    batch: int
+    tokens: int  # computed in a row
+    models: dict[str, PreTrainedModel]
+    calls: Mapping[str, Callable[[], Any]]
+
+
+def _form(create: Callable[[str | None], PreTrainedModel], ranks: Mapping[str, int]) -> PreTrainedModel:
+    """A model with random weights, dense or of these ranks; activations in one pass, for all forms alike."""
+    torch.manual_seed(0)
+    model = create(None).eval()
+    if ranks:
+        shrink(model, _thinned(ranks, [target.name for target in find_targets(model)]))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NewGELUActivation):  # the same function in one operation instead of eight
+            model.set_submodule(name, GELUTanh())
+    return model.to("cuda", torch.bfloat16) if torch.cuda.is_available() else model
+
+
+def _thinned(ranks: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """Ranks of a model with fewer blocks: those of blocks evenly over the whole depth."""
+    depth = 1 + max(_place(name)[0] for name in ranks)
+    blocks = 1 + max(_place(name)[0] for name in names)
+    thinned = {}
+    for name in names:
+        block, kind = _place(name)
+        source = round(block * (depth - 1) / max(1, blocks - 1))
+        thinned[name] = ranks[f"{name.removesuffix(f'{block}.{kind}')}{source}.{kind}"]
+    return thinned
+
+
+def _cases(forms: Mapping[str, PreTrainedModel], batches: Sequence[int], tokens: int, decode: bool) -> Iterator[_Case]:
+    config = forms["dense"].config
+    device = forms["dense"].device
+    for batch in batches:
+        inputs = {name: values.to(device) for name, values in random_rows(config.vocab_size, batch, tokens).items()}
+        states = torch.randn(batch, tokens, config.hidden_size, device=device, dtype=forms["dense"].dtype)
+        stack = {form: partial(model.base_model, inputs_embeds=states) for form, model in forms.items()}
+        bases = {form: model.base_model for form, model in forms.items()}
+        yield _Case("stack", "prefill", batch, tokens, bases, stack)
+        calls: Mapping[str, Callable[[], Any]] = {form: partial(model, **inputs) for form, model in forms.items()}
+        yield _Case("model", "prefill", batch, tokens, dict(forms), calls)
+    if decode:
+        calls = {form: _decoding(model, tokens) for form, model in forms.items()}
+        yield _Case("model", "decode", 1, 1, dict(forms), calls)
+
+
+def _limits(case: _Case, form: str, peak: float, bandwidth: float) -> tuple[float, float]:
+    """FLOPs of a case, and the seconds of its roofline; elementwise work and the scan are in neither."""
+    costs = count_flops(case.models["dense"], batch=case.batch, tokens=case.tokens)
+    layers = [target.module for target in find_targets(case.models[form])]
+    products = [part for m in layers for part in ((m.down, m.up) if isinstance(m, LowRankLinear) else (m,))]
+    rows = case.batch * case.tokens
+    weights = [part.weight for part in products]
+    flops = costs.rest + sum(2 * rows * w.numel() for w in weights)
+    seconds = costs.rest / peak + sum(max(2 * rows * w.numel() / peak, w.nbytes / bandwidth) for w in weights)
+    return flops, seconds
+
+
+def _machine() -> tuple[float, float]:
+    """FLOPs a second of a large product, and bytes a second of reading more than a cache holds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    square, long = torch.randn(1536, 1536, device=device, dtype=dtype), torch.ones(1 << 26, device=device)
+    taken = interleaved({"product": lambda: square @ square, "reading": long.sum}, 5)
+    return 2 * 1536**3 / min(taken["product"]), long.nbytes / min(taken["reading"])
+
+
+def _decoding(model: PreTrainedModel, tokens: int) -> Callable[[], Any]:
+    """One token more, from a cache of so many; of a BERT, which has none, one token alone."""
+    inputs = random_rows(model.config.vocab_size, 1, tokens)
+    one = random_rows(model.config.vocab_size, 1, 1)["input_ids"].to(model.device)
+    if not model.can_generate():
+        return partial(model, input_ids=one)
+    with torch.inference_mode():
+        cache = model(**{name: values.to(model.device) for name, values in inputs.items()}, use_cache=True)
+    if "cache_params" in cache:
+        return partial(model, input_ids=one, cache_params=cache.cache_params, use_cache=True)
+    past = cache.past_key_values
+
+    def step() -> None:
+        model(input_ids=one, past_key_values=past, use_cache=True)
+        past.crop(-1)
+
+    return step

@@ -1,0 +1,80 @@
+"""The speed comparison: ranks, forms and rows; the times themselves are for the command."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import softlms
+from softlms.architectures import find_targets
+from softlms.budget import parameter_costs
+from softlms.cli import main
+from softlms.full_size import FULL_SIZE, find_full_size
+from softlms.speed import compare_speed, half_ranks, stretch_ranks
+from softlms.surgery import shrink
+
+RESULTS = Path(__file__).parents[1] / "results" / "laptop"
+
+
+def skeleton(model, layers=None):
+    with torch.device("meta"):
+        return find_full_size(model, layers)[0](None)
+
+
+@pytest.mark.parametrize("results", [None, RESULTS])
+@pytest.mark.parametrize("model", FULL_SIZE)
+def test_half_of_the_total_in_multiples_of_16(model, results):
+    dense = skeleton(model)
+    ranks = half_ranks(model, dense, results=results)
+    counted = softlms.count_parameters(shrink(dense, ranks))
+    assert 0.498 < counted.kept("total") <= 0.5
+    assert all(rank % 16 == 0 for rank in ranks.values())
+    if results is not None:  # learned ranks differ from block to block
+        blocks = {}
+        for target in find_targets(dense):
+            blocks.setdefault(target.symbol, set()).add(ranks[target.name])
+        assert max(len(different) for different in blocks.values()) > 3
+
+
+def test_a_stretched_profile_keeps_its_proportions():
+    small = {f"h.{block}.fc": (64, 64) for block in range(3)}
+    ranks = {"h.0.fc": 8, "h.1.fc": 16, "h.2.fc": 32}
+    large = parameter_costs({f"h.{block}.fc": (512, 512) for block in range(6)})
+    stretched = stretch_ranks(ranks, small, large, 0.4 * large.dense, 4)
+    values = [stretched[f"h.{block}.fc"] for block in range(6)]
+    assert values == pytest.approx([values[5] / share for share in (4, 4, 2, 2, 1, 1)], abs=4)
+    assert large.of(stretched) <= 0.4 * large.dense < large.of(stretched) + 6 * 4 * 1024
+    with pytest.raises(ValueError, match="pooler.dense stands in no numbered block"):
+        stretch_ranks({"pooler.dense": 3}, {"pooler.dense": (9, 9)}, large, 1e9)
+
+
+@pytest.mark.parametrize("model", ["bert-base", "gpt2", "mamba-130m"])
+def test_rows(model, tmp_path):
+    table = compare_speed(model, layers=2, rounds=1, batches=(1,), tokens=8, results=RESULTS)
+    assert len(table) == 3 * 3 and set(table.form) == {"dense", "uniform ranks", "trained ranks"}
+    assert set(zip(table.part, table.phase, strict=True)) == {
+        ("stack", "prefill"),
+        ("model", "prefill"),
+        ("model", "decode"),
+    }
+    dense = table[table.form == "dense"]
+    assert (dense.speed_up == 1).all() and (dense.flop_limit == 1).all() and (table.median_ms > 0).all()
+    thin = table[table.form != "dense"]
+    stack, whole = (thin[(thin.part == part) & (thin.phase == "prefill")] for part in ("stack", "model"))
+    assert (stack.flop_limit.to_numpy() > whole.flop_limit.to_numpy()).all() and (whole.flop_limit > 1).all()
+    assert (thin.roofline_limit > 1).all() and (thin.parameters < dense.parameters.iloc[0]).all()
+
+
+def test_the_command_adds_rows_to_its_file(tmp_path, capsys):
+    out = tmp_path / "new" / "speed.csv"
+    arguments = ["benchmark-speed", "gpt2", "--layers", "1", "--rounds", "1", "--tokens", "2", "--out", str(out)]
+    assert main(arguments) == main(arguments) == 0
+    table = pd.read_csv(out)
+    assert len(table) == 2 * 2 * 5 and set(table.model) == {"gpt2"} and table.hardware.str.contains("1 threads").all()
+    assert main(["benchmark-speed", "gpt3"]) == 2
+    assert "Unknown model 'gpt3'; known: bert-base, gpt2" in capsys.readouterr().err
+    assert main(["benchmark-speed", "gpt2", "--tokens", "0"]) == 2
+    assert "tokens must be at least 1, got 0" in capsys.readouterr().err
+    assert main(["benchmark-speed", "gpt2", "--results", str(tmp_path)]) == 2
+    assert "06_gpt2_table_ranks.csv is missing" in capsys.readouterr().err
