@@ -129,7 +129,8 @@ class Book:
         The notebook's name; figures and tables are named after it.
     profile : Profile
         Or a `softlms.language_profiles.LanguageProfile`.
-    bench : Bench
+    bench : Bench, optional
+        None where nothing is trained.
     figures, results : Path
         ``figures/<profile>`` and ``results/<profile>``.
     data : str
@@ -138,7 +139,7 @@ class Book:
 
     name: str
     profile: Named
-    bench: Bench
+    bench: Any
     figures: Path
     results: Path
     data: str
@@ -170,14 +171,14 @@ class Book:
         """
         self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{self.name}{suffix}.csv"
-        provenance = {
-            "profile": self.profile.name,
-            "task": self.bench.data.task.name,
-            "data": self.bench.data.source if data is None else table["task"].map(data),
-            "encoder": self.bench.encoder.source,
-            "hardware": hardware(),
-            "versions": versions(),
-        }
+        provenance = {"profile": self.profile.name}
+        if self.bench is not None:
+            provenance |= {
+                "task": self.bench.data.task.name,
+                "data": self.bench.data.source if data is None else table["task"].map(data),
+                "encoder": self.bench.encoder.source,
+            }
+        provenance |= {"hardware": hardware(), "versions": versions()}
         partial = path.with_suffix(".partial")
         missing = {name: value for name, value in provenance.items() if name not in table}
         table.assign(**missing).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
@@ -241,7 +242,7 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
     return make_book(name, chosen, bench, source)
 
 
-def make_book(name: str, profile: Named, bench: Bench, data: str) -> Book:
+def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book:
     """Set this process up for a notebook, and open its book; see `Book`."""
     plotting.use_style()
     be_quiet()

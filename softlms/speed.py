@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +17,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.functional import linear
 from transformers import BertConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 
 from softlms.architectures import find_targets
 from softlms.budget import Budget, Costs, count_parameters, refill, uniform_ranks
-from softlms.costs import count_flops, interleaved, random_rows
+from softlms.costs import count_flops, interleaved, measure_latency, random_rows
+from softlms.export import export_onnx, onnx_session
 from softlms.full_size import FULL_SIZE, find_full_size
 from softlms.jobs import use_threads
 from softlms.language_models import SmallModel
@@ -30,7 +33,15 @@ from softlms.provenance import hardware, versions
 from softlms.scan import fast_scan
 from softlms.surgery import shrink
 
-__all__ = ["compare_speed", "half_ranks", "print_speed", "stretch_ranks"]
+__all__ = [
+    "build_forms",
+    "compare_onnx",
+    "compare_speed",
+    "half_ranks",
+    "print_speed",
+    "stretch_ranks",
+    "time_tricks",
+]
 
 MULTIPLE = 16
 # the table of laptop runs whose learned ranks stand for those of the real model, and the model that they are of
@@ -184,13 +195,8 @@ def compare_speed(
             raise ValueError(f"{name} must be at least 1, got {min(numbers)}.")
     if model not in FULL_SIZE:
         raise ValueError(f"Unknown model {model!r}; known: {', '.join(FULL_SIZE)}.")
-    create, config = find_full_size(model, layers)
-    with torch.device("meta"):
-        skeleton = find_full_size(model, None)[0](None)
-    ranks: dict[str, dict[str, int]] = {"dense": {}, "uniform ranks": half_ranks(model, skeleton, keep=keep)}
-    if results is not None:
-        ranks["trained ranks"] = half_ranks(model, skeleton, keep=keep, results=results)
-    forms = {form: _form(create, chosen) for form, chosen in ranks.items()}
+    _, config = find_full_size(model, layers)
+    forms = build_forms(model, layers=layers, keep=keep, results=results)
     rows = []
     with torch.inference_mode(), fast_scan(compiled=compiled_scan):
         for number, case in product(threads, _cases(forms, batches, tokens, decode)):
@@ -223,6 +229,113 @@ def compare_speed(
                         "versions": versions(),
                     }
                 )
+    return pd.DataFrame(rows)
+
+
+def build_forms(
+    model: str, *, layers: int | None = None, keep: float = 0.5, results: Path | None = None
+) -> dict[str, PreTrainedModel]:
+    """The models that are compared, with random weights and in eval mode; see `compare_speed`.
+
+    Layers that two factors would make slower at one token, by measured time, stay dense and count so.
+    """
+    create, _ = find_full_size(model, layers)
+    dense = _form(create, {})
+    with torch.device("meta"):
+        skeleton = find_full_size(model, None)[0](None)
+    few = measure_latency(dense, tokens=1)
+    by_shape = {few.shapes[name]: price for name, price in few.prices.items()}
+    shapes = {target.name: target.shape for target in find_targets(skeleton)}
+    measured = Costs("latency", shapes, {name: by_shape[shape] for name, shape in shapes.items()})
+    ranks = {"uniform ranks": half_ranks(model, skeleton, keep=keep, measured=measured)}
+    if results is not None:
+        ranks["trained ranks"] = half_ranks(model, skeleton, keep=keep, results=results, measured=measured)
+    return {"dense": dense} | {form: _form(create, chosen) for form, chosen in ranks.items()}
+
+
+def compare_onnx(
+    model: str,
+    *,
+    layers: int | None = None,
+    keep: float = 0.5,
+    results: Path | None = None,
+    tokens: int = 128,
+    rounds: int = 9,
+) -> pd.DataFrame:
+    """The same under onnxruntime, with float32 and with 8-bit weights: one row of tokens, one thread.
+
+    Parameters
+    ----------
+    model, layers, keep, results, tokens, rounds
+        See `compare_speed`.
+
+    Returns
+    -------
+    DataFrame
+        A row for each form and kind of weights: median and quartiles in ms, "speed_up" over dense float32, and
+        the file's size in MB.
+    """
+    forms = build_forms(model, layers=layers, keep=keep, results=results)
+    inputs = {n: v.numpy() for n, v in random_rows(forms["dense"].config.vocab_size, 1, tokens).items()}
+    calls, sizes = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for (form, network), int8 in product(forms.items(), (False, True)):
+            name = f"{form}, int8" if int8 else form
+            path = export_onnx(network, Path(folder) / f"{name.replace(' ', '-')}.onnx", int8=int8)
+            sizes[name] = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6
+            calls[name] = partial(onnx_session(path).run, ["logits"], inputs)
+        seconds = interleaved(calls, rounds, f"{model} under onnxruntime")
+    dense = statistics.median(seconds["dense"])
+    rows = [
+        {
+            "model": model, "form": name, "tokens": tokens, "median_ms": 1e3 * statistics.median(taken),
+            "speed_up": dense / statistics.median(taken), "file_mb": sizes[name], "blocks": layers or "all",
+        }
+        for name, taken in seconds.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def time_tricks(*, tokens: int = 128, rounds: int = 21) -> pd.DataFrame:
+    """What single tricks are worth, each alone, at BERT-base's and GPT-2's layer sizes; one thread, fp32.
+
+    Parameters
+    ----------
+    tokens : int
+        In one row.
+    rounds : int
+        Interleaved, after two that warm up.
+
+    Returns
+    -------
+    DataFrame
+        "trick", microseconds "without" and "with" it (medians), and "gain", their ratio.
+    """
+    x, wide = torch.randn(1, tokens, 768), torch.randn(1, tokens, 3072)
+    odd, even = (LowRankLinear(torch.randn(r, 768), torch.randn(768, r), torch.zeros(768)) for r in (127, 128))
+    downs = [torch.randn(96, 768) for _ in range(3)]
+    ups = [torch.randn(768, 96) for _ in range(3)]
+    stacked = torch.cat(downs)
+
+    def apart() -> None:
+        for down, up in zip(downs, ups, strict=True):
+            linear(linear(x, down), up)
+
+    def together() -> None:
+        for down, up in zip(linear(x, stacked).chunk(3, -1), ups, strict=True):
+            linear(down, up)
+
+    tricks: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "rank 128 instead of 127 (768 x 768)": (partial(odd, x), partial(even, x)),
+        "down-projections of Q, K, V in one product (rank 96)": (apart, together),
+        "GPT-2's GELU in one pass": (partial(NewGELUActivation(), wide), partial(GELUTanh(), wide)),
+    }
+    rows = []
+    with torch.inference_mode(), use_threads(1):
+        for name, (without, using) in tricks.items():
+            seconds = interleaved({"without": without, "with": using}, rounds)
+            us = {key: 1e6 * statistics.median(taken) for key, taken in seconds.items()}
+            rows.append({"trick": name, "tokens": tokens} | us | {"gain": us["without"] / us["with"]})
     return pd.DataFrame(rows)
 
 

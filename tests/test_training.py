@@ -398,3 +398,17 @@ def test_what_cannot_work_is_refused(tiny_bert, rows, tmp_path):
     with pytest.raises(ValueError, match=r"bfloat16, too coarse .* dtype=torch.float32"):
         trainer(decompose(tiny_bert().to(torch.bfloat16)), rows, tmp_path)
     assert trainer(model, rows, tmp_path).args.ddp_find_unused_parameters
+
+
+def test_gradient_checkpointing_gives_the_same_training(tiny_bert, rows, tmp_path):
+    """Activations are made anew in the backward pass; factors, thresholds and ranks end the same."""
+    ends = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = decompose(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+        arguments = {"gradient_checkpointing": checkpointing}
+        run = trainer(model, rows, tmp_path / str(checkpointing), deadline=0.5, arguments=arguments)
+        run.train()
+        ends.append({name: values.clone() for name, values in model.state_dict().items()})
+    for name, values in ends[0].items():
+        torch.testing.assert_close(ends[1][name], values, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,36 @@
+"""Two processes with a batch each are one process with twice the batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).with_name("distributed_run.py")
+
+
+def start(folder, processes, batch):
+    folder.mkdir()
+    # accelerate's launcher starts several CPU processes by MPI only; torchrun does what it does
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(RUN), str(folder), str(batch)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"result-{i}.json").read_text()) for i in range(processes)]
+
+
+def test_two_processes_learn_the_ranks_of_one_with_twice_the_batch(tmp_path):
+    (one,) = start(tmp_path / "one", 1, 16)
+    two = start(tmp_path / "two", 2, 8)
+    assert [result["processes"] for result in (one, *two)] == [1, 2, 2]
+    assert two[0]["ranks"] == two[1]["ranks"] and two[0]["alphas"] == two[1]["alphas"]
+    assert two[0]["sigma"] == two[1]["sigma"]
+    assert 0 < one["frozen_at"] == two[0]["frozen_at"]
+    assert two[0]["alphas"] == pytest.approx(one["alphas"], rel=1e-3)
+    assert one["losses"] == pytest.approx(two[0]["losses"], rel=2e-3)
+    close = [abs(two[0]["ranks"][name] - rank) <= 1 for name, rank in one["ranks"].items()]
+    assert all(close) and sum(two[0]["ranks"][n] == r for n, r in one["ranks"].items()) >= 10
