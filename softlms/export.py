@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +77,8 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
     network.set_attn_implementation("eager")
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
     inputs = random_rows(model.config.vocab_size, 2, 11)
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as folder, fast_scan():
+    quiet = _without_notices()
+    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as folder, fast_scan(), quiet:
         file = Path(folder) / path.name
         torch.onnx.export(
             _Logits(network).eval(),
@@ -118,6 +123,19 @@ def onnx_session(path: str | Path, threads: int = 1) -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """Of the exporter and the quantization: about torchvision, axis names, preprocessing; nothing to act on."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _check(network: PreTrainedModel, file: Path) -> None:

@@ -90,7 +90,7 @@ def plot_speed(table: pd.DataFrame) -> Figure:
             ax.plot(here.speed_up, y, MARKERS[style], color=PALETTE[style], label=form)
             ax.plot(here.flop_limit, y, "|", ms=9, color=PALETTE[style], label=f"FLOP limit, {form}")
         ax.axvline(1, color="0.5", lw=0.8)
-        ax.set(title=CASES[case], xlabel="times as fast as dense", xlim=(0.9, None))
+        ax.set(title=CASES[case], xlabel="times as fast as dense", xlim=(min(0.9, 0.95 * rows.speed_up.min()), None))
         ax.set_yticks(range(len(models)), models)
     axes[0, 0].set_ylim(len(models) - 0.5, -0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
