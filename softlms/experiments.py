@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from filelock import FileLock
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -173,8 +175,14 @@ class Bench:
         if stored is not None:
             return stored
         pair, folder = self._place(method, recipe, seed)
-        if pair != "dense" and (recipe.start == "fine-tuned" or recipe.distillation):
+        if pair == "dense":  # what several processes need one of them trains, and the others wait
+            with FileLock(Path(tempfile.gettempdir()) / f"softlms-{os.getuid()}-{folder.name}.lock"):
+                return self.stored(method, recipe, seed) or self._run(pair, folder, method, recipe, seed)
+        if recipe.start == "fine-tuned" or recipe.distillation:
             self.run("dense", recipe, seed)  # first, so that its time is not counted here
+        return self._run(pair, folder, method, recipe, seed)
+
+    def _run(self, pair: str, folder: Path, method: str, recipe: Recipe, seed: int) -> Run:
         partial = _own_folder(folder)
         started = time.monotonic()
         transformers.set_seed(seed)

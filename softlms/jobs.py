@@ -55,7 +55,8 @@ def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[J
     ----------
     units : sequence of sequence of Job
         The jobs of a unit run in one process, one after the other (they share the dense model and its factors); units
-        run side by side and do not wait for each other: what two of them need, both do. They start in the order given.
+        run side by side; a dense model that two of them need is trained by one while the other waits. They start in
+        the order given.
     processes : int
         Units at a time; with 1 all happens in this process.
 

@@ -106,7 +106,7 @@ LANGUAGE_PROFILES = {
                 {"whitened+soft": WHITENED_SOFT},
             ),
             window=64,
-            train_tokens=600_000,
+            train_tokens=800_000,
             test_tokens=8192,
             libraries=corpus.SMALL_LIBRARIES,
         ),

@@ -170,7 +170,7 @@ def compare_speed(
     tokens : int
         Tokens a row, of a prefill and of the cache that a decoding step reads.
     rounds : int
-        Measured calls, after two that warm up.
+        Measured calls, after one that warms up.
     decode : bool
         Also time one token with a cache, at batch 1 (for BERT, which has none, one token alone).
     compiled_scan : bool
@@ -202,7 +202,7 @@ def compare_speed(
         for number, case in product(threads, _cases(forms, batches, tokens, decode)):
             with use_threads(number):
                 limits = {form: _limits(case, form, *_machine()) for form in forms}
-                seconds = interleaved(case.calls, rounds, f"{model}: {case.part}, {case.phase}, {case.batch} row(s)")
+                seconds = interleaved(case.calls, rounds, f"{model}: {case.part}, {case.phase}, {case.batch} row(s)", 1)
             dense = statistics.median(seconds["dense"])
             for form, taken in seconds.items():
                 low, middle, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3

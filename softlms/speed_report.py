@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -34,6 +34,8 @@ class SpeedProfile:
         Keys of `softlms.full_size.FULL_SIZE`.
     settings : mapping
         For `softlms.speed.compare_speed`.
+    changes : mapping
+        What single models have instead.
     onnx : tuple of str
         Models that are exported and timed under onnxruntime too.
     """
@@ -41,19 +43,30 @@ class SpeedProfile:
     name: str
     models: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     onnx: tuple[str, ...] = ()
 
+    def of(self, model: str) -> dict[str, Any]:
+        """The settings of one model."""
+        return {**self.settings, **self.changes.get(model, {})}
 
-_ALL = SpeedProfile("laptop", tuple(FULL_SIZE), {"threads": (1, 2)}, ("bert-base", "gpt2"))
+
+_ALL = SpeedProfile(
+    "laptop",
+    tuple(FULL_SIZE),
+    {"threads": (1, 2)},
+    {"tinyllama-1.1b": {"rounds": 5}, "mamba-130m": {"compiled_scan": True}},
+    ("bert-base", "gpt2"),
+)
 SPEED_PROFILES = {
     "quick": SpeedProfile(
         "quick",
         ("bert-base", "gpt2", "mamba-130m"),
         {"layers": 2, "rounds": 3, "tokens": 64, "batches": (1,)},
-        ("bert-base",),
+        onnx=("bert-base",),
     ),
     "laptop": _ALL,
-    "paper": SpeedProfile("paper", _ALL.models, _ALL.settings, _ALL.onnx),
+    "paper": replace(_ALL, name="paper"),
 }
 
 

@@ -1,6 +1,8 @@
 import json
 import logging
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -161,23 +163,40 @@ def test_masks_may_take_all_the_steps_there_are(bench, monkeypatch):
     assert result["steps"] == result["mask_steps"] == 24 and result["history"] == []
 
 
-def test_two_processes_with_one_dense_model_agree(bench, monkeypatch):
-    """Both train it; the one that ends later takes what is there, and what is there stays."""
+def test_two_processes_with_one_run_agree(bench, monkeypatch):
+    """Both do it; the one that ends later takes what is there, and what is there stays."""
     from softlms import experiments
 
-    train, beside = experiments.train_dense, []
+    cut, beside = experiments.cut_and_recover, []
 
     def overtaken(own, *args):
         if not beside:
             beside.append(None)
-            beside[0] = bench.run("dense", RECIPE, 0)
-            (beside[0].model / "read_by_others").touch()
-        return train(own, *args)
+            beside[0] = bench.run("static", RECIPE, 0)
+        return cut(own, *args) | {"ranks": "of the later one"}
 
-    monkeypatch.setattr(experiments, "train_dense", overtaken)
-    run = bench.run("dense", RECIPE, 0)
-    assert run == beside[0] and (run.model / "read_by_others").is_file()
+    monkeypatch.setattr(experiments, "cut_and_recover", overtaken)
+    beside_first = bench.run("static", RECIPE, 0)
+    assert beside_first == beside[0]
     assert [path for path in bench.folder.iterdir() if "partial" in path.name] == []
+
+
+def test_a_dense_model_that_two_processes_need_is_trained_once(bench, monkeypatch):
+    """Threads stand for processes: the lock is between open files."""
+    from softlms import experiments
+
+    trained = []
+
+    def slowly(*args):
+        trained.append(args)
+        time.sleep(0.3)
+        return train(*args)
+
+    train = experiments.train_dense
+    monkeypatch.setattr(experiments, "train_dense", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: bench.run("dense", RECIPE, 0), range(2))
+    assert len(trained) == 1 and first.result == second.result
 
 
 def test_one_run_gives_smaller_models(bench):
