@@ -124,12 +124,8 @@ def parameter_costs(
     dense_from : mapping, optional
         Ranks from which a layer is stored dense although two factors would be smaller.
     """
-
-    def price(m: int, n: int, dense: int, rank: int) -> int:
-        return m * n if rank >= dense else kept_parameters(m, n, rank)
-
     early = dense_from or {}
-    prices = {name: partial(price, m, n, early.get(name, min(m, n))) for name, (m, n) in shapes.items()}
+    prices = {name: partial(_weights, m, n, early.get(name, min(m, n))) for name, (m, n) in shapes.items()}
     return Costs(count, shapes, prices, rest if count == "total" else 0)
 
 
@@ -317,6 +313,10 @@ def uniform_ranks(costs: Costs, limit: float, multiple: int = 1) -> dict[str, in
     smallest = {name: min(multiple, *shape) for name, shape in costs.shapes.items()}
     start = {name: max(_below(costs, name, limit / dense, multiple), rank) for name, rank in smallest.items()}
     return refill(costs, start if costs.of(start) <= limit else smallest, limit, shares, multiple)
+
+
+def _weights(m: int, n: int, dense_from: int, rank: int) -> int:
+    return m * n if rank >= dense_from else kept_parameters(m, n, rank)
 
 
 def _below(costs: Costs, name: str, share: float, multiple: int) -> int:

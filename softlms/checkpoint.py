@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -32,7 +33,7 @@ from softlms.factorize import as_linear
 from softlms.fused import SplitLinear
 from softlms.layers import Factored, LowRankLinear, SoftLinear
 from softlms.masks import MaskedLinear
-from softlms.model_card import write_card
+from softlms.model_card import is_ours, write_card
 
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer"]
 
@@ -42,6 +43,7 @@ FORMS: dict[str, type[Factored]] = {c.form: c for c in (SoftLinear, LowRankLinea
 MARKER = "weight"  # of no elements: where the dense layer has its matrix
 ATTENTION = ("eager", "sdpa")  # on every machine, and different in the last bits
 ALIGNMENT = 64  # bytes
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class SoftLMsConfig(QuantizationConfigMixin):
@@ -94,7 +96,9 @@ class SoftLMsQuantizer(HfQuantizer):
         for name, layer in self.layers.items():
             dense = as_linear(model.get_submodule(name))
             model.set_submodule(name, FORMS[layer["form"]].skeleton(dense, layer))
-        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), "sigma", "alpha", "unit"}
+        soft = [re.escape(name) for name, layer in self.layers.items() if layer["form"] == SoftLinear.form]
+        wide = {rf"{name}\.(?:sigma|threshold\.alpha|threshold\.unit)$" for name in soft}
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *wide}
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         names = "|".join(re.escape(name) for name in description["layers"])
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"(^|\.)({names})\.{MARKER}$"}
@@ -165,10 +169,12 @@ def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, opti
     if target.is_file():
         raise FileExistsError(f"{target} is a file: give a folder.")
     target.mkdir(parents=True, exist_ok=True)
-    push, options = options.pop("push_to_hub", False), dict(options)
+    push, state = options.pop("push_to_hub", False), options.pop("state_dict", None)
     hub = {name: options.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in options}
-    state = options.pop("state_dict", None)
+    _check(model, options, pushed_state=push and state is not None)
     layers = describe(model)
+    for left in target.glob(".saving-*"):  # of a save that was killed
+        shutil.rmtree(left, ignore_errors=True)
     # names as they are in this model: what is checked is what is read
     options["save_original_format"] = False
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
@@ -189,10 +195,11 @@ def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, opti
         model.hf_quantizer.state = state
         model.hf_quantizer.metadata = {METHOD: f"{_sha256(text.encode())} {text}"}
         original(model, staging, **options)
-        if not (target / "README.md").exists() or (target / "config.json").exists():
+        if is_ours(target / "README.md"):
             write_card(model, staging)
         order = sorted(staging.iterdir(), key=lambda path: (not path.name.endswith(".safetensors"), path.name))
-        stale = {path.name for path in target.glob("model*.safetensors*")} - {path.name for path in order}
+        weights = [path.name for path in target.iterdir() if WEIGHTS.fullmatch(path.name)]
+        stale = set(weights) - {path.name for path in order}
         for path in order:
             path.replace(target / path.name)
         for name in stale:
@@ -202,7 +209,20 @@ def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, opti
         del config.quantization_config
         shutil.rmtree(staging, ignore_errors=True)
     if push:
-        model.push_to_hub(hub.pop("repo_id", target.name), token=options.get("token"), **hub)
+        shards = {"max_shard_size": options["max_shard_size"]} if "max_shard_size" in options else {}
+        model.push_to_hub(hub.pop("repo_id", target.name), token=options.get("token"), **shards, **hub)
+
+
+def _check(model: PreTrainedModel, options: dict[str, Any], *, pushed_state: bool) -> None:
+    """Refuse what could not be loaded again."""
+    if options.get("variant") is not None:
+        raise ValueError("A compressed model has no variants in one folder (config.json is one): use another.")
+    if model.is_remote_code():
+        raise ValueError("Models with code of their own (trust_remote_code) cannot be saved compressed yet.")
+    if pushed_state:
+        raise ValueError("push_to_hub saves the model itself: load the state_dict into it first.")
+    if any(values.is_meta for values in model.state_dict().values()):
+        raise ValueError("The model is offloaded: load it without device_map to save it.")
 
 
 def _register() -> None:
@@ -215,7 +235,8 @@ def _register() -> None:
     def save_pretrained(
         self: PreTrainedModel, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any
     ) -> None:
-        if not any(isinstance(module, Factored) for module in self.modules()):
+        adapters = getattr(self, "_hf_peft_config_loaded", False)  # then only these are written
+        if adapters or not any(isinstance(module, Factored) for module in self.modules()):
             original(self, save_directory, is_main_process, **options)
         elif is_main_process:
             _save(original, self, save_directory, options)
@@ -225,9 +246,10 @@ def _register() -> None:
 
 
 def _upload(self: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-    """push_to_hub has just put the hub's own template in the place of the model card."""
-    if any(isinstance(module, Factored) for module in self.modules()):
-        write_card(self, Path(working_dir))
+    """push_to_hub has just put the hub's card, or its template, in the place of the model card."""
+    card = Path(working_dir) / "README.md"
+    if is_ours(card) and any(isinstance(module, Factored) for module in self.modules()):
+        write_card(self, card.parent, tags=ModelCard.load(card).data.tags or [])
     return PushToHubMixin._upload_modified_files(self, working_dir, *args, **kwargs)
 
 
@@ -240,9 +262,10 @@ def _localized(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> dic
         candidates = [name, name.removeprefix(prefix), prefix + name]
         # a part of a split layer is there as soon as that one is built
         here = [c for c in candidates if c in own or c.rpartition(".")[0] in found]
-        if not here:
-            raise ValueError(f"The saved model has a {layer['form']} layer {name}, a {type(model).__name__} has none.")
-        found[here[0]] = layer
+        if here:  # a head may be another one, or none
+            found[here[0]] = layer
+    if not found:
+        raise ValueError(f"A {type(model).__name__} has none of the saved layers, such as {next(iter(layers))}.")
     return found
 
 

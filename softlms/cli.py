@@ -85,6 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full_size.add_argument("--threads", type=int, default=2, help="threads (default 2)")
     full_size.add_argument("--out", default="", help="CSV file that gets a row more")
 
+    memory = commands.add_parser("training-memory", help="count and measure what memory a training step takes")
+    memory.add_argument("model", help="bert-base, gpt2, tinyllama-1.1b or mamba-130m (random weights)")
+    memory.add_argument("--form", default="soft", help="dense, soft (default), or deployed at half of the total")
+    memory.add_argument("--layers", type=int, help="only so many blocks")
+    memory.add_argument("--batch", type=int, default=1, help="rows (default 1)")
+    memory.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
+    memory.add_argument("--out", default="", help="CSV file that gets a row more")
+
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
@@ -108,6 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softlms.speed import print_speed
 
             print_speed(**options)
+            return 0
+        if command == "training-memory":
+            from softlms.memory import print_training_memory
+
+            print_training_memory(**options)
             return 0
         from softlms import latency
 

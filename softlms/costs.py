@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,18 +48,17 @@ def count_flops(
         takes time: see `measure_latency`.
     """
     shapes = _shapes(model, targets)
-    rows = batch * tokens
-    prices = {name: _flops(rows, m, n) for name, (m, n) in shapes.items()}
     inputs = random_rows(model.config.vocab_size, batch, tokens)
     attention = model.config._attn_implementation
     try:
         if attention:  # fused kernels are not counted everywhere
             model.set_attn_implementation("eager")
         with FlopCounterMode(display=False) as counter, torch.inference_mode(), fast_scan():
-            model(**{name: values.to(model.device) for name, values in inputs.items()})
+            rows = _rows(model, shapes, {name: values.to(model.device) for name, values in inputs.items()})
     finally:
         if attention:
             model.set_attn_implementation(attention)
+    prices = {name: FlopPrice(rows[name], *shape) for name, shape in shapes.items()}
     dense = sum(price(min(shapes[name])) for name, price in prices.items())
     return Costs("flops", shapes, prices, counter.get_total_flops() - dense)
 
@@ -104,13 +104,16 @@ def measure_latency(
     shapes = _shapes(model, targets)
     inputs = {k: v.to(model.device) for k, v in random_rows(model.config.vocab_size, batch, tokens).items()}
     with use_threads(threads), torch.inference_mode(), fast_scan():
-        kinds = sorted(set(shapes.values()))
+        rows = _rows(model, shapes, inputs)
+        kinds = {name: (rows[name], *shape) for name, shape in shapes.items()}
         timed = {
-            kind: _time_kind(kind, torch.randn(batch, tokens, kind[1]).to(model.device, model.dtype), rounds)
-            for kind in track(kinds, "timing layers", transient=True, disable=not sys.stdout.isatty())
+            kind: _time_kind(kind, model, rounds)
+            for kind in track(
+                sorted(set(kinds.values())), "timing layers", transient=True, disable=not sys.stdout.isatty()
+            )
         }
         whole = interleaved({"model": lambda: model(**inputs)}, max(3, rounds // 3))["model"]
-    prices = {name: timed[shape] for name, shape in shapes.items()}
+    prices = {name: timed[kind] for name, kind in kinds.items()}
     layers = sum(price(min(shapes[name])) for name, price in prices.items())
     return Costs("latency", shapes, prices, max(0.0, statistics.median(whole) - layers))
 
@@ -145,13 +148,59 @@ def _shapes(model: nn.Module, targets: Predicate | None) -> dict[str, tuple[int,
     return {target.name: target.shape for target in found}
 
 
-def _flops(rows: int, m: int, n: int) -> Callable[[int], float]:
-    return lambda rank: 2 * rows * kept_parameters(m, n, rank)
+def _rows(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, int]], inputs: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """How many inputs each layer gets in a forward pass: a pooler, say, fewer than a block."""
+    rows = dict.fromkeys(shapes, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows[name] += args[0].numel() // shapes[name][1]
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in shapes]
+    try:
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return rows
 
 
-def _time_kind(shape: tuple[int, int], x: Tensor, rounds: int) -> Callable[[int], float]:
-    """``price(rank)`` of an m x n layer on inputs x, (batch, tokens, n)."""
-    m, n = shape
+@dataclass(frozen=True)
+class FlopPrice:
+    """FLOPs of an m x n layer on so many inputs, by its rank."""
+
+    rows: int
+    m: int
+    n: int
+
+    def __call__(self, rank: int) -> float:
+        return 2 * self.rows * kept_parameters(self.m, self.n, rank)
+
+
+@dataclass(frozen=True)
+class TimePrice:
+    """Seconds of an m x n layer by its rank: straight lines between measured ones; dense from break-even on."""
+
+    m: int
+    n: int
+    ranks: tuple[int, ...]
+    thin: tuple[float, ...]
+    dense: float
+
+    def __call__(self, rank: int) -> float:
+        if rank * (self.m + self.n) >= self.m * self.n:
+            return self.dense
+        return min(self.dense, float(np.interp(rank, self.ranks, self.thin)))
+
+
+def _time_kind(kind: tuple[int, int, int], model: PreTrainedModel, rounds: int) -> TimePrice:
+    """Time layers of one shape, on so many inputs, dense and at several ranks."""
+    rows, m, n = kind
+    x = torch.randn(rows, n).to(model.device, model.dtype)
     ranks = sorted({max(1, round(share * m * n / (m + n) / 16) * 16) for share in SHARES})
     ranks = [rank for rank in ranks if rank <= min(m, n)]
     zeros = x.new_zeros
@@ -161,9 +210,4 @@ def _time_kind(shape: tuple[int, int], x: Tensor, rounds: int) -> Callable[[int]
     seconds = {name: statistics.median(taken) for name, taken in interleaved(calls, rounds).items()}
     # a larger rank never costs less
     thin = np.maximum.accumulate([seconds[str(rank)] for rank in ranks])
-    dense = seconds["dense"]
-
-    def price(rank: int) -> float:
-        return dense if rank >= min(m, n) else min(dense, float(np.interp(rank, ranks, thin)))
-
-    return price
+    return TimePrice(m, n, tuple(ranks), tuple(thin.tolist()), seconds["dense"])

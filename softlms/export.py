@@ -23,6 +23,7 @@ from softlms.scan import fast_scan
 __all__ = ["export_onnx", "onnx_logits"]
 
 SHAPES = ((1, 7), (3, 20))  # batch and length at which the file is checked: neither is the exported one
+PROTOBUF = 1.9e9  # bytes that one file may hold
 TOLERANCE = 1e-4  # of the largest logit
 
 
@@ -60,7 +61,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
     ImportError
         onnx, onnxscript or onnxruntime is missing: ``pip install softlms[export]``.
     ValueError
-        The model is in training mode or in another precision.
+        The model is in training mode, in another precision, or too large for int8 (2 GB).
     RuntimeError
         onnxruntime's logits differ from torch's by more than 1e-4 of the largest.
     """
@@ -71,6 +72,9 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
         raise ValueError("The model is in training mode: call model.eval() first.")
     if model.dtype != torch.float32:
         raise ValueError(f"The model is in {model.dtype}: onnxruntime's CPU kernels want model.float().")
+    large = sum(p.nbytes for p in model.parameters()) > PROTOBUF
+    if int8 and large:
+        raise ValueError("int8 is for models below 2 GB: onnxruntime's quantization loads the whole graph.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     network = copy.deepcopy(model).cpu().requires_grad_(False)
@@ -89,7 +93,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
             input_names=["input_ids", "attention_mask"],
             output_names=["logits"],
             dynamic_shapes={"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}},
-            external_data=sum(p.nbytes for p in network.parameters()) > 1.9e9,  # what one protobuf may hold
+            external_data=large,
         )
         _check(network, file)
         if int8:

@@ -65,7 +65,8 @@ class Factored(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # a saved model has an empty tensor where the dense layer has its weight, see softlms.checkpoint
-        state_dict.pop(f"{prefix}weight", None)
+        if (marker := state_dict.get(f"{prefix}weight")) is not None and not marker.numel():
+            del state_dict[f"{prefix}weight"]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

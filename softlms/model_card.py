@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,20 @@ from transformers import PreTrainedModel
 from softlms.budget import count_parameters
 from softlms.layers import Factored, LowRankLinear, SoftLinear
 
-__all__ = ["write_card"]
+__all__ = ["is_ours", "write_card"]
+
+TAGS = ("softlms", "low-rank", "model-compression")
+MARK = "compressed by softlms"
+TEMPLATE = "has been automatically generated"  # of the hub's empty card
 
 
-def write_card(model: PreTrainedModel, folder: Path) -> None:
+def is_ours(card: Path) -> bool:
+    """Whether a model card may be written here: there is none, or it is one of these, or the hub's empty template."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else MARK
+    return MARK in text or TEMPLATE in text
+
+
+def write_card(model: PreTrainedModel, folder: Path, tags: Sequence[str] = ()) -> None:
     """Write ``README.md``, with the front matter that the hub reads.
 
     Parameters
@@ -22,11 +32,20 @@ def write_card(model: PreTrainedModel, folder: Path) -> None:
     model : PreTrainedModel
         With factored layers. What ``model.config.softlms`` holds (a dict: metrics, data, settings) is shown as it is.
     folder : Path
+    tags : sequence of str
+        Besides its own.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (SoftLinear, LowRankLinear))}
     base = [f"base_model: {model.config.name_or_path}"] if _is_hub_name(model.config.name_or_path) else []
-    lines = ["---", "library_name: transformers", *base, "tags: [softlms, low-rank, model-compression]", "---", ""]
-    lines += [f"# {type(model).__name__}, compressed by softlms", ""]
+    lines = [
+        "---",
+        "library_name: transformers",
+        *base,
+        f"tags: [{', '.join(dict.fromkeys((*TAGS, *tags)))}]",
+        "---",
+        "",
+    ]
+    lines += [f"# {type(model).__name__}, {MARK}", ""]
     lines += [f"{len(layers)} linear layers are low rank ({_forms(model)}). {_size(model, layers)}", ""]
     lines += ["```python", "import softlms  # from_pretrained needs it, and fails without", ""]
     lines += [f"from transformers import {type(model).__name__}", ""]

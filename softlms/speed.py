@@ -195,13 +195,19 @@ def compare_speed(
             raise ValueError(f"{name} must be at least 1, got {min(numbers)}.")
     if model not in FULL_SIZE:
         raise ValueError(f"Unknown model {model!r}; known: {', '.join(FULL_SIZE)}.")
-    _, config = find_full_size(model, layers)
+    create, config = find_full_size(model, layers)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
+    with torch.device("meta"):  # counting on it multiplies nothing
+        counted = create(None).eval()
     rows = []
     with torch.inference_mode(), fast_scan(compiled=compiled_scan):
         for number, case in product(threads, _cases(forms, batches, tokens, decode)):
             with use_threads(number):
-                limits = {form: _limits(case, form, *_machine()) for form in forms}
+                rest = count_flops(
+                    counted.base_model if case.part == "stack" else counted, batch=case.batch, tokens=case.tokens
+                ).rest
+                machine = _machine()
+                limits = {form: _limits(network, case, rest, *machine) for form, network in forms.items()}
                 seconds = interleaved(case.calls, rounds, f"{model}: {case.part}, {case.phase}, {case.batch} row(s)", 1)
             dense = statistics.median(seconds["dense"])
             for form, taken in seconds.items():
@@ -379,7 +385,6 @@ class _Case:
     phase: str
     batch: int
     tokens: int  # computed in a row
-    models: dict[str, PreTrainedModel]
     calls: Mapping[str, Callable[[], Any]]
 
 
@@ -414,24 +419,22 @@ def _cases(forms: Mapping[str, PreTrainedModel], batches: Sequence[int], tokens:
         inputs = {name: values.to(device) for name, values in random_rows(config.vocab_size, batch, tokens).items()}
         states = torch.randn(batch, tokens, config.hidden_size, device=device, dtype=forms["dense"].dtype)
         stack = {form: partial(model.base_model, inputs_embeds=states) for form, model in forms.items()}
-        bases = {form: model.base_model for form, model in forms.items()}
-        yield _Case("stack", "prefill", batch, tokens, bases, stack)
+        yield _Case("stack", "prefill", batch, tokens, stack)
         calls: Mapping[str, Callable[[], Any]] = {form: partial(model, **inputs) for form, model in forms.items()}
-        yield _Case("model", "prefill", batch, tokens, dict(forms), calls)
+        yield _Case("model", "prefill", batch, tokens, calls)
     if decode:
         calls = {form: _decoding(model, tokens) for form, model in forms.items()}
-        yield _Case("model", "decode", 1, 1, dict(forms), calls)
+        yield _Case("model", "decode", 1, 1, calls)
 
 
-def _limits(case: _Case, form: str, peak: float, bandwidth: float) -> tuple[float, float]:
+def _limits(model: PreTrainedModel, case: _Case, rest: float, peak: float, bandwidth: float) -> tuple[float, float]:
     """FLOPs of a case, and the seconds of its roofline; elementwise work and the scan are in neither."""
-    costs = count_flops(case.models["dense"], batch=case.batch, tokens=case.tokens)
-    layers = [target.module for target in find_targets(case.models[form])]
+    layers = [target.module for target in find_targets(model)]
     products = [part for m in layers for part in ((m.down, m.up) if isinstance(m, LowRankLinear) else (m,))]
     rows = case.batch * case.tokens
     weights = [part.weight for part in products]
-    flops = costs.rest + sum(2 * rows * w.numel() for w in weights)
-    seconds = costs.rest / peak + sum(max(2 * rows * w.numel() / peak, w.nbytes / bandwidth) for w in weights)
+    flops = rest + sum(2 * rows * w.numel() for w in weights)
+    seconds = rest / peak + sum(max(2 * rows * w.numel() / peak, w.nbytes / bandwidth) for w in weights)
     return flops, seconds
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, Sampler
@@ -187,6 +189,8 @@ class SoftTrainer(DistillingTrainer):
         self.soft_layers = soft_layers(model)
         self.shapes = {n: (layer.out_features, layer.in_features) for n, layer in self.soft_layers.items()}
         self.budget = Budget(keep, count, multiple)
+        if costs is not None and PartialState().num_processes > 1:  # each process has measured others
+            (costs,) = broadcast_object_list([costs])
         self.costs = self.budget.costs(self.shapes, count_parameters(model, _is_soft).rest, costs)
         self.limit = self.budget.limit(self.costs)
         for name, value in (("gamma", gamma), ("alpha_learning_rate", alpha_learning_rate)):
@@ -291,6 +295,10 @@ class SoftTrainer(DistillingTrainer):
             larger = {name: max(rounded[name], least) for name, least in start.items()}
             start = larger if self.costs.of(larger) <= self.limit else start
         margins = {name: layer.margins(dead=True).tolist() for name, layer in self.soft_layers.items()}
+        for name, scores in margins.items():  # sigma that were cut for good do not come back
+            if multiple < len(scores) < min(self.shapes[name]):
+                del scores[len(scores) // multiple * multiple :]
+            start[name] = min(start[name], len(scores))
         for name, rank in refill(self.costs, start, self.limit, margins, multiple).items():
             self.soft_layers[name].set_rank_(rank)
             self.soft_layers[name].freeze_()
@@ -392,7 +400,7 @@ class SoftSchedule(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         kept, whole = trainer.cost(), trainer.costs.dense - trainer.costs.rest
-        if kept > trainer.limit:
+        if self.frozen_at is None and kept > trainer.limit:
             raise BudgetNotMet(
                 f"After {state.global_step} steps {kept / whole:.3f} of the linears' cost is kept, the budget allows "
                 f"{trainer.limit / whole:.3f}. Train longer, or raise gamma ({trainer.gamma}) or alpha_learning_rate "

@@ -11,13 +11,16 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 import softlms
 
 
-def main(folder: str, batch: int) -> None:
+def main(folder: str, batch: int, count: str) -> None:
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=200,
         initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    model = softlms.decompose(BertForSequenceClassification(config))
+    model = BertForSequenceClassification(config)
+    # each process measures, and gets, other times
+    costs = softlms.measure_latency(model.eval(), tokens=12, rounds=3) if count == "latency" else None
+    model = softlms.decompose(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 200, (64, 12), generator=generator).tolist()
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": [int(row[0] > 100) for row in ids]})
@@ -27,7 +30,7 @@ def main(folder: str, batch: int) -> None:
         ddp_backend="gloo",
     )  # fmt: skip
     trainer = softlms.SoftTrainer(
-        model, keep=0.5, count="linear", alpha_learning_rate=0.1, deadline=0.5, args=args, train_dataset=rows,
+        model, keep=0.5 if costs is None else 0.95, count=count, costs=costs, alpha_learning_rate=0.1, deadline=0.5, args=args, train_dataset=rows,
         data_collator=default_data_collator,
     )  # fmt: skip
     trainer.train()
@@ -43,4 +46,4 @@ def main(folder: str, batch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -273,10 +273,44 @@ def test_messages_of_refusals(tiny_bert, tmp_path):
     with pytest.raises(FileExistsError, match="is a file"):
         model.save_pretrained(tmp_path / "file")
     model.save_pretrained(tmp_path / "again")
-    with pytest.raises(ValueError, match=r"has a low rank layer bert\.encoder.*, a LlamaForCausalLM has none"):
+    with pytest.raises(ValueError, match=r"A LlamaForCausalLM has none of the saved layers, such as bert\.encoder"):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again")
     with pytest.raises(ValueError, match="state_dict alone does not say"):
         type(model).from_pretrained(None, config=AutoConfig.from_pretrained(tmp_path / "again"), state_dict={})
+
+
+def test_only_the_folders_own_weights_are_replaced(tiny_bert, tmp_path):
+    model = softlms.deploy(soft(tiny_bert()))
+    (tmp_path / "model_of_somebody.safetensors").write_text("mine")
+    (tmp_path / "README.md").write_text("my words")
+    (tmp_path / ".saving-killed").mkdir()
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my words"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "model_of_somebody.safetensors",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"has no variants in one folder"):
+        model.save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match=r"load the state_dict into it first"):
+        model.save_pretrained(tmp_path, state_dict=model.state_dict(), push_to_hub=True)
+    model.bert.pooler.to("meta")
+    with pytest.raises(ValueError, match=r"is offloaded: load it without device_map"):
+        model.save_pretrained(tmp_path)
+    model.is_remote_code = lambda: True
+    with pytest.raises(ValueError, match=r"code of their own .* cannot be saved compressed yet"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_factored_head_does_not_stand_in_the_way(tiny_bert, tmp_path):
+    model = tiny_bert()
+    softlms.truncate(
+        model, {"bert.pooler.dense": 5, "classifier": 1}, targets=lambda n, m: n in ("bert.pooler.dense", "classifier")
+    )
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(IDS).pooler_output, model.bert(IDS).pooler_output)
 
 
 def test_options_of_from_pretrained_still_work(tiny_bert, tmp_path):
@@ -354,7 +388,7 @@ def test_pushes_what_it_saves(tiny_bert, tmp_path, monkeypatch):
 
     class Card:
         def save(self, path):
-            Path(path).write_text("a card made by the hub's own template")
+            Path(path).write_text("---\ntags: [mine]\n---\nThis card has been automatically generated.")
 
     monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: Card())
     monkeypatch.setattr(
@@ -371,7 +405,8 @@ def test_pushes_what_it_saves(tiny_bert, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "here", push_to_hub=True, repo_id="me/small")
     assert pushed == {"to": "me/small"}
     assert_equal(AutoModelForSequenceClassification.from_pretrained(tmp_path / "hub"), model)
-    assert "compressed by softlms" in (tmp_path / "hub/README.md").read_text()
+    card = (tmp_path / "hub/README.md").read_text()
+    assert "compressed by softlms" in card and "tags: [softlms, low-rank, model-compression, mine]" in card
 
 
 def test_dense_models_are_saved_as_ever(tiny_bert, tmp_path):

@@ -1,6 +1,7 @@
 """Budgets of FLOPs and of measured time; ranks that hardware likes; dense where thin is not faster."""
 
 import copy
+import pickle
 
 import datasets
 import pytest
@@ -75,6 +76,23 @@ def test_measured_times_rise_with_the_rank_and_dense_caps_them():
         times = [costs.prices[name](rank) for rank in range(1, min(m, n) + 1)]
         assert times == sorted(times) and times[0] > 0 and times[-1] < 1
     assert costs.prices["transformer.h.0.mlp.c_fc"](16) < 0.8 * costs.prices["transformer.h.0.mlp.c_fc"](256)
+
+
+def test_dense_from_break_even_on_whatever_was_measured():
+    fast = softlms.costs.TimePrice(
+        384, 384, (16, 96, 176), (1.0, 2.0, 2.5), 3.0
+    )  # noise: thin at its last seems faster
+    costs = Costs("latency", {"a": (384, 384)}, {"a": fast})
+    assert costs.dense_from("a") == 192 and fast(191) == 2.5 and fast(192) == fast(384) == 3.0
+    assert pickle.loads(pickle.dumps(costs)).of({"a": 100}) == costs.of({"a": 100})
+
+
+def test_layers_that_see_fewer_tokens_cost_less(tiny_bert):
+    model = tiny_bert()
+    costs = softlms.count_flops(model, batch=2, tokens=10, targets=lambda name, module: "dense" in name)
+    assert costs.prices["bert.pooler.dense"](32) == 2 * 2 * 32 * 32  # one token a row
+    assert costs.prices["bert.encoder.layer.0.output.dense"](32) == 2 * 20 * 64 * 32
+    assert costs.rest > 0
 
 
 @pytest.mark.parametrize("count", ["flops", "latency"])

@@ -11,13 +11,17 @@ import pytest
 RUN = Path(__file__).with_name("distributed_run.py")
 
 
-def start(folder, processes, batch):
+def start(folder, processes, batch, count="linear"):
     folder.mkdir()
     # accelerate's launcher starts several CPU processes by MPI only; torchrun does what it does
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, str(RUN), str(folder), str(batch)], capture_output=True, text=True, env=environment, timeout=300
+        [*command, str(RUN), str(folder), str(batch), count],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"result-{i}.json").read_text()) for i in range(processes)]
@@ -34,3 +38,9 @@ def test_two_processes_learn_the_ranks_of_one_with_twice_the_batch(tmp_path):
     assert one["losses"] == pytest.approx(two[0]["losses"], rel=2e-3)
     close = [abs(two[0]["ranks"][name] - rank) <= 1 for name, rank in one["ranks"].items()]
     assert all(close) and sum(two[0]["ranks"][n] == r for n, r in one["ranks"].items()) >= 10
+
+
+def test_processes_that_measured_other_times_learn_the_same_ranks(tmp_path):
+    two = start(tmp_path / "two", 2, 8, "latency")
+    assert two[0]["ranks"] == two[1]["ranks"] and two[0]["sigma"] == two[1]["sigma"]
+    assert two[0]["frozen_at"] == two[1]["frozen_at"]

@@ -149,3 +149,35 @@ def test_pictures_that_readme_shows_are_there():
     for path in re.findall(r"\]\((figures/[^)]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / path).is_file(), path
         assert (ROOT / path).with_suffix(".pdf").is_file(), path
+
+
+def test_speed_in_readme_is_that_of_the_runs():
+    readme = (ROOT / "README.md").read_text()
+    rows = pd.read_csv(ROOT / "results/laptop/09_speedup.csv")
+    assert set(rows.model) == {"bert-base", "gpt2", "tinyllama-1.1b", "mamba-130m"} and (rows.tokens == 128).all()
+    decode = rows[(rows.phase == "decode") & (rows.form != "dense")]
+    assert (decode.speed_up > 1).all()  # thin is nowhere slower than dense
+    rows = rows[rows.form == "trained ranks"].set_index(["model", "part", "phase", "batch", "threads"])
+    for model in rows.index.unique("model"):
+        blocks, whole = (rows.loc[(model, part, "prefill", 1, 1)] for part in ("stack", "model"))
+        cells = [f"{blocks.flop_limit:.2f}"]
+        cells += [f"{rows.loc[(model, 'stack', 'prefill', *case)].speed_up:.2f}" for case in CASES]
+        cells += [f"{whole.speed_up:.2f} ({whole.flop_limit:.2f})"]
+        cells += [f"{rows.loc[(model, 'model', 'decode', 1, 1)].speed_up:.2f}"]
+        assert f"| {model} | {' | '.join(cells)} |" in readme
+
+
+CASES = ((1, 1), (8, 1), (1, 2), (8, 2))  # rows, threads
+
+
+def test_memory_in_readme_is_that_of_the_runs():
+    readme = (ROOT / "README.md").read_text()
+    rows = pd.read_csv(ROOT / "results/training_memory.csv").set_index(["model", "form"])
+    assert len(rows) == 12
+    for model in rows.index.unique("model"):
+        cells = []
+        for form in ("dense", "soft", "deployed"):
+            row = rows.loc[(model, form)]
+            peak = "not measured" if pd.isna(row.peak_gb) else f"{row.peak_gb:.1f}"
+            cells.append(f"{row.parameters / 1e6:.0f} M: {row.states_gb:.1f} / {peak}")
+        assert f"| {model} | {' | '.join(cells)} |" in readme

@@ -412,3 +412,16 @@ def test_gradient_checkpointing_gives_the_same_training(tiny_bert, rows, tmp_pat
         ends.append({name: values.clone() for name, values in model.state_dict().items()})
     for name, values in ends[0].items():
         torch.testing.assert_close(ends[1][name], values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_cut_below_the_multiple_can_be_frozen_again(tiny_bert, rows, tmp_path):
+    model = decompose(tiny_bert())
+    layers = list(soft_layers(model).values())
+    layers[0].set_rank_(5)
+    layers[0].freeze_()
+    layers[1].set_rank_(21)
+    layers[1].freeze_()
+    run = trainer(model, rows, tmp_path, deadline=0.25, multiple=8)
+    run.train()
+    assert (layers[0].rank, layers[1].rank % 8) == (5, 0)
+    assert all(rank % 8 == 0 for rank in list(ranks(model).values())[1:])
