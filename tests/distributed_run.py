@@ -29,9 +29,10 @@ def main(folder: str, batch: int, count: str) -> None:
         save_strategy="no", report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
         ddp_backend="gloo",
     )  # fmt: skip
+    keep = 0.5 if costs is None else 0.95
     trainer = softlms.SoftTrainer(
-        model, keep=0.5 if costs is None else 0.95, count=count, costs=costs, alpha_learning_rate=0.1, deadline=0.5, args=args, train_dataset=rows,
-        data_collator=default_data_collator,
+        model, keep=keep, count=count, costs=costs, alpha_learning_rate=0.1, deadline=0.5, args=args,
+        train_dataset=rows, data_collator=default_data_collator,
     )  # fmt: skip
     trainer.train()
     result = {
