@@ -11,18 +11,17 @@ import pytest
 RUN = Path(__file__).with_name("distributed_run.py")
 
 
-def start(folder, processes, batch, count="linear"):
-    folder.mkdir()
+def torchrun(processes, script, *arguments):
     # accelerate's launcher starts several CPU processes by MPI only; torchrun does what it does
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(RUN), str(folder), str(batch), count],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    command += [str(RUN.with_name(script)), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def start(folder, processes, batch, count="linear"):
+    folder.mkdir()
+    done = torchrun(processes, RUN.name, folder, batch, count)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"result-{i}.json").read_text()) for i in range(processes)]
 
@@ -44,3 +43,12 @@ def test_processes_that_measured_other_times_learn_the_same_ranks(tmp_path):
     two = start(tmp_path / "two", 2, 8, "latency")
     assert two[0]["ranks"] == two[1]["ranks"] and two[0]["sigma"] == two[1]["sigma"]
     assert two[0]["frozen_at"] == two[1]["frozen_at"]
+
+
+def test_a_deployed_model_trains_sharded_and_a_soft_one_cannot():
+    """What README's FSDP configuration does on GPUs, by the same function on two CPU processes."""
+    done = torchrun(2, "sharded_run.py", "deployed")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.split("distance ")[1]) < 1e-4
+    done = torchrun(2, "sharded_run.py", "soft")
+    assert done.returncode != 0 and "doesn't support scalar parameters" in done.stderr
