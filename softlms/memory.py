@@ -21,7 +21,7 @@ from softlms.full_size import find_full_size
 from softlms.layers import SoftLinear
 from softlms.provenance import hardware, versions
 from softlms.scan import fast_scan
-from softlms.speed import half_ranks
+from softlms.stretch import half_ranks
 from softlms.surgery import shrink
 
 __all__ = ["FORMS", "print_training_memory", "training_memory"]

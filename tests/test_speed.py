@@ -11,7 +11,8 @@ from softlms.architectures import find_targets
 from softlms.budget import parameter_costs
 from softlms.cli import main
 from softlms.full_size import FULL_SIZE, find_full_size
-from softlms.speed import compare_speed, half_ranks, stretch_ranks
+from softlms.speed import compare_speed
+from softlms.stretch import half_ranks, stretch_ranks
 from softlms.surgery import shrink
 
 RESULTS = Path(__file__).parents[1] / "results" / "laptop"
