@@ -229,7 +229,8 @@ def _register() -> None:
     """Tell transformers; again after a reload of this module, as in a notebook."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SoftLMsConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = SoftLMsQuantizer
-    original = getattr(PreTrainedModel.save_pretrained, "__wrapped__", PreTrainedModel.save_pretrained)
+    present: Any = PreTrainedModel.save_pretrained
+    original = getattr(present, "before_softlms", present)
 
     @functools.wraps(original)
     def save_pretrained(
@@ -241,6 +242,7 @@ def _register() -> None:
         elif is_main_process:
             _save(original, self, save_directory, options)
 
+    save_pretrained.before_softlms = original  # type: ignore[attr-defined]
     PreTrainedModel.save_pretrained = save_pretrained
     PreTrainedModel._upload_modified_files = _upload
 

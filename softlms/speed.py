@@ -95,17 +95,14 @@ def compare_speed(
             raise ValueError(f"{name} must be at least 1, got {min(numbers)}.")
     if model not in FULL_SIZE:
         raise ValueError(f"Unknown model {model!r}; known: {', '.join(FULL_SIZE)}.")
-    create, config = find_full_size(model, layers)
+    _, config = find_full_size(model, layers)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
-    with torch.device("meta"):  # counting on it multiplies nothing
-        counted = create(None).eval()
     rows = []
     with torch.inference_mode(), fast_scan(compiled=compiled_scan):
         for number, case in product(threads, _cases(forms, batches, tokens, decode)):
             with use_threads(number):
-                rest = count_flops(
-                    counted.base_model if case.part == "stack" else counted, batch=case.batch, tokens=case.tokens
-                ).rest
+                counted = forms["dense"].base_model if case.part == "stack" else forms["dense"]
+                rest = count_flops(counted, batch=case.batch, tokens=case.tokens).rest
                 machine = _machine()
                 limits = {form: _limits(network, case, rest, *machine) for form, network in forms.items()}
                 seconds = interleaved(case.calls, rounds, f"{model}: {case.part}, {case.phase}, {case.batch} row(s)", 1)
