@@ -100,6 +100,7 @@ def print_training_memory(*, model: str, form: str, out: str = "", **options: An
         f"{model}, {form}: {result['parameters'] / 1e6:.1f} M parameters, {result['states_gb']:.1f} GB of states, "
         f"peak of a step {peak}",
         highlight=False,
+        soft_wrap=True,
     )
     if out:
         path = Path(out)
