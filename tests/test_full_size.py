@@ -68,7 +68,8 @@ def test_bad_input(arguments, message, capsys):
 
 def test_scans_take_turns(monkeypatch):
     calls = []
-    monkeypatch.setattr("softlms.scan.selective_scan", lambda *args: calls.append(args) or selective_scan(*args))
+    scan = lambda *args, **options: calls.append(args) or selective_scan(*args, **options)  # noqa: E731
+    monkeypatch.setattr("softlms.scan.selective_scan", scan)
     seconds = scan_times(hidden=64, layers=1, batch=2, tokens=32, rounds=2, threads=1)
     assert {"transformers' loop", "softlms"} <= seconds.keys() and all(len(taken) == 2 for taken in seconds.values())
     assert len(calls) == 4  # two steps that warm up, two that are measured, and none of the other forms'
