@@ -11,7 +11,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -28,7 +27,7 @@ from softlms.costs import random_rows
 from softlms.fused import split_fused
 from softlms.jobs import use_threads
 from softlms.layers import LowRankLinear, make_linear
-from softlms.provenance import hardware, versions
+from softlms.provenance import append_rows, hardware, versions
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy
 
@@ -160,10 +159,7 @@ def print_full_size(*, model: str, out: str = "", **options: Any) -> None:
         table.add_row(name, value)
     Console().print(table)
     if out:
-        path = Path(out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = [pd.read_csv(path)] if path.is_file() else []
-        pd.concat([*before, pd.DataFrame([result])]).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        append_rows(out, pd.DataFrame([result]))
 
 
 def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None], PreTrainedModel], PretrainedConfig]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,7 +18,7 @@ from softlms.costs import random_rows
 from softlms.factorize import as_linear
 from softlms.full_size import find_full_size
 from softlms.layers import SoftLinear
-from softlms.provenance import hardware, versions
+from softlms.provenance import append_rows, hardware, versions
 from softlms.scan import fast_scan
 from softlms.stretch import half_ranks
 from softlms.surgery import shrink
@@ -103,10 +102,7 @@ def print_training_memory(*, model: str, form: str, out: str = "", **options: An
         soft_wrap=True,
     )
     if out:
-        path = Path(out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = [pd.read_csv(path)] if path.is_file() else []
-        pd.concat([*before, pd.DataFrame([result])]).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        append_rows(out, pd.DataFrame([result]))
 
 
 def _in_form(network: PreTrainedModel, model: str, form: str) -> PreTrainedModel:

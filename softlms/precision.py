@@ -13,8 +13,8 @@ __all__ = ["fast_bf16"]
 def fast_bf16() -> bool:
     """Does the GPU, or where there is none the processor, compute in bfloat16 at more than float32's speed?
 
-    A processor without such instructions (AVX512-BF16, AMX) emulates them: a product of 768 x 384 x 1536 ran 65 times
-    slower than in float32 on an AMD EPYC with AVX2. The profiles ask here; every run's recipe says what it used.
+    A processor without such instructions (AVX512-BF16, AMX) emulates them, many times slower than float32. The profiles
+    ask here; every run's recipe says what it used.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

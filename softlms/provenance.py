@@ -8,12 +8,13 @@ import platform
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers
 
 from softlms.precision import fast_bf16
 
-__all__ = ["code_hash", "hardware", "versions", "weights_hash"]
+__all__ = ["append_rows", "code_hash", "hardware", "versions", "weights_hash"]
 
 
 def hardware(threads: int | None = None) -> str:
@@ -75,3 +76,11 @@ def weights_hash(location: str) -> str:
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def append_rows(path: str | Path, rows: pd.DataFrame) -> None:
+    """Add rows to a CSV file, which a command makes where there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = [pd.read_csv(path)] if path.is_file() else []
+    pd.concat([*before, rows]).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")

@@ -26,7 +26,7 @@ from softlms.export import export_onnx, onnx_session
 from softlms.full_size import FULL_SIZE, find_full_size
 from softlms.jobs import use_threads
 from softlms.layers import LowRankLinear
-from softlms.provenance import hardware, versions
+from softlms.provenance import append_rows, hardware, versions
 from softlms.scan import fast_scan
 from softlms.stretch import half_ranks, spread_blocks
 from softlms.surgery import shrink
@@ -175,8 +175,8 @@ def compare_onnx(
     Returns
     -------
     DataFrame
-        A row for each form and kind of weights: median and quartiles in ms, "speed_up" over dense float32, and
-        the file's size in MB.
+        A row for each form and kind of weights: the median in ms, "speed_up" over dense float32, and the file's size
+        in MB.
     """
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     inputs = {n: v.numpy() for n, v in random_rows(forms["dense"].config.vocab_size, 1, tokens).items()}
@@ -268,10 +268,7 @@ def print_speed(
             )  # fmt: skip
         Console().print(shown)
         if out:
-            path = Path(out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            before = [pd.read_csv(path)] if path.is_file() else []
-            pd.concat([*before, table]).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+            append_rows(out, table)
 
 
 @dataclass(frozen=True)
