@@ -14,6 +14,7 @@ from softlms.full_size import FULL_SIZE, find_full_size
 from softlms.speed import compare_speed
 from softlms.stretch import half_ranks, stretch_ranks
 from softlms.surgery import shrink
+from softlms.timed_budget import compare_budgets
 
 RESULTS = Path(__file__).parents[1] / "results" / "laptop"
 
@@ -79,3 +80,11 @@ def test_the_command_adds_rows_to_its_file(tmp_path, capsys):
     assert "tokens must be at least 1, got 0" in capsys.readouterr().err
     assert main(["benchmark-speed", "gpt2", "--results", str(tmp_path)]) == 2
     assert "06_gpt2_table_ranks.csv is missing" in capsys.readouterr().err
+
+
+def test_budgets_that_count_different_things():
+    table = compare_budgets({"linear": 0.5, "flops": 0.6, "latency": 0.97}, tokens=32, rounds=3).set_index("budget")
+    assert list(table.index) == ["50% of linear", "60% of flops", "97% of latency"]
+    assert 0.49 < table.kept_linear["50% of linear"] <= 0.5 and 0.58 < table.kept_flops["60% of flops"] <= 0.6
+    assert table.predicted_speed_up["97% of latency"] >= 1 / 0.97
+    assert 1 > table.output_error["50% of linear"] > table.output_error["60% of flops"] > 0
