@@ -71,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speed.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
     speed.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
     speed.add_argument("--two-threads", action="store_true", help="time two threads as well as one")
-    speed.add_argument("--compiled-scan", action="store_true", help="Mamba's scan compiled, for dense and thin alike")
     speed.add_argument("--out", default="", help="CSV file that gets these rows more")
 
     full_size = commands.add_parser("full-size", help="compress one of the paper's models at its real size")

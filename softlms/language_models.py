@@ -224,5 +224,5 @@ class LanguageBench(Bench):
             "window": self.window,
             "train_tokens": self.train_tokens,
             "test_tokens": self.test_tokens,
-            "language code": code_hash(("language_models", "perplexity", "text", "scan", "fused")),
+            "language code": code_hash(("language_models", "perplexity", "text", "scan", "scan_kernel", "fused")),
         } | ({} if pair == "dense" else {"split": self.split})

@@ -51,7 +51,6 @@ def compare_speed(
     threads: Sequence[int] = (1,),
     rounds: int = 9,
     decode: bool = True,
-    compiled_scan: bool = False,
 ) -> pd.DataFrame:
     """Time the dense model against thin ones of half its parameters: forward passes in turn, fp32 (bf16 on a GPU).
 
@@ -73,8 +72,6 @@ def compare_speed(
         Measured calls, after one that warms up.
     decode : bool
         Also time one token with a cache, at batch 1 (for BERT, which has none, one token alone).
-    compiled_scan : bool
-        Mamba's scan compiled, dense and thin alike; see `softlms.fast_scan`.
 
     Returns
     -------
@@ -98,7 +95,7 @@ def compare_speed(
     _, config = find_full_size(model, layers)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     rows = []
-    with torch.inference_mode(), fast_scan(compiled=compiled_scan):
+    with torch.inference_mode(), fast_scan():
         for number, case in product(threads, _cases(forms, batches, tokens, decode)):
             with use_threads(number):
                 counted = forms["dense"].base_model if case.part == "stack" else forms["dense"]
@@ -126,7 +123,6 @@ def compare_speed(
                         "roofline_limit": limits["dense"][1] / limits[form][1],
                         "parameters": count_parameters(forms[form]).total,
                         "blocks": config.num_hidden_layers,
-                        "scan": "compiled" if compiled_scan else "eager",
                         "rounds": rounds,
                         "hardware": hardware(number),
                         "versions": versions(),
@@ -248,7 +244,6 @@ def print_speed(
     results: str = "",
     out: str = "",
     two_threads: bool = False,
-    compiled_scan: bool = False,
     **options: Any,
 ) -> None:
     """The ``softlms benchmark-speed`` command: a table for each model; rows go to the CSV that `out` names at once."""
@@ -257,7 +252,6 @@ def print_speed(
             model,
             results=Path(results) if results else None,
             threads=(1, 2) if two_threads else (1,),
-            compiled_scan=compiled_scan and model.startswith("mamba"),
             **options,
         )
         shown = Table(*("form", "part", "phase", "batch", "threads", "ms", "speed-up", "FLOP limit"), title=model)

@@ -55,7 +55,7 @@ _ALL = SpeedProfile(
     "laptop",
     tuple(FULL_SIZE),
     {"threads": (1, 2)},
-    {"tinyllama-1.1b": {"rounds": 5}, "mamba-130m": {"compiled_scan": True}},
+    {"tinyllama-1.1b": {"rounds": 5}},
     ("bert-base", "gpt2"),
 )
 SPEED_PROFILES = {

@@ -21,7 +21,7 @@ def canonical(name):
 
 def needed():
     extras = PYPROJECT["project"]["optional-dependencies"]
-    return [*PYPROJECT["project"]["dependencies"], *extras["notebooks"], *extras["export"], *extras["test"]]
+    return [*PYPROJECT["project"]["dependencies"], *extras["notebooks"], *extras["export"], *extras["mamba"], *extras["test"]]
 
 
 def test_environment_installs_what_pyproject_names():
@@ -29,7 +29,7 @@ def test_environment_installs_what_pyproject_names():
     python, pip, pip_section = environment["dependencies"]
     assert python == f"python{PYPROJECT['project']['requires-python']}" and pip == "pip"
     assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,export,test]"]
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "export", "test"}
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "export", "mamba", "test"}
 
 
 def test_every_dependency_is_pinned_within_its_range():

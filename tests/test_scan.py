@@ -1,10 +1,12 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM
 
-from softlms.scan import CHUNK, fast_scan, selective_scan
+from softlms.jobs import use_threads
+from softlms.scan import fast_scan, selective_scan
+from softlms.scan_kernel import BACKWARD_LANES, CHUNK
 
 
 def inputs(batch, d, states, length, seed=0):
@@ -28,6 +30,7 @@ def plain(u, dt, A, B, C):
 
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3 * CHUNK + 1))
+@example(2, BACKWARD_LANES + 5, 2, CHUNK + 3)
 def test_scan_and_its_gradients_are_the_plain_recurrences(batch, d, states, length):
     ours, theirs = inputs(batch, d, states, length), [x.double() for x in inputs(batch, d, states, length)]
     weight = torch.randn(batch, d, length)
@@ -44,18 +47,38 @@ def test_scan_and_its_gradients_are_the_plain_recurrences(batch, d, states, leng
         torch.testing.assert_close(mine.grad.double(), reference.grad, rtol=1e-3, atol=1e-4 * max(scale, 1.0))
 
 
-@pytest.mark.parametrize("batch, d", [(1, 8), (2, 3000)])  # few states and many
-@pytest.mark.parametrize("length", [CHUNK, 2 * CHUNK + 5])
-def test_compiled_scan_is_the_plain_recurrence(batch, d, length):
-    xs = inputs(batch, d, 16, length)
-    expected, last = plain(*(x.double() for x in xs))
-    with torch.no_grad():
-        y, h = selective_scan(*xs, compiled=True)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(h.double(), last, rtol=1e-4, atol=1e-4)
-    xs[0].requires_grad_()
-    selective_scan(*xs, compiled=True)[0].sum().backward()  # with a gradient it is the other one
-    assert xs[0].grad is not None
+@pytest.mark.parametrize("d", [8, BACKWARD_LANES + 5])  # a block of lanes that is not full, and two blocks
+def test_threads_change_nothing(d):
+    results = []
+    for threads in (1, 2, 5):
+        xs = [x.requires_grad_() for x in inputs(3, d, 16, 2 * CHUNK + 5)]
+        with use_threads(threads):
+            y, h = selective_scan(*xs)
+            y.sin().sum().backward()
+        results.append([y, h, *(x.grad for x in xs)])
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
+
+
+def test_it_is_one_operator_to_torch():
+    xs = [x.requires_grad_() for x in inputs(2, 5, 3, CHUNK + 3)]
+    over_time = [x.detach().mT.contiguous().requires_grad_() for x in xs]
+    torch.library.opcheck(torch.ops.softlms.selective_scan.default, (*over_time, True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden(value):
+    for place in range(5):
+        xs = inputs(1, 3, 2, 5)
+        xs[place].view(-1)[0] = value
+        y, _ = selective_scan(*xs)
+        assert not y.isfinite().all()
+
+
+def test_without_numba_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'softlms\[mamba\]'"):
+        selective_scan(*inputs(1, 3, 2, 5))
 
 
 @pytest.fixture
