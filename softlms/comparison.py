@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from softlms.architectures import find_targets
 from softlms.costs import random_rows
 from softlms.experiments import Bench, Run
 from softlms.jobs import Job, available_processes, run_jobs
@@ -25,11 +26,29 @@ from softlms.precision import fast_bf16
 from softlms.recipe import Recipe, parse_method
 from softlms.scan import fast_scan
 from softlms.surgery import shrink
+from softlms.tasks import TASKS
 
-__all__ = ["GRIDS", "UNSCALED", "Grid", "Pass", "Setting", "costs", "grid_rows", "rank_rows", "run_grid", "summarize"]
+__all__ = [
+    "CUT_FROM",
+    "GRIDS",
+    "UNSCALED",
+    "Grid",
+    "Pass",
+    "Setting",
+    "costs",
+    "grid_rows",
+    "leading_metric",
+    "middle_budget",
+    "rank_rows",
+    "run_grid",
+    "summarize",
+]
 
 # metrics that are no share of 1, and better where they are lower
 UNSCALED = ("perplexity",)
+CUT_FROM = " cut from "  # names the rows of a soft model that was cut further
+
+RANK_COLUMNS = ("task", "method", "keep", "seed", "layer", "block", "symbol", "m", "n", "rank")
 
 BASELINES = ("svd+uniform", "whitened+uniform")
 SOFT = ("svd+soft", "whitened+soft")
@@ -274,14 +293,32 @@ def grid_rows(cells: Iterable[Cell]) -> pd.DataFrame:
 
 
 def rank_rows(cells: Iterable[Cell]) -> pd.DataFrame:
-    """One tidy row for each layer of each recovered model: task, method, keep, seed, layer, rank."""
-    rows = (
-        (job.bench.data.task.name, job.method, job.recipe.keep, job.seed, layer, rank)
-        for job, run in cells
-        if job.recipe.epochs and job.method != "dense"
+    """One tidy row for each layer of each recovered model.
+
+    Columns: task, method, keep, seed, layer, block, symbol, m, n (outputs and inputs), rank.
+    """
+    recovered = [(job, run) for job, run in cells if job.recipe.epochs and job.method != "dense"]
+    benches = {job.bench.data.task.name: job.bench for job, _ in recovered}
+    targets = {task: {t.name: t for t in find_targets(bench.skeleton())} for task, bench in benches.items()}
+    rows = [
+        (task, job.method, job.recipe.keep, job.seed, layer, target.block, target.symbol, *target.shape, rank)
+        for job, run in recovered
+        for task in [job.bench.data.task.name]
         for layer, rank in run.result["ranks"].items()
-    )
-    return pd.DataFrame(rows, columns=("task", "method", "keep", "seed", "layer", "rank"))
+        for target in [targets[task][layer]]
+    ]
+    return pd.DataFrame(rows, columns=RANK_COLUMNS)
+
+
+def middle_budget(ranks: pd.DataFrame) -> pd.DataFrame:
+    """Ranks of the first task at the budget in the middle."""
+    keeps = sorted(ranks.keep.unique())
+    return ranks[(ranks.keep == keeps[len(keeps) // 2]) & (ranks.task == ranks.task.iloc[0])]
+
+
+def leading_metric(task: str) -> str:
+    """The first of a task's metrics; perplexity for text."""
+    return TASKS[task].metrics[0] if task in TASKS else "perplexity"
 
 
 def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
@@ -313,7 +350,7 @@ def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
         exact = float(keep) if job.recipe.count == "linear" else None
         cut = {"kept_linear": exact} | dict.fromkeys(("kept_total", "parameters_linear", "parameters_total"))
         rows += [
-            cell | {"keep": float(keep), "method": f"{job.method} cut from {job.recipe.keep}", "recovered": True}
+            cell | {"keep": float(keep), "method": f"{job.method}{CUT_FROM}{job.recipe.keep}", "recovered": True}
             | {"split": split, "metric": metric, "value": value} | facts | cut
             for split, values in splits.items()
             for metric, value in values.items()

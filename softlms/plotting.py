@@ -9,6 +9,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from softlms.provenance import whole_file
+
 __all__ = ["COLUMN", "PALETTE", "figure", "save_figure", "use_style"]
 
 # inches: one column of a two-column paper, and its full width
@@ -57,8 +59,9 @@ def save_figure(fig: Figure, folder: Path, name: str) -> tuple[Path, Path]:
     tuple of Path
         The PNG and the PDF.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    dateless = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
     png, pdf = folder / f"{name}.png", folder / f"{name}.pdf"
-    fig.savefig(png, metadata={"Software": None})
-    fig.savefig(pdf, metadata={"CreationDate": None, "Producer": None, "Creator": None})
+    for path, kind in ((png, "png"), (pdf, "pdf")):
+        with whole_file(path) as partial:
+            fig.savefig(partial, format=kind, metadata=dateless[kind])
     return png, pdf

@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from softlms import plotting
 from softlms.comparison import Setting
+from softlms.drawing import draw
 from softlms.experiments import Bench
 from softlms.jobs import be_quiet
 from softlms.precision import fast_bf16
-from softlms.provenance import hardware, versions
+from softlms.provenance import commit, hardware, versions, whole_file
 from softlms.recipe import Recipe
 from softlms.report import Report
 from softlms.tasks import load_task
@@ -160,9 +160,9 @@ class Book:
             for name, setting in tasks.items()
         }
 
-    def save_figure(self, fig: Figure, suffix: str = "") -> None:
-        """Write the figure as PNG and PDF, named after the notebook."""
-        self.written += plotting.save_figure(fig, self.figures, self.name + suffix)
+    def draw(self, suffix: str = "") -> None:
+        """Draw and show one of the notebook's figures from the tables that it wrote; see `softlms.drawing.draw`."""
+        self.written += draw(self.name + suffix, self.figures, self.results)
 
     def save_table(self, table: pd.DataFrame, suffix: str = "", *, data: Mapping[str, str] | None = None) -> None:
         """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware and versions.
@@ -170,7 +170,6 @@ class Book:
         Rows of stored runs bring the last two along, as they were when the run was made. A table of several tasks
         takes each row's source from `data`, by its task.
         """
-        self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{self.name}{suffix}.csv"
         provenance = {"profile": self.profile.name}
         if self.bench is not None:
@@ -179,11 +178,10 @@ class Book:
                 "data": self.bench.data.source if data is None else table["task"].map(data),
                 "encoder": self.bench.encoder.source,
             }
-        provenance |= {"hardware": hardware(), "versions": versions()}
-        partial = path.with_suffix(".partial")
+        provenance |= {"hardware": hardware(), "versions": versions(), "commit": commit()}
         missing = {name: value for name, value in provenance.items() if name not in table}
-        table.assign(**missing).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            table.assign(**missing).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
         self.written.append(path)
 
     def save_report(self, report: Report) -> None:
@@ -201,9 +199,9 @@ class Book:
 
     def save_text(self, text: str, suffix: str) -> None:
         """Write a table for people, Markdown or LaTeX; `suffix` ends in the file's kind."""
-        self.results.mkdir(parents=True, exist_ok=True)
         path = self.results / f"{self.name}{suffix}"
-        path.write_text(text if text.endswith("\n") else text + "\n")
+        with whole_file(path) as partial:
+            partial.write_text(text if text.endswith("\n") else text + "\n")
         self.written.append(path)
 
     def check(self) -> None:

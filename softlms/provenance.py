@@ -1,10 +1,14 @@
-"""What a number depends on: machine, library versions, code, weights."""
+"""What a number depends on: machine, library versions, code, weights; and files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import transformers
 
 from softlms.precision import fast_bf16
 
-__all__ = ["append_rows", "code_hash", "hardware", "versions", "weights_hash"]
+__all__ = ["append_rows", "code_hash", "commit", "hardware", "versions", "weights_hash", "whole_file"]
 
 
 def hardware(threads: int | None = None) -> str:
@@ -44,6 +48,19 @@ def _processor() -> str:
 def versions() -> str:
     """Versions of the libraries that numbers depend on."""
     return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+@cache
+def commit() -> str:
+    """The library's commit, with a plus where its files differ from it; "none" outside a git checkout."""
+    package = Path(__file__).parent
+    git = ["git", "-C", str(package)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
+    except FileNotFoundError:  # no git
+        return "none"
+    return "none" if head.returncode else head.stdout.strip() + ("+" if changed.returncode else "")
 
 
 @cache
@@ -78,9 +95,27 @@ def weights_hash(location: str) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to; the file takes its place when the block ends well, and leaves nothing behind when not.
+
+    Parameters
+    ----------
+    path : Path
+        Its folder is made where there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def append_rows(path: str | Path, rows: pd.DataFrame) -> None:
     """Add rows to a CSV file, which a command makes where there is none."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     before = [pd.read_csv(path)] if path.is_file() else []
-    pd.concat([*before, rows]).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+    with whole_file(path) as partial:
+        pd.concat([*before, rows]).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")

@@ -4,7 +4,8 @@ import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 
-from softlms.explorer import describe_cut, draw_cut, threshold_explorer
+from softlms.explorer import threshold_explorer
+from softlms.pictures import describe_cut, draw_cut
 
 SIGMA = torch.linspace(5, 0.05, 100)
 

@@ -21,7 +21,13 @@ def canonical(name):
 
 def needed():
     extras = PYPROJECT["project"]["optional-dependencies"]
-    return [*PYPROJECT["project"]["dependencies"], *extras["notebooks"], *extras["export"], *extras["mamba"], *extras["test"]]
+    return [
+        *PYPROJECT["project"]["dependencies"],
+        *extras["notebooks"],
+        *extras["export"],
+        *extras["mamba"],
+        *extras["test"],
+    ]
 
 
 def test_environment_installs_what_pyproject_names():

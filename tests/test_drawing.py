@@ -1,0 +1,54 @@
+import json
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from test_project import ROOT
+
+from softlms.drawing import DRAWINGS, check_drawing, draw
+
+RESULTS, FIGURES = ROOT / "results" / "laptop", ROOT / "figures" / "laptop"
+COMMITTED = [name for name in DRAWINGS if not name.startswith("00")]  # the quickstart has no laptop figure
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_figures_are_drawn_from_the_committed_rows(name):
+    assert check_drawing(name, FIGURES, RESULTS) == []
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path):
+    first, again = (draw("09_speedup", tmp_path / place, RESULTS) for place in ("a", "b"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert {path.suffix for path in first} == {".png", ".pdf", ".json"}
+
+
+def test_a_figure_whose_rows_changed_is_found(tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    table = results / "03_block_sensitivity.csv"
+    table.write_bytes((RESULTS / table.name).read_bytes())
+    png, _, note = draw("03_block_sensitivity", tmp_path, results)
+    assert check_drawing("03_block_sensitivity", tmp_path, results) == []
+    assert json.loads(note.read_text())["tables"][0]["rows"] == len(pd.read_csv(table))
+    png.write_bytes(png.read_bytes()[:-1])
+    table.write_text(table.read_text().replace("0.8", "0.9", 1))
+    wrong = check_drawing("03_block_sensitivity", tmp_path, results)
+    assert len(wrong) == 2 and all("draw it again" in line for line in wrong)
+    table.unlink()
+    assert "is missing" in check_drawing("03_block_sensitivity", tmp_path, results)[0]
+    note.unlink()
+    assert "03_block_sensitivity.json is missing" in check_drawing("03_block_sensitivity", tmp_path, results)[0]
+
+
+def test_nothing_is_written_where_a_table_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Run the notebook that writes it"):
+        draw("09_speedup", tmp_path / "figures", tmp_path)
+    with pytest.raises(ValueError, match="Unknown figure '99'"):
+        draw("99", tmp_path / "figures", tmp_path)
+    assert not list(tmp_path.iterdir())
