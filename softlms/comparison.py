@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from softlms.architectures import find_targets
 from softlms.costs import random_rows
 from softlms.experiments import Bench, Run
-from softlms.jobs import Job, available_processes, run_jobs
+from softlms.jobs import Job, available_processes, run_jobs, tell_stored
 from softlms.latency import forward_times
 from softlms.precision import fast_bf16
 from softlms.recipe import Recipe, parse_method
@@ -252,7 +252,8 @@ def run_grid(
     """
     units = list(grid.units(benches))
     stored = {job: run for unit in units for job in unit if (run := job.bench.stored(job.method, job.recipe, job.seed))}
-    note(f"{len(stored)} of {len({job for unit in units for job in unit})} cells are there")
+    for line in tell_stored(job for unit in units for job in unit):
+        note(line)
     if stored_only and not stored:
         raise FileNotFoundError("No cell of this grid is stored here yet: run it with stored_only = False.")
     cells = list(stored.items())
@@ -284,7 +285,7 @@ def grid_rows(cells: Iterable[Cell]) -> pd.DataFrame:
 
     Columns: task, method, factorize, allocate, keep, seed (that of the run: one dense model may serve all), recovered,
     split, metric, value (0 to 1, but for perplexity), kept_linear, kept_total, parameters_linear, parameters_total,
-    steps, frozen_at, seconds, hardware, versions, data, encoder.
+    steps, frozen_at, seconds, hardware, versions, commit, data, encoder.
     """
     keys = ["task", "keep", "method", "recovered", "seed", "split", "metric"]
     rows = pd.concat(_cell_rows(job, run) for job, run in cells)
@@ -333,7 +334,7 @@ def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
         "seed": result["seed"],
     }
     counts = ("kept_linear", "kept_total", "parameters_linear", "parameters_total", "steps")
-    origin = ("seconds", "hardware", "versions", "data", "encoder")
+    origin = ("seconds", "hardware", "versions", "commit", "data", "encoder")
     facts = {key: result[key] for key in (*counts, *origin)} | {"frozen_at": result.get("frozen_at")}
     scores = [(bool(job.recipe.epochs) or job.method == "dense", split, s) for split, s in result["scores"].items()]
     if job.recipe.epochs and "untuned" in result:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -40,10 +40,11 @@ from softlms.architectures import find_targets
 from softlms.calibration import LayerStatistics, calibrate
 from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
 from softlms.factorize import Factors, factorize
-from softlms.jobs import Job, available_processes, run_jobs, use_threads
+from softlms.jobs import Job, available_processes, run_jobs, tell_stored, use_threads
 from softlms.methods import cut_and_recover, learn_ranks, train_dense
-from softlms.provenance import code_hash, hardware, versions, weights_hash
+from softlms.provenance import code_hash, commit, hardware, versions, weights_hash
 from softlms.recipe import Recipe, parse_method
+from softlms.run_key import DEPENDS, key, why_missing
 from softlms.scan import fast_scan
 from softlms.tasks import TaskData, encode
 from softlms.zoo import Encoder, device, load_classifier
@@ -72,7 +73,7 @@ class Run:
         thresholds: the step at which the budget was met), "further" (keep to scores on dev; see `Recipe`), "history"
         (one entry a logging step), "seconds" (what several methods share, the teacher's logits, calibration and
         factors, counts for the first that needs it; after an interruption, the rest), "hardware", "versions",
-        "encoder", "data".
+        "commit", "encoder", "data".
     model : Path or None
         The saved model, where the run keeps one (the dense ones do).
     """
@@ -103,6 +104,7 @@ class Bench:
     max_length: int = 128
     train_rows: int | None = None
     note: Callable[[str], None] = field(default=print, repr=False)
+    sources: ClassVar[tuple[str, ...]] = ()  # modules that runs of a subclass depend on besides those of all
     _factored: tuple[Any, ...] = field(default=(), init=False, repr=False)
     _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -193,9 +195,11 @@ class Bench:
             "seconds": round(time.monotonic() - started, 1),
             "hardware": hardware(_THREADS),
             "versions": versions(),
+            "commit": commit(),
             "encoder": self.encoder.source,
             "data": self.data.source,
         }
+        (partial / DEPENDS).write_text(json.dumps(self._depends(pair, recipe, seed), indent=1))
         (partial / "result.json").write_text(json.dumps(result, indent=1))
         if (stored := self.stored(method, recipe, seed)) is not None:  # done meanwhile by a process beside this one
             shutil.rmtree(partial)
@@ -215,13 +219,20 @@ class Bench:
     def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
         """A method's name in full, and the folder of its run."""
         pair = "dense" if method == "dense" else "+".join(parse_method(method))
-        return pair, self.folder / f"{pair}-{seed}-{self._key(pair, recipe, seed)}"
+        return pair, self.folder / f"{pair}-{seed}-{key(self._depends(pair, recipe, seed))}"
+
+    def why_missing(self, method: str, recipe: Recipe, seed: int) -> str:
+        """Why a run is not there yet; see `softlms.run_key.why_missing`."""
+        pair, folder = self._place(method, recipe, seed)
+        return why_missing(self.folder, folder.name.rsplit("-", 1)[0], self._depends(pair, recipe, seed))
 
     def runs(self, methods: tuple[str, ...], recipe: Recipe, seeds: tuple[int, ...]) -> list[Run]:
         """All methods at all seeds, in that order; seeds side by side, with a line of progress for each run."""
         started, total = time.monotonic(), len(methods) * len(seeds)
         units = [[Job(self, method, recipe, seed) for method in methods] for seed in seeds]
         runs, metric = {}, self.data.task.metrics[0]
+        for line in tell_stored(job for unit in units for job in unit):
+            self.note(line)
         for done, (job, run) in enumerate(run_jobs(units, available_processes()), 1):
             left = (time.monotonic() - started) / done * (total - done)
             self.note(
@@ -272,7 +283,7 @@ class Bench:
 
     def factors(self, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Factors]:
         """Factors of a dense model; those of one model are kept in memory, to be shared by several allocations."""
-        model_key = (self._key("dense", recipe, seed), recipe.start, recipe.calibration_rows)
+        model_key = (key(self._depends("dense", recipe, seed)), recipe.start, recipe.calibration_rows)
         if self._factored != model_key:
             self._factored = model_key
             self._known.clear()
@@ -344,15 +355,14 @@ class Bench:
         )
         return {"args": args, "train_dataset": self.splits["train"], "data_collator": self.collator}
 
-    def _key(self, pair: str, recipe: Recipe, seed: int) -> str:
-        depends = self._inputs(pair) | {
-            "recipe": recipe.used(pair),
-            "seed": seed,
-            "code": code_hash(_SOURCES),
-            "versions": versions(),
-            "hardware": hardware(_THREADS),
-        }
-        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+    def _depends(self, pair: str, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """All that a run's numbers depend on."""
+        return (
+            self._inputs(pair)
+            | {f"recipe.{name}": value for name, value in recipe.used(pair).items()}
+            | {f"code.{module}": code_hash(module) for module in (*_SOURCES, *self.sources)}
+            | {"seed": seed, "versions": versions(), "hardware": hardware(_THREADS)}
+        )
 
 
 def _own_folder(run: Path) -> Path:

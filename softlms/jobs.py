@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from softlms.experiments import Bench, Run
     from softlms.recipe import Recipe
 
-__all__ = ["Job", "available_processes", "be_quiet", "run_jobs", "use_threads"]
+__all__ = ["Job", "available_processes", "be_quiet", "run_jobs", "tell_stored", "use_threads"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ def use_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def tell_stored(jobs: Iterable[Job]) -> Iterator[str]:
+    """Lines for people: how many of the runs are stored, and why the others are to be done."""
+    once = list(dict.fromkeys(jobs))
+    missing = [job for job in once if job.bench.stored(job.method, job.recipe, job.seed) is None]
+    yield f"{len(once) - len(missing)} of {len(once)} runs are stored"
+    reasons = Counter(job.bench.why_missing(job.method, job.recipe, job.seed) for job in missing)
+    for reason, number in reasons.most_common():
+        yield f"{number} to do: {reason}"
 
 
 def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[Job, Run]]:

@@ -25,7 +25,7 @@ from softlms.calibration import in_eval_mode
 from softlms.experiments import Bench, Run
 from softlms.fused import split_fused
 from softlms.perplexity import Trigram, perplexity
-from softlms.provenance import code_hash, weights_hash
+from softlms.provenance import weights_hash
 from softlms.recipe import Recipe
 from softlms.tasks import Task, TaskData
 from softlms.text import TokenizedText, blocks
@@ -120,6 +120,8 @@ class LanguageBench(Bench):
     ValueError
         A window that the model cannot read, or longer than a split.
     """
+
+    sources = ("language_models", "perplexity", "text", "scan", "scan_kernel", "fused")
 
     def __init__(
         self,
@@ -224,5 +226,4 @@ class LanguageBench(Bench):
             "window": self.window,
             "train_tokens": self.train_tokens,
             "test_tokens": self.test_tokens,
-            "language code": code_hash(("language_models", "perplexity", "text", "scan", "scan_kernel", "fused")),
         } | ({} if pair == "dense" else {"split": self.split})

@@ -165,9 +165,9 @@ class Book:
         self.written += draw(self.name + suffix, self.figures, self.results)
 
     def save_table(self, table: pd.DataFrame, suffix: str = "", *, data: Mapping[str, str] | None = None) -> None:
-        """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware and versions.
+        """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware, versions and commit.
 
-        Rows of stored runs bring the last two along, as they were when the run was made. A table of several tasks
+        Rows of stored runs bring the last three along, as they were when the run was made. A table of several tasks
         takes each row's source from `data`, by its task.
         """
         path = self.results / f"{self.name}{suffix}.csv"

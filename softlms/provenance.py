@@ -64,12 +64,12 @@ def commit() -> str:
 
 
 @cache
-def code_hash(modules: tuple[str, ...]) -> str:
+def code_hash(*modules: str) -> str:
     """Hash of some of the library's modules without comments and docstrings: only a change of what runs counts.
 
     Parameters
     ----------
-    modules : tuple of str
+    *modules : str
         Names without the package: "layers", "training", ...
     """
     digest = hashlib.sha256()

@@ -73,7 +73,7 @@ def tokenize_text(
     texts = {} if embedded else load_text(data)
     content = [f"{name} {version(name)}" for name in libraries] if embedded else [texts[s] for s in SPLITS]
     known = tokenizer if isinstance(tokenizer, int) else weights_hash(tokenizer)
-    depends = json.dumps([known, code_hash(("corpus", "language", "text")), version("tokenizers"), *content])
+    depends = json.dumps([known, code_hash("corpus", "language", "text"), version("tokenizers"), *content])
     place = folder / f"text-{hashlib.sha256(depends.encode()).hexdigest()[:12]}"
     if not place.is_dir():
         texts = texts or load_text(data, libraries=libraries)

@@ -64,7 +64,7 @@ def test_a_grid_is_done_in_order_and_only_once(bench):
     stored = {path: path.stat().st_mtime_ns for path in bench.folder.glob("*/result.json")}
     again = run_grid(GRID, {"docpairs": bench}, stored_only=True, note=lines.append)
     # a dense job for each budget and kind of cell, though it is one run
-    assert lines[-1] == "16 of 16 cells are there" and len(cells) == 12
+    assert lines[-1] == "16 of 16 runs are stored" and len(cells) == 12
     pd.testing.assert_frame_equal(grid_rows(again), grid_rows(cells))
     assert stored == {path: path.stat().st_mtime_ns for path in bench.folder.glob("*/result.json")}
 

@@ -57,7 +57,21 @@ def test_a_run_is_done_once_and_again_when_something_changes(bench):
     bench.run("dense", RECIPE.changed(dense_epochs=0.5), 0)
     bench.run("dense", RECIPE, 1)
     assert len(list(bench.folder.iterdir())) == 3
-    assert "1 of 1" in lines[0] and "min left" in lines[0]
+    assert lines[:2] == ["0 of 1 runs are stored", "1 to do: none of its kind is stored"]
+    assert "1 of 1" in lines[2] and "min left" in lines[2] and lines[3] == "1 of 1 runs are stored"
+
+
+def test_it_says_what_has_changed_since_a_stored_run(bench, monkeypatch):
+    bench.run("dense", RECIPE, 0)
+    changed = RECIPE.changed(dense_epochs=0.5)
+    assert bench.why_missing("dense", changed, 0) == "changed: recipe.dense_epochs 1 -> 0.5"
+    assert bench.why_missing("dense", RECIPE, 1) == "none of its kind is stored"
+    monkeypatch.setattr(
+        "softlms.experiments.code_hash", lambda module: "other" * 20 if module == "training" else module
+    )
+    assert "code.training" in bench.why_missing("dense", changed, 0)
+    bench.run("dense", changed, 0)  # the most similar of two counts
+    assert bench.why_missing("dense", changed.changed(batch_size=4), 0) == "changed: recipe.batch_size 8 -> 4"
 
 
 def test_a_killed_run_leaves_nothing_that_counts(bench, monkeypatch):
@@ -99,7 +113,7 @@ def test_a_dense_training_continues_where_it_was_killed(bench, tmp_path, monkeyp
         load_file(path) for path in (*tmp_path.glob("whole/*/model/*.safetensors"), run.model / "model.safetensors")
     ]
     assert all(torch.equal(saved[0][name], values) for name, values in saved[1].items())
-    assert {path.name for path in run.model.parent.iterdir()} == {"model", "result.json"}
+    assert {path.name for path in run.model.parent.iterdir()} == {"model", "depends.json", "result.json"}
 
 
 def test_a_seed_gives_the_same_numbers(bench, tmp_path):

@@ -39,7 +39,7 @@ def cell(bench, method, seed, score, metric="f1", **changes):
         "seed": seed, "scores": {"dev": {metric: score}, "test": {metric: score}},
         "ranks": ranks, "kept_linear": 1.0 if dense else 0.5, "kept_total": 1.0 if dense else 0.7,
         "parameters_linear": 10, "parameters_total": 20, "steps": 5, "seconds": 1.0, "hardware": "a machine",
-        "versions": "", "data": "", "encoder": "", "sample": f"{method} wrote this",
+        "commit": "a commit", "versions": "", "data": "", "encoder": "", "sample": f"{method} wrote this",
     }  # fmt: skip
     if method.endswith("soft"):
         result["further"] = {"0.4": {"dev": {metric: score / 2}}}

@@ -1,0 +1,57 @@
+"""The key of a stored run, a hash of all it depends on, and why a run is not there: what of that has changed."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DEPENDS", "key", "why_missing"]
+
+DEPENDS = "depends.json"  # beside a run's result
+
+
+def key(depends: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that name a run.
+
+    Parameters
+    ----------
+    depends : mapping
+        All that a run's numbers depend on, as JSON takes it.
+    """
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def why_missing(folder: Path, kind: str, depends: Mapping[str, Any]) -> str:
+    """What differs from the stored run that is most like this one.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds a folder for each run, named ``<kind>-<key>``.
+    kind : str
+        Method and seed.
+    depends : mapping
+        See `key`.
+
+    Returns
+    -------
+    str
+        "none of its kind is stored", or "changed: " and the names, with both values where these are short.
+    """
+    here = json.loads(json.dumps(depends))
+    results = folder.glob(f"{glob.escape(kind)}-*/result.json")
+    others = [json.loads(path.read_text()) for r in results if (path := r.with_name(DEPENDS)).is_file()]
+    if not others:
+        return "none of its kind is stored"
+    differing = [sorted(n for n in here.keys() | other.keys() if here.get(n) != other.get(n)) for other in others]
+    names, other = min(zip(differing, others, strict=True), key=lambda pair: len(pair[0]))
+    return "changed: " + ", ".join(f"{name}{_change(other.get(name), here.get(name))}" for name in names)
+
+
+def _change(before: Any, now: Any) -> str:
+    change = f" {before} -> {now}"
+    return change if len(change) < 40 else ""
