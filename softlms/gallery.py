@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from PIL import Image
 
 import softlms
 from softlms.drawing import check_drawing
-from softlms.notebook_pages import Section, code_style, markdown, notebook_body, sections
+from softlms.notebook_pages import Section, code_style, markdown, notebook_body, plain, sections
 from softlms.profiles import PROFILES, project_root
 from softlms.provenance import commit
 
@@ -107,8 +108,8 @@ def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
             body = Markup(notebook_body(nbformat.read(chapter.source, as_version=4)))
             pages.write("notebook.html", f"notebooks/{chapter.name}.html", chapter=chapter, body=body)
         style = (TEMPLATES / "style.css").read_text()
-        (folder / "style.css").write_text(style + code_style())
-        (folder / "api.html").write_text(_api_page())
+        (folder / "style.css").write_text(style + code_style(), "utf-8")
+        (folder / "api.html").write_text(_api_page(), "utf-8")
     return out / "index.html"
 
 
@@ -124,7 +125,7 @@ class _Pages:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self.environment.filters |= {"markdown": _block, "inline": _inline}
+        self.environment.filters |= {"markdown": _block, "inline": _inline, "plain": plain}
         self.environment.globals |= {
             "profile": profile,
             "commit": commit(),
@@ -133,7 +134,7 @@ class _Pages:
         }
 
     def write(self, template: str, path: str = "", **values: Any) -> None:
-        (self.folder / (path or template)).write_text(self.environment.get_template(template).render(**values))
+        (self.folder / (path or template)).write_text(self.environment.get_template(template).render(**values), "utf-8")
 
 
 def _block(text: str) -> Markup:
@@ -191,12 +192,14 @@ def _api_page() -> str:
     """Every name in ``softlms.__all__``, from its docstring."""
     pdoc.render.configure(docformat="numpy", search=False, show_source=False, template_directory=TEMPLATES / "api")
     module = pdoc.doc.Module(softlms)
-    return pdoc.render.html_module(module, all_modules={"softlms": module})
+    page = pdoc.render.html_module(module, all_modules={"softlms": module})
+    # members inherited from another library are named, but have no place on the page
+    return re.sub(r'<a href="#([^"]+)">(.*?)</a>', lambda a: a[0] if f'id="{a[1]}"' in page else a[2], page)
 
 
 def _check_replaceable(out: Path) -> None:
     index = out / "index.html"
-    ours = index.is_file() and f'content="{GENERATOR}"' in index.read_text()
+    ours = index.is_file() and f'content="{GENERATOR}"' in index.read_text("utf-8")
     if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds something else than a gallery: choose an empty folder or a new one.")
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import nbformat
 from latex2mathml.converter import convert
+from markupsafe import Markup
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-__all__ = ["Section", "code_style", "markdown", "notebook_body", "sections"]
+__all__ = ["Section", "code_style", "markdown", "notebook_body", "plain", "sections"]
 
 WIDGET = "application/vnd.jupyter.widget-view+json"  # shows nothing without a kernel behind it
 
@@ -38,6 +39,11 @@ def _mathml(tex: str, display: str) -> str:
 def markdown(text: str) -> str:
     """A Markdown cell as HTML, its formulas as MathML."""
     return MarkdownWithMath(renderer=_WithMathML(escape=False, exclude_anchor_links=True)).render(text)
+
+
+def plain(text: str) -> str:
+    """A line of Markdown without marks, for where no HTML can be: ``$\\alpha$`` becomes α."""
+    return Markup(markdown(text)).striptags()
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def notebook_body(book: nbformat.NotebookNode) -> str:
         cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
-                output.metadata.setdefault("image/png", {})["alt"] = f"Figure: {heading}"
+                output.metadata.setdefault("image/png", {})["alt"] = f"Figure: {plain(heading)}"
     exporter = HTMLExporter(template_name="basic", embed_images=True, filters={"markdown2html": markdown})
     return exporter.from_notebook_node(book)[0]
 
