@@ -1,14 +1,18 @@
-# make figures | test | lab | lint | benchmark: each makes its own virtual environment first.
+# make figures | gallery | test | lab | lint | benchmark: each makes its own virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: figures test test-units test-encoders test-language lab lint benchmark clean
+.PHONY: figures gallery test test-units test-encoders test-language lab lint benchmark clean
 
 figures: $(READY)
 	$(BIN)/softlms figures --profile $(PROFILE)
+
+# a static site of the committed figures: open site/index.html
+gallery: $(READY)
+	$(BIN)/softlms gallery
 
 # two at a time: much of it runs on one core
 test: $(READY) lint
@@ -44,4 +48,4 @@ $(READY): pyproject.toml requirements.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs executed
+	rm -rf $(VENV) runs executed site

@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures.add_argument("--model", default="", help="folder or hub name of another encoder")
     figures.add_argument("--text", default="", help="text of the language models: folder, hub or embedded")
 
+    gallery = commands.add_parser("gallery", help="build a static site of the figures, the notebooks and the API")
+    gallery.add_argument("--profile", default="laptop", help="quick, laptop (default) or paper")
+    gallery.add_argument("--out", default="site", help="folder (default site)")
+
+    commands.add_parser("doctor", help="say what is installed here, and what would stop the workbook")
+
     compress = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")
     compress.add_argument("--model", required=True, help="fine-tuned classifier or encoder: folder, hub name, minilm")
     compress.add_argument("--task", required=True, help="mrpc, rte, sst2, cola, stsb or docpairs")
@@ -99,6 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softlms.workbook import make_figures
 
             return make_figures(options.pop("notebooks"), **options)
+        if command == "gallery":
+            from softlms.gallery import build_gallery
+
+            print(build_gallery(**options).as_uri())
+            return 0
+        if command == "doctor":
+            from softlms.doctor import print_findings
+
+            return print_findings()
         if command == "compress":
             from softlms.compress import Compression
             from softlms.compress import compress as run

