@@ -17,12 +17,8 @@ test: $(READY) lint
 test-units: $(READY)
 	$(BIN)/python -m pytest
 
-test-encoders: $(READY)
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks/01_*.ipynb
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 notebooks/0[02-5]_*.ipynb
-
-test-language: $(READY)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 notebooks/0[6-9]_*.ipynb
+test-encoders test-language: test-%: $(READY)
+	$(BIN)/softlms check-notebooks $*
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

@@ -27,7 +27,7 @@ COMPRESSION_OPTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 1 if a notebook failed, 2 for bad input."""
+    """Run the command; 0 if all went well, 1 if a notebook failed or is stale, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="softlms", description="Learned ranks for language models: the workbook.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -37,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures.add_argument("--data", default="", help="folder in GLUE's layout, or hub; default: SOFTLMS_DATA, else hub")
     figures.add_argument("--model", default="", help="folder or hub name of another encoder")
     figures.add_argument("--text", default="", help="text of the language models: folder, hub or embedded")
+
+    check = commands.add_parser("check-notebooks", help="run notebooks under nbval, as notebooks/lanes.toml says")
+    check.add_argument("jobs", nargs="*", help="sections of lanes.toml; all when none is given")
+
+    stamp = commands.add_parser("stamp", help="execute notebooks in place, and stamp them with what they depend on")
+    stamp.add_argument("notebooks", nargs="*", help="names or their beginnings, such as 03; all when none is given")
+    stamp.add_argument("--check", action="store_true", help="execute nothing: say which are stale, and why")
 
     compress = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")
     compress.add_argument("--model", required=True, help="fine-tuned classifier or encoder: folder, hub name, minilm")
@@ -99,6 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softlms.workbook import make_figures
 
             return make_figures(options.pop("notebooks"), **options)
+        if command == "check-notebooks":
+            from softlms.notebook_checks import check_notebooks
+
+            return check_notebooks(**options)
+        if command == "stamp":
+            from softlms.stamp import stamp_notebooks
+
+            return stamp_notebooks(options.pop("notebooks"), **options)
         if command == "compress":
             from softlms.compress import Compression
             from softlms.compress import compress as run
