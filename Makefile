@@ -1,11 +1,11 @@
-# make figures | test | lab | lint | benchmark: each makes its own virtual environment first.
+# make figures | test | test-browser | lab | lint | benchmark: each makes its own virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: figures test test-units test-encoders test-language lab lint benchmark clean
+.PHONY: figures test test-units test-encoders test-language test-browser lab lint benchmark clean
 
 figures: $(READY)
 	$(BIN)/softlms figures --profile $(PROFILE)
@@ -19,6 +19,11 @@ test-units: $(READY)
 
 test-encoders test-language: test-%: $(READY)
 	$(BIN)/softlms check-notebooks $*
+
+# JupyterLab in a real browser: needs chromium and chromedriver (Debian: apt install chromium chromium-driver)
+test-browser: $(READY)
+	$(BIN)/pip install --quiet -c requirements.txt -e ".[browser]"
+	$(BIN)/python -m pytest -m browser -rs tests/test_browser.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

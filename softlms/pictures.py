@@ -114,7 +114,7 @@ def draw_cut(ax: Axes, sigma: Tensor, shape: tuple[int, int], alpha: float, s: f
     kept = soft_threshold(sigma, alpha, s)
     ax.fill_between(index, sigma.numpy(), step="mid", color="0.85", label=r"$\sigma$, cut")
     ax.fill_between(index, kept.numpy(), step="mid", color=PALETTE["adaptive"], alpha=0.8, label=r"$T(\sigma)$, kept")
-    ax.axhline(alpha, color=PALETTE["static"], linestyle="--", label=rf"$\alpha$ = {alpha:.2f}, $s$ = {s:g}")
+    ax.axhline(alpha, color=PALETTE["static"], linestyle="--", label=rf"$\alpha$ = {alpha:.2f}, $s$ = {s:.3g}")
     ax.set(xlabel="component", ylabel=r"singular value $\sigma$", xlim=(1, len(sigma)), ylim=(0, None))
     ax.set_title(describe_cut(sigma, shape, alpha))
     ax.legend(loc="upper right")

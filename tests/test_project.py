@@ -26,6 +26,7 @@ def needed():
         *extras["notebooks"],
         *extras["export"],
         *extras["mamba"],
+        *extras["browser"],
         *extras["test"],
     ]
 
@@ -35,7 +36,7 @@ def test_environment_installs_what_pyproject_names():
     python, pip, pip_section = environment["dependencies"]
     assert python == f"python{PYPROJECT['project']['requires-python']}" and pip == "pip"
     assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,export,test]"]
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "export", "mamba", "test"}
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "export", "mamba", "browser", "test"}
 
 
 def test_every_dependency_is_pinned_within_its_range():
