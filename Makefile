@@ -1,11 +1,11 @@
-# make figures | gallery | test | lab | lint | benchmark: each makes its own virtual environment first.
+# make figures | gallery | test | test-browser | lab | lint | benchmark: each makes its own virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: figures gallery test test-units test-encoders test-language lab lint benchmark clean
+.PHONY: figures gallery test test-units test-encoders test-language test-browser lab lint benchmark clean
 
 figures: $(READY)
 	$(BIN)/softlms figures --profile $(PROFILE)
@@ -21,12 +21,13 @@ test: $(READY) lint
 test-units: $(READY)
 	$(BIN)/python -m pytest
 
-test-encoders: $(READY)
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=1800 notebooks/01_*.ipynb
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 notebooks/0[02-5]_*.ipynb
+test-encoders test-language: test-%: $(READY)
+	$(BIN)/softlms check-notebooks $*
 
-test-language: $(READY)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 notebooks/0[6-9]_*.ipynb
+# JupyterLab in a real browser: needs chromium and chromedriver (Debian: apt install chromium chromium-driver)
+test-browser: $(READY)
+	$(BIN)/pip install --quiet -c requirements.txt -e ".[browser]"
+	$(BIN)/python -m pytest -m browser -rs tests/test_browser.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks

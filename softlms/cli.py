@@ -27,7 +27,7 @@ COMPRESSION_OPTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 1 if a notebook failed, 2 for bad input."""
+    """Run the command; 0 if all went well, 1 if a notebook failed or is stale, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="softlms", description="Learned ranks for language models: the workbook.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -43,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gallery.add_argument("--out", default="site", help="folder (default site)")
 
     commands.add_parser("doctor", help="say what is installed here, and what would stop the workbook")
+    check = commands.add_parser("check-notebooks", help="run notebooks under nbval, as notebooks/lanes.toml says")
+    check.add_argument("jobs", nargs="*", help="sections of lanes.toml; all when none is given")
+
+    stamp = commands.add_parser("stamp", help="execute notebooks in place, and stamp them with what they depend on")
+    stamp.add_argument("notebooks", nargs="*", help="names or their beginnings, such as 03; all when none is given")
+    stamp.add_argument("--check", action="store_true", help="execute nothing: say which are stale, and why")
 
     compress = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")
     compress.add_argument("--model", required=True, help="fine-tuned classifier or encoder: folder, hub name, minilm")
@@ -114,6 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softlms.doctor import print_findings
 
             return print_findings()
+        if command == "check-notebooks":
+            from softlms.notebook_checks import check_notebooks
+
+            return check_notebooks(**options)
+        if command == "stamp":
+            from softlms.stamp import stamp_notebooks
+
+            return stamp_notebooks(options.pop("notebooks"), **options)
         if command == "compress":
             from softlms.compress import Compression
             from softlms.compress import compress as run

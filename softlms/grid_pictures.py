@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -10,9 +12,9 @@ from matplotlib.lines import Line2D
 
 from softlms.comparison import CUT_FROM, UNSCALED, leading_metric, middle_budget, summarize
 from softlms.layers import kept_parameters
-from softlms.plotting import figure
+from softlms.plotting import PALETTE, figure
 
-__all__ = ["plot_quality", "plot_ranks"]
+__all__ = ["describe_budget", "draw_rank_bars", "plot_quality", "plot_ranks"]
 
 # Okabe and Ito's palette
 COLOURS = {"svd": "#D55E00", "fwsvd": "#E69F00", "asvd": "#CC79A7", "whitened": "#0072B2"}
@@ -110,3 +112,50 @@ def plot_ranks(ranks: pd.DataFrame) -> Figure:
     budget, task = part.keep.iloc[0], part.task.iloc[0]
     fig.suptitle(f"Where {budget:.0%} of the linears' weights are spent, {task}, mean over seeds")
     return fig
+
+
+def describe_budget(rows: pd.DataFrame, task: str, method: str, keep: float) -> str:
+    """What a method scored at a budget: trained for it, and cut down to it from a larger one without training.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of `softlms.comparison.grid_rows`; only budgets that were run are known.
+    """
+    summary = summarize(rows[rows.recovered & (rows.task == task) & (rows.metric == leading_metric(task))])
+    said = []
+    for name, scores in summary[summary.keep == keep].groupby("method"):
+        start, _, larger = str(name).partition(CUT_FROM)
+        if start == method:
+            how = f"cut from {float(larger):.0%} without training" if larger else f"trained for {keep:.0%}"
+            said.append(f"{how}: {', '.join(map(_describe_score, scores.to_dict('records')))}")
+    return "; ".join(said)
+
+
+def _describe_score(score: dict[str, Any]) -> str:
+    spread = "" if pd.isna(score["std"]) else f" ± {score['std']:.1f}"
+    return f"{score['split']} {score['metric']} {score['mean']:.1f}{spread}"
+
+
+def draw_rank_bars(ax: Axes, ranks: pd.DataFrame, task: str, method: str, keep: float) -> None:
+    """Draw the rank of every layer at a budget, mean over seeds, before what it was at the largest and at full rank.
+
+    Parameters
+    ----------
+    ranks : DataFrame
+        Of `softlms.comparison.rank_rows`.
+    """
+    chosen = ranks[(ranks.task == task) & (ranks.method == method)]
+    by_layer = chosen.pivot_table(index=["block", "symbol", "m", "n"], columns="keep", values="rank", sort=False)
+    layers = by_layer.sort_index(level="block", sort_remaining=False)
+    places, largest = range(len(layers)), layers.columns.max()
+    full = layers.index.to_frame()[["m", "n"]].min(axis=1)
+    ax.bar(places, full, color="0.9", label="full rank")
+    if largest > keep:
+        ax.bar(places, layers[largest], color=PALETTE["linear"], label=f"falls between {largest:.0%} and {keep:.0%}")
+    ax.bar(places, layers[keep], color=PALETTE["adaptive"], label=f"kept at {keep:.0%}")
+    ax.set_xticks(places, [symbol for _, symbol, _, _ in layers.index], rotation=90)
+    ax.set(xlabel="layer, from input to output", ylabel="rank", xlim=(-0.6, len(layers) - 0.4))
+    ax.set_title(f"{task}, {method}: {keep:.0%} of the linears' weights, mean over {chosen.seed.nunique()} seeds")
+    ax.grid(axis="x", visible=False)
+    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.1))

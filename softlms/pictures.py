@@ -18,7 +18,9 @@ from softlms.thresholds import hard_threshold, shifted_tanh, soft_threshold
 
 __all__ = [
     "describe_cut",
+    "describe_speed",
     "draw_cut",
+    "draw_speed_bars",
     "plot_block_sensitivity",
     "plot_compressing",
     "plot_compression_losses",
@@ -114,7 +116,7 @@ def draw_cut(ax: Axes, sigma: Tensor, shape: tuple[int, int], alpha: float, s: f
     kept = soft_threshold(sigma, alpha, s)
     ax.fill_between(index, sigma.numpy(), step="mid", color="0.85", label=r"$\sigma$, cut")
     ax.fill_between(index, kept.numpy(), step="mid", color=PALETTE["adaptive"], alpha=0.8, label=r"$T(\sigma)$, kept")
-    ax.axhline(alpha, color=PALETTE["static"], linestyle="--", label=rf"$\alpha$ = {alpha:.2f}, $s$ = {s:g}")
+    ax.axhline(alpha, color=PALETTE["static"], linestyle="--", label=rf"$\alpha$ = {alpha:.2f}, $s$ = {s:.3g}")
     ax.set(xlabel="component", ylabel=r"singular value $\sigma$", xlim=(1, len(sigma)), ylim=(0, None))
     ax.set_title(describe_cut(sigma, shape, alpha))
     ax.legend(loc="upper right")
@@ -264,3 +266,40 @@ def plot_speed(table: pd.DataFrame) -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=4)
     return fig
+
+
+def describe_speed(table: pd.DataFrame, model: str, batch: int, threads: int) -> str:
+    """The speed-up of a model's blocks in one line, and how much of what FLOPs allow that is."""
+    rows = _speed_rows(table, model, batch, threads)
+    blocks = rows[(rows.part == "stack") & (rows.phase == "prefill")]
+    said = [f"{row.form} {row.speed_up:.2f} of {row.flop_limit:.2f}" for row in blocks.itertuples()]
+    return f"{model}, blocks, times as fast as dense: {'; '.join(said)}"
+
+
+def draw_speed_bars(ax: Axes, table: pd.DataFrame, model: str, batch: int, threads: int) -> None:
+    """Draw the speed-up of each part that was timed as a bar, and its FLOP limit as a line across it.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Rows of `softlms.speed.compare_speed`.
+    """
+    rows = _speed_rows(table, model, batch, threads)
+    cases = list(dict.fromkeys(zip(rows.part, rows.phase, strict=True)))
+    for form, style, shift in (("uniform ranks", "static", -0.2), ("trained ranks", "adaptive", 0.2)):
+        here = rows[rows.form == form]
+        x = [cases.index(case) + shift for case in zip(here.part, here.phase, strict=True)]
+        ax.bar(x, here.speed_up, width=0.36, color=PALETTE[style], label=form)
+        ax.hlines(here.flop_limit, [i - 0.19 for i in x], [i + 0.19 for i in x], color="black")
+    ax.plot([], [], color="black", label="FLOP limit")
+    ax.axhline(1, color="0.5", lw=0.8)
+    names = {"stack": "blocks", "model": "whole model"}
+    ax.set_xticks(range(len(cases)), [f"{names[part]}, {phase}" for part, phase in cases])
+    ax.set(ylabel="times as fast as dense", title=f"{model}, rows: {batch}, threads: {threads}")
+    ax.grid(axis="x", visible=False)
+    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.08))
+
+
+def _speed_rows(table: pd.DataFrame, model: str, batch: int, threads: int) -> pd.DataFrame:
+    chosen = (table.model == model) & (table.batch == batch) & (table.threads == threads)
+    return table[chosen & (table.form != "dense")]

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from softlms.profiles import DATA_VARIABLE, PROFILES, project_root
 
-__all__ = ["make_figures"]
+__all__ = ["choose_notebooks", "make_figures"]
 
 CELL_TIMEOUT = 12 * 3600  # seconds; papermill would wait for ever
 KERNEL = "python3"
@@ -73,7 +73,7 @@ def make_figures(
         os.environ[DATA_VARIABLE] = str(Path(os.environ[DATA_VARIABLE]).resolve())
     model = str(Path(model).resolve()) if model and Path(model).is_dir() else model
     root = project_root()
-    chosen = _choose(root / "notebooks", names)
+    chosen = choose_notebooks(root / "notebooks", names)
     known = {path: papermill.inspect_notebook(path) for path in chosen}
     given = {"profile": profile} | {k: v for k, v in {"data": data, "model": model, "text": text}.items() if v}
     for name in given:
@@ -99,7 +99,8 @@ def make_figures(
     return int(any(outcome.error for outcome in outcomes))
 
 
-def _choose(folder: Path, names: Sequence[str]) -> list[Path]:
+def choose_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Notebooks of a folder by name or by its beginning, all when `names` is empty; ValueError for an unknown one."""
     known = sorted(folder.glob("[0-9]*.ipynb"))
     unknown = [name for name in names if not any(path.stem.startswith(name) for path in known)]
     if unknown:

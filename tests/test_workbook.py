@@ -1,5 +1,4 @@
 import io
-import json
 import shutil
 from pathlib import Path
 
@@ -134,19 +133,6 @@ def test_project_root_is_found_from_inside(monkeypatch):
     for folder in (ROOT, ROOT / "notebooks", ROOT / "softlms"):
         monkeypatch.chdir(folder)
         assert project_root() == ROOT
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_committed_notebooks_cannot_pass_vacuously(path):
-    """nbval compares nothing in a cell without count or outputs: every cell has run, once, in order."""
-    book = json.loads(path.read_text())
-    cells = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    assert sum(bool(cell["outputs"]) for cell in cells) >= 4
-    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
-    assert book["metadata"]["kernelspec"]["name"] == "python3"
-    (parameters,) = (cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    assert 'profile = "quick"' in "".join(parameters["source"])
 
 
 def test_figures_command_is_installed():
