@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: figures test test-units test-encoders test-language lab lint benchmark clean
 
 figures: $(READY)
-	$(BIN)/softlms figures --profile $(PROFILE)
+	$(BIN)/softlms figures --resume --profile $(PROFILE)
 
 # two at a time: much of it runs on one core
 test: $(READY) lint

@@ -91,7 +91,9 @@ def test_book_writes_figures_and_tables_with_provenance(checkout):
         book.check()
     with pytest.raises(FileNotFoundError, match="09_speedup is drawn from it"):
         book.draw()
-    book.save_table(pd.read_csv(ROOT / "results/laptop/09_speedup.csv").drop(columns=["hardware", "versions", "profile"]))
+    book.save_table(
+        pd.read_csv(ROOT / "results/laptop/09_speedup.csv").drop(columns=["hardware", "versions", "profile"])
+    )
     book.draw()
     plt.close("all")
     book.check()
