@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not again:
                 return make_figures(names, **options)
             if further := [
-                name for name, value in options.items() if name != "profile" and value not in ("", [], 1, False)
+                name for name in options if name != "profile" and options[name] != figures.get_default(name)
             ]:
                 raise ValueError(f"--replot runs no notebook: {', '.join(further)} would mean nothing.")
             return replot_figures(names, profile=options["profile"])
