@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: figures gallery test test-units test-encoders test-language test-browser lab lint benchmark clean
 
 figures: $(READY)
-	$(BIN)/softlms figures --profile $(PROFILE)
+	$(BIN)/softlms figures --resume --profile $(PROFILE)
 
 # a static site of the committed figures: open site/index.html
 gallery: $(READY)

@@ -27,7 +27,7 @@ COMPRESSION_OPTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 1 if a notebook failed or is stale, 2 for bad input."""
+    """Run the command; 0 if all went well, 1 if a notebook failed or is stale, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="softlms", description="Learned ranks for language models: the workbook.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -37,6 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures.add_argument("--data", default="", help="folder in GLUE's layout, or hub; default: SOFTLMS_DATA, else hub")
     figures.add_argument("--model", default="", help="folder or hub name of another encoder")
     figures.add_argument("--text", default="", help="text of the language models: folder, hub or embedded")
+    figures.add_argument(
+        "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="any other parameter of theirs"
+    )
+    figures.add_argument(
+        "-j", dest="jobs", type=int, default=1, help="notebooks at a time (default 1); each may use two processes"
+    )
+    figures.add_argument("--resume", action="store_true", help="leave out notebooks that are finished and unchanged")
+    figures.add_argument("--replot", action="store_true", help="run nothing: draw the figures again from the tables")
 
     gallery = commands.add_parser("gallery", help="build a static site of the figures, the notebooks and the API")
     gallery.add_argument("--profile", default="laptop", help="quick, laptop (default) or paper")
@@ -108,9 +116,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     try:
         if command == "figures":
-            from softlms.workbook import make_figures
+            from softlms.workbook import make_figures, replot_figures
 
-            return make_figures(options.pop("notebooks"), **options)
+            names, again = options.pop("notebooks"), options.pop("replot")
+            if not again:
+                return make_figures(names, **options)
+            if further := [
+                name for name in options if name != "profile" and options[name] != figures.get_default(name)
+            ]:
+                raise ValueError(f"--replot runs no notebook: {', '.join(further)} would mean nothing.")
+            return replot_figures(names, profile=options["profile"])
         if command == "gallery":
             from softlms.gallery import build_gallery
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -93,7 +95,9 @@ def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[J
                 yield job, job.bench.run(job.method, job.recipe, job.seed)
         return
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with context.Manager() as manager, ProcessPoolExecutor(processes, context, be_quiet) as pool:
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with_parent)
+    with manager, ProcessPoolExecutor(processes, context, _begin) as pool:
         finished: Any = manager.Queue()
         stop: Any = manager.Event()
         futures = [pool.submit(_work, unit, number, finished, stop) for number, unit in enumerate(units)]
@@ -123,6 +127,23 @@ def be_quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+def _begin() -> None:
+    be_quiet()
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """Make this process end when the one that started it does, even where that is killed."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _work(unit: Sequence[Job], number: int, finished: Any, stop: Any) -> None:

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import os
 import platform
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         Its folder is made where there is none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     try:
         yield partial
         partial.replace(path)

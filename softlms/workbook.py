@@ -1,34 +1,29 @@
-"""The batch driver: every notebook through papermill, with progress, and a table of what came of it."""
+"""The command ``softlms figures``: notebooks through papermill, checked before, resumed, told about after."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import papermill
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from softlms.batch import Ending, Work, check_kernel, run_notebooks
+from softlms.finished import depends_on, mark_finished, reason_to_run, stored_seconds, unmark
+from softlms.folders import Folders, check_writable, remove_leftovers
+from softlms.parameters import assign_parameters, split_assignments
 from softlms.profiles import DATA_VARIABLE, PROFILES, project_root
+from softlms.progress import Progress, clock
+from softlms.replot import replot
 
-__all__ = ["choose_notebooks", "make_figures"]
+__all__ = ["choose_notebooks", "make_figures", "replot_figures"]
 
-CELL_TIMEOUT = 12 * 3600  # seconds; papermill would wait for ever
-KERNEL = "python3"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One notebook's run: files written, seconds, and the error that ended it, if one did."""
-
-    name: str
-    seconds: float
-    files: tuple[Path, ...]
-    error: str | None
+INTERRUPTED = 130  # as a shell says it
 
 
 def make_figures(
@@ -38,9 +33,12 @@ def make_figures(
     data: str = "",
     model: str = "",
     text: str = "",
+    parameters: Sequence[str] = (),
+    jobs: int = 1,
+    resume: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Run notebooks headless, one after the other; a failure does not stop the others.
+    """Run notebooks headless, each in a process of its own; a failure does not stop the others.
 
     Parameters
     ----------
@@ -50,53 +48,135 @@ def make_figures(
         See `softlms.profiles.open_book`; a notebook gets those that it has.
     text : str
         See `softlms.language_profiles.open_language_book`.
+    parameters : sequence of str
+        Others, as ``name=value``.
+    jobs : int
+        Notebooks at a time; the runs inside of one may use two processes.
+    resume : bool
+        Leave out notebooks that are finished: for the same cells, parameters, library, versions and machine, with all
+        that they wrote still there.
     console : rich.console.Console, optional
-        Where progress and the table go.
+        Where progress and the table go; errors go to standard error.
 
     Returns
     -------
     int
-        Exit status: 0, or 1 if a notebook failed.
+        Exit status: 0; 1 if a notebook failed; 130 after Ctrl-C.
 
     Raises
     ------
-    ValueError, FileNotFoundError
-        Unknown profile or notebook, what was given is no parameter of any of them, or no checkout: before anything
-        runs.
+    ValueError, OSError
+        Bad input, no checkout, no kernel, or a folder that cannot be written: before anything runs.
     """
     console = console or Console()
+    if jobs < 1:
+        raise ValueError(f"-j is {jobs}; it must be at least 1.")
+    folders, chosen = _open(profile, names)
+    # a folder is given from where the user stands, the notebooks run elsewhere
+    options = {"data": _resolve("--data", data), "model": _resolve_model(model), "text": _resolve("--text", text)}
+    environment = dict(os.environ)
+    if environment.get(DATA_VARIABLE):
+        environment[DATA_VARIABLE] = _resolve(DATA_VARIABLE, environment[DATA_VARIABLE])
+    given = {"profile": profile} | {name: value for name, value in options.items() if value}
+    assigned = assign_parameters(chosen, given | split_assignments(parameters))
+    check_kernel()
+    check_writable((folders.figures, folders.results, folders.executed, folders.runs))
+    for file in remove_leftovers((folders.figures, folders.results, folders.executed)):
+        _say(console, f"removed {file.relative_to(folders.root)}, which a killed run left")
+    works = [Work(notebook, folders.executed / notebook.name, assigned[notebook]) for notebook in chosen]
+    depends = {work.name: depends_on(work.notebook, work.parameters, environment) for work in works}
+    if resume:
+        reasons = {work.name: reason_to_run(folders, work.name, depends[work.name]) for work in works}
+        for name, reason in reasons.items():
+            _say(console, f"{name}: {f'will run, {reason}' if reason else 'skipped, done before'}")
+        works = [work for work in works if reasons[work.name]]
+    try:
+        outcomes = _run(works, folders, depends, environment, jobs, console)
+    except KeyboardInterrupt:
+        _complain("stopped; what is finished stays, and the same command with --resume continues.")
+        return INTERRUPTED
+    console.print(_table([notebook.stem for notebook in chosen], outcomes, profile))
+    for name, outcome in outcomes.items():
+        if outcome.error:
+            _complain(f"{name} failed in cell {outcome.cell}: {outcome.error} ({_copy(outcome, folders)})")
+    return int(any(outcome.error for outcome in outcomes.values()))
+
+
+def replot_figures(names: Sequence[str] = (), *, profile: str = "quick", console: Console | None = None) -> int:
+    """Draw all figures of the chosen notebooks again from ``results/<profile>``; no notebook runs.
+
+    Parameters
+    ----------
+    names, profile, console
+        See `make_figures`. Where none is named, notebooks that have not run in this profile are left out.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 1 if a figure could not be drawn.
+
+    Raises
+    ------
+    ValueError, OSError
+        Bad input, no checkout, or a folder that cannot be written: before anything is drawn.
+    """
+    console = console or Console()
+    folders, chosen = _open(profile, names)
+    check_writable([folders.figures])
+    remove_leftovers([folders.figures])
+    wrong = replot([notebook.stem for notebook in chosen], folders, console, named=bool(names))
+    for line in wrong:
+        _complain(line)
+    return int(bool(wrong))
+
+
+@dataclass(frozen=True)
+class Outcome(Ending):
+    """An ending, and how many figures and tables were written."""
+
+    figures: int
+    tables: int
+
+
+def _run(
+    works: Sequence[Work],
+    folders: Folders,
+    depends: Mapping[str, Mapping[str, Any]],
+    environment: Mapping[str, str],
+    jobs: int,
+    console: Console,
+) -> dict[str, Outcome]:
+    outcomes = {}
+    present: dict[str, dict[Path, tuple[int, int]]] = {}
+
+    def prepare(work: Work) -> None:
+        unmark(folders, work.name)
+        present[work.name] = folders.written(work.name)
+
+    seconds = {work.name: stored_seconds(folders, work.name) for work in works}
+    with (
+        Progress(console, seconds, jobs) as progress,
+        contextlib.closing(run_notebooks(works, jobs, environment, progress, prepare)) as endings,
+    ):
+        for work, ending in endings:
+            files = [
+                file for file, state in folders.written(work.name).items() if present[work.name].get(file) != state
+            ]
+            if not ending.error:
+                try:
+                    mark_finished(folders, work.name, depends[work.name], files)
+                except OSError as error:  # a full disk
+                    ending = replace(ending, error=f"OSError: {error}")
+            counts = (sum(file.suffix == kind for file in files) for kind in (".png", ".csv"))
+            outcomes[work.name] = Outcome(ending.seconds, ending.error, ending.cell, ending.copy, *counts)
+    return outcomes
+
+
+def _open(profile: str, names: Sequence[str]) -> tuple[Folders, list[Path]]:
     if profile not in PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
-    # a folder is given from where the user stands, the notebooks run elsewhere
-    data, text = (str(Path(x).resolve()) if x and x not in ("hub", "embedded") else x for x in (data, text))
-    if os.environ.get(DATA_VARIABLE) and os.environ[DATA_VARIABLE] != "hub":
-        os.environ[DATA_VARIABLE] = str(Path(os.environ[DATA_VARIABLE]).resolve())
-    model = str(Path(model).resolve()) if model and Path(model).is_dir() else model
     root = project_root()
-    chosen = choose_notebooks(root / "notebooks", names)
-    known = {path: papermill.inspect_notebook(path) for path in chosen}
-    given = {"profile": profile} | {k: v for k, v in {"data": data, "model": model, "text": text}.items() if v}
-    for name in given:
-        if not any(name in parameters for parameters in known.values()):
-            raise ValueError(f"None of {', '.join(path.stem for path in chosen)} has the parameter {name!r}.")
-    outcomes = []
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for path in chosen:
-            progress.update(task, description=f"{path.stem} ({profile})")
-            outcomes.append(_run(path, root, {name: given[name] for name in given if name in known[path]}))
-            progress.advance(task)
-            if outcomes[-1].error:
-                progress.console.print(f"[red]{path.stem} failed[/red]: {outcomes[-1].error}", highlight=False)
-    console.print(_table(outcomes, profile))
-    return int(any(outcome.error for outcome in outcomes))
+    return Folders(root, profile), choose_notebooks(root / "notebooks", names)
 
 
 def choose_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -108,41 +188,46 @@ def choose_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
     return [path for path in known if not names or any(path.stem.startswith(name) for name in names)]
 
 
-def _run(path: Path, root: Path, parameters: dict[str, str]) -> Outcome:
-    executed = root / "executed" / parameters["profile"]
-    executed.mkdir(parents=True, exist_ok=True)
-    started, clock = time.time(), time.monotonic()
-    error = None
-    try:
-        papermill.execute_notebook(
-            path,
-            executed / path.name,
-            parameters=parameters,
-            kernel_name=KERNEL,
-            cwd=str(path.parent),
-            progress_bar=False,
-            start_timeout=120,
-            execution_timeout=CELL_TIMEOUT,
-            iopub_timeout=60,
-            record_timing=False,
-            store_widget_state=False,
-            extra_arguments=["--Application.log_level=ERROR"],  # a line about TCP at each kernel's start
-        )
-    except papermill.PapermillExecutionError as failure:
-        error = f"{failure.ename}: {failure.evalue} (cell {failure.exec_count}, see {executed / path.name})"
-    except Exception as failure:  # a kernel that dies must not stop the other notebooks
-        error = f"{type(failure).__name__}: {failure}"
-    folders = (root / "figures" / parameters["profile"], root / "results" / parameters["profile"])
-    files = [file for folder in folders for file in folder.glob(f"{path.stem}*") if file.stat().st_mtime >= started - 1]
-    return Outcome(path.stem, time.monotonic() - clock, tuple(sorted(files)), error)
+def _resolve(option: str, value: str) -> str:
+    if value in ("", "hub", "embedded"):
+        return value
+    folder = Path(value).expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option} is {value!r}; there is no such folder, and it is neither hub nor embedded.")
+    return str(folder)
 
 
-def _table(outcomes: Sequence[Outcome], profile: str) -> Table:
+def _resolve_model(value: str) -> str:
+    folder = Path(value).expanduser()
+    if value and folder.is_dir():
+        return str(folder.resolve())
+    if value.startswith((".", "/", "~")):  # what else is no folder may be a name on the hub
+        raise FileNotFoundError(f"--model is {value!r}; there is no such folder.")
+    return value
+
+
+def _table(names: Sequence[str], outcomes: Mapping[str, Outcome], profile: str) -> Table:
     places = f"figures/{profile} (PNG and PDF), results/{profile}, executed/{profile}"
     table = Table("notebook", "status", "time", "wrote", title=f"softlms figures, profile {profile}", caption=places)
-    for outcome in outcomes:
+    for name in names:
+        if (outcome := outcomes.get(name)) is None:
+            table.add_row(name, "skipped", "", "")
+            continue
         status = "[red]failed[/red]" if outcome.error else "[green]done[/green]"
-        minutes, seconds = divmod(round(outcome.seconds), 60)
-        figures, tables = (sum(file.suffix == kind for file in outcome.files) for kind in (".png", ".csv"))
-        table.add_row(outcome.name, status, f"{minutes}:{seconds:02d}", f"{figures} figures, {tables} tables")
+        wrote = f"{outcome.figures} figures, {outcome.tables} tables"
+        table.add_row(name, status, clock(outcome.seconds), wrote)
     return table
+
+
+def _copy(outcome: Outcome, folders: Folders) -> str:
+    if outcome.copy is None:
+        return "no executed copy"
+    return f"executed copy: {Path(outcome.copy).relative_to(folders.root)}"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _complain(text: str) -> None:
+    print(f"softlms figures: {text}", file=sys.stderr)

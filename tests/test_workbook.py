@@ -1,82 +1,24 @@
-import io
 import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from softlms import cli
 from softlms.profiles import PROFILES, open_book, project_root
-from softlms.workbook import make_figures
 
 ROOT = Path(__file__).parent.parent
-KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
-GOOD = """
-from softlms.profiles import project_root
-folder = project_root() / "figures" / profile
-folder.mkdir(parents=True, exist_ok=True)
-(folder / "01_good.png").write_text(data)
-"""
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """An empty checkout with notebooks that take no time."""
+    """An empty checkout."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").touch()
-    for name, source in (("01_good", GOOD), ("02_bad", "raise RuntimeError('on purpose')"), ("03_good", GOOD)):
-        book = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
-        parameters = nbformat.v4.new_code_cell('profile = "quick"\ndata = ""\nmodel = ""')
-        parameters.metadata["tags"] = ["parameters"]
-        book.cells = [parameters, nbformat.v4.new_code_cell(source)]
-        nbformat.write(book, tmp_path / "notebooks" / f"{name}.ipynb")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SOFTLMS_DATA", raising=False)
     return tmp_path
-
-
-def run(*names, **options):
-    output = io.StringIO()
-    status = make_figures(names, console=Console(file=output, width=200), **options)
-    return status, output.getvalue()
-
-
-def test_a_failure_is_told_and_does_not_stop_the_others(checkout):
-    status, output = run()
-    assert status == 1
-    assert "RuntimeError: on purpose" in output and "02_bad" in output
-    assert output.count("done") == 2 and output.count("failed") == 2
-    assert (checkout / "executed" / "quick" / "03_good.ipynb").is_file()
-
-
-def test_chosen_notebooks_parameters_and_files(checkout):
-    (checkout / "corpus").mkdir()
-    status, output = run("01", profile="laptop", data="corpus")
-    assert status == 0 and "1 figures, 0 tables" in output and "03_good" not in output
-    assert "figures/laptop" in output
-    assert (checkout / "figures/laptop/01_good.png").read_text() == str(checkout / "corpus")
-
-
-def test_bad_input_stops_before_anything_runs(checkout, capsys):
-    for arguments, message in (
-        (["figures", "--profile", "huge"], "Unknown profile 'huge'; known: quick, laptop, paper"),
-        (["figures", "99"], "Unknown notebook '99'; known: 01_good, 02_bad, 03_good"),
-        (["figures", "01", "--text", "embedded"], "None of 01_good has the parameter 'text'"),
-    ):
-        assert cli.main(arguments) == 2
-        assert message in capsys.readouterr().err
-    assert not (checkout / "executed").exists()
-    with pytest.raises(SystemExit):
-        cli.main(["figures", "--nonsense"])
-
-
-def test_outside_a_checkout(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["figures"]) == 2
-    assert "is in no softlms checkout" in capsys.readouterr().err
 
 
 def test_benchmark_command(tmp_path, capsys):

@@ -1,0 +1,152 @@
+"""Kill ``softlms figures`` at random moments, resume it, and compare its tables with those of a run nobody killed.
+
+    python tests/kill_figures.py --kills 20                       # all notebooks, profile quick: some hours
+    python tests/kill_figures.py --kills 1 01 --profile quick     # some minutes
+
+It clones this checkout's last commit twice into a temporary folder. In one clone all notebooks run undisturbed. In the
+other the command and all that is in its process group get SIGKILL, at moments drawn over the undisturbed run's time,
+and it is started again with ``--resume``. After each kill nothing may live on, and every file must be whole. Where a
+run comes to its end, its tables are compared, all columns but those of measured times, and it begins from nothing.
+Exit status 1 when something differs. Not part of the test suite; `test_figures` does the same with notebooks that take
+seconds.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-c", "import sys; from softlms.cli import main; sys.exit(main())", "figures"]
+FOLDERS = ("figures", "results", "executed")
+MEASURED = re.compile(
+    r"seconds|ms|.*_ms|.*_s|peak_gb|speed_?up|times_faster|roofline_limit|without|with|gain"  # columns of times
+)
+
+
+def start_figures(folder, *arguments, code=ROOT):
+    """The command in a checkout, the library from `code`, in a process group of its own."""
+    environment = os.environ | {"PYTHONPATH": str(code)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*COMMAND, *arguments], cwd=folder, env=environment, start_new_session=True, **pipes)
+
+
+def wait_for(process, word):
+    """Read what the command says until a line holds a word; False where none does."""
+    return any(word in line for line in process.stdout)
+
+
+def stop_figures(process, delay, how=signal.SIGKILL):
+    """Send a signal to the whole process group after so many seconds; False where it ended before."""
+    try:
+        process.wait(timeout=delay)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, how)
+        process.wait(timeout=60)
+        return True
+
+
+def survivors(folder, patience=10):
+    """Processes that still work in a checkout after so many seconds."""
+    end = time.monotonic() + patience
+    while (alive := [p for p in psutil.process_iter() if _is_in(p, folder)]) and time.monotonic() < end:
+        time.sleep(0.2)
+    return alive
+
+
+def _is_in(process, folder):
+    try:
+        place = Path(process.cwd())
+    except (psutil.Error, OSError):
+        return False
+    return process.pid != os.getpid() and place.is_relative_to(folder)
+
+
+def broken_files(folder):
+    """Files under their final names that are not whole."""
+    broken = []
+    for path in (path for kind in FOLDERS for path in (folder / kind).rglob("[!.]*") if path.is_file()):
+        try:
+            if path.suffix in (".json", ".ipynb"):
+                json.loads(path.read_text())
+            elif path.suffix == ".csv":
+                pd.read_csv(path)
+            elif not path.stat().st_size:
+                broken.append(path)
+        except ValueError:
+            broken.append(path)
+    return broken
+
+
+def half_files(folder):
+    return [path for kind in FOLDERS for path in (folder / kind).rglob(".*.partial-*")]
+
+
+def tables(folder):
+    """Every CSV below results, without the columns of measured times."""
+    found = {path.relative_to(folder): pd.read_csv(path) for path in sorted((folder / "results").rglob("*.csv"))}
+    return {
+        path: table.drop(columns=[column for column in table if MEASURED.fullmatch(column)])
+        for path, table in found.items()
+    }
+
+
+def differences(folder, reference):
+    """Names of tables that are in one only, or differ."""
+    ours, theirs = tables(folder), tables(reference)
+    return [str(path) for path in ours | theirs if path not in ours or not ours[path].equals(theirs.get(path))]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    moments = random.Random(options.seed)
+    arguments = [*options.notebooks, "--profile", options.profile, "--resume"]
+    wrong = []
+    with tempfile.TemporaryDirectory() as place:
+        reference, killed = Path(place) / "reference", Path(place) / "killed"
+        for clone in (reference, killed):
+            subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        began = time.monotonic()
+        output, errors = start_figures(reference, *arguments, code=reference).communicate()
+        length = time.monotonic() - began
+        print(output, errors, f"undisturbed: {length:.0f} s", flush=True)
+        kills = 0
+        while True:
+            process = start_figures(killed, *arguments, code=killed)
+            delay = moments.uniform(0, length) if kills < options.kills else 10 * length
+            if stop_figures(process, delay):
+                kills += 1
+                print(f"kill {kills} after {delay:.1f} s; half-written: {len(half_files(killed))}", flush=True)
+                wrong += [f"lives on: {process}" for process in survivors(killed)]
+                wrong += [f"not whole: {path}" for path in broken_files(killed)]
+                continue
+            print(process.stdout.read(), process.stderr.read(), f"status {process.returncode}", flush=True)
+            wrong += [f"differs: {name}" for name in differences(killed, reference)]
+            wrong += [f"left over: {path}" for path in half_files(killed)]
+            if kills >= options.kills:
+                break
+            for kind in (*FOLDERS, "runs"):
+                shutil.rmtree(killed / kind / options.profile if kind != "runs" else killed / kind, ignore_errors=True)
+    print(f"{kills} kills:", "\n".join(wrong) or "no process lived on, no file was half-written, all tables are equal")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
