@@ -27,7 +27,7 @@ COMPRESSION_OPTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 1 if a notebook failed, 2 for bad input."""
+    """Run the command; 0 if all went well, 1 if a notebook or a claim failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="softlms", description="Learned ranks for language models: the workbook.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -92,6 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
     memory.add_argument("--out", default="", help="CSV file that gets a row more")
 
+    verify = commands.add_parser("verify", help="judge every claim, and hold README and notebooks against the results")
+    verify.add_argument("--profile", default="laptop", help="whose rows: quick, laptop (default) or paper")
+    verify.add_argument("--write", action="store_true", help="write README's generated tables anew first")
+
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
@@ -106,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out = options.pop("out")
             run(Compression(**options), out)
             return 0
+        if command == "verify":
+            from softlms.verify import verify as check
+
+            return check(options.pop("profile"), **options)
         if command == "full-size":
             from softlms.full_size import print_full_size
 

@@ -125,11 +125,10 @@ def verdicts(results: Path, tasks: Sequence[Column], first: str, difference: str
     books = dict.fromkeys(task.book for task in tasks)
     rows = pd.concat(pd.read_csv(results / f"laptop/{book}_verdicts.csv") for book in books)
     rows = rows.sort_values(["task", "keep"], ascending=[True, False], kind="stable")
-    lines = [
-        [row.task, f"{100 * row.keep:.0f} %", row.soft, row.rival]
-        + [f"{row.difference:+.{digits[row.task]}f}", _interval(row.low95, row.high95, digits[row.task])]
-        for row in rows.itertuples()
-    ]
+    lines = []
+    for row in rows.itertuples():
+        gain, interval = f"{row.difference:+.{digits[row.task]}f}", _interval(row.low95, row.high95, digits[row.task])
+        lines.append([row.task, f"{100 * row.keep:.0f} %", row.soft, row.rival, gain, interval])
     return _markdown([first, "kept", "SoftLMs", "rival", difference, "95 % interval"], lines)
 
 
@@ -148,11 +147,10 @@ def trials(results: Path) -> str:
 def full_sizes(results: Path) -> str:
     """The paper's models at their real size."""
     rows = pd.read_csv(results / "full_size.csv")
-    lines = [
-        [row.model, f"{row.parameters_total / 1e6:.1f} M", _percent(row.kept_linear)]
-        + [f"{row.decompose_s:.0f} s", f"{row.peak_gb:.1f} GB", f"{row.error:.1e}"]
-        for row in rows[~rows.split].itertuples()
-    ]
+    lines = []
+    for row in rows[~rows.split].itertuples():
+        size = [f"{row.parameters_total / 1e6:.1f} M", _percent(row.kept_linear)]
+        lines.append([row.model, *size, f"{row.decompose_s:.0f} s", f"{row.peak_gb:.1f} GB", f"{row.error:.1e}"])
     return _markdown(["model", "parameters", "linears kept", "decompose", "peak memory", "difference"], lines)
 
 
