@@ -68,4 +68,7 @@ def _plot_unit(ax: Axes, claims: pd.DataFrame, unit: str) -> None:
         ax.set_xscale("log")
         ax.set_xticks((1, 2, 5, 10, 20, 40), ("1", "2", "5", "10", "20", "40"))
         ax.minorticks_off()
+    low, high = ax.get_xlim()
+    if high - low < 0.01 * abs(high):  # equal but for a digit that nobody reads
+        ax.set_xlim(low - 0.01 * abs(high), high + 0.01 * abs(high))
     ax.margins(x=0.08)

@@ -281,7 +281,7 @@ def _compare(claim: Claim, measured: float) -> str:
     ]
     if agrees(str(claimed), measured) if claim.bound == "equals" else short <= 0:
         return REPRODUCED
-    return WITHIN if short <= claim.tolerance else DIFFERS
+    return WITHIN if short <= claim.tolerance + 1e-9 else DIFFERS
 
 
 def claims_table(judged: list[Judged]) -> pd.DataFrame:
