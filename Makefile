@@ -1,11 +1,11 @@
-# make figures | gallery | test | test-browser | lab | lint | benchmark: each makes its own virtual environment first.
+# make figures | gallery | test | test-browser | verify | lint | lab | benchmark: each makes its own environment first.
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: figures gallery test test-units test-encoders test-language test-browser lab lint benchmark clean
+.PHONY: figures gallery test test-units test-encoders test-language test-browser lab lint verify benchmark clean
 
 figures: $(READY)
 	$(BIN)/softlms figures --resume --profile $(PROFILE)
@@ -15,7 +15,7 @@ gallery: $(READY)
 	$(BIN)/softlms gallery
 
 # two at a time: much of it runs on one core
-test: $(READY) lint
+test: $(READY) lint verify
 	$(MAKE) --jobs=2 --output-sync=target --keep-going test-encoders test-language test-units
 
 test-units: $(READY)
@@ -36,6 +36,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# claims, README and notebooks against the committed results
+verify: $(READY)
+	$(BIN)/softlms verify
 
 benchmark: $(READY)
 	$(BIN)/softlms benchmark

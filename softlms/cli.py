@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
@@ -25,14 +27,31 @@ COMPRESSION_OPTIONS = {
     "seed": (int, "default 0"),
 }
 
+# command to module and function of softlms, which takes the command's options; what it returns is the exit status
+FUNCTIONS = {
+    "figures": "workbook:make_figures",
+    "gallery": "gallery:print_gallery",
+    "doctor": "doctor:print_findings",
+    "check-notebooks": "notebook_checks:check_notebooks",
+    "stamp": "stamp:stamp_notebooks",
+    "verify": "verify:verify",
+    "full-size": "full_size:print_full_size",
+    "training-memory": "memory:print_training_memory",
+    "benchmark": "latency:print_step_times",
+    "benchmark-scan": "latency:print_scan_times",
+    "benchmark-speed": "speed:print_speed",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 1 if a notebook failed or is stale, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command; 0 if all went well, 1 if a notebook or a claim failed, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="softlms", description="Learned ranks for language models: the workbook.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     figures = commands.add_parser("figures", help="run notebooks headless and leave figures, tables and a summary")
-    figures.add_argument("notebooks", nargs="*", help="names or their beginnings, such as 03; all when none is given")
+    figures.add_argument(
+        "names", metavar="notebook", nargs="*", help="names or their beginnings, such as 03; all when none is given"
+    )
     figures.add_argument("--profile", default="quick", help="quick (default), laptop or paper")
     figures.add_argument("--data", default="", help="folder in GLUE's layout, or hub; default: SOFTLMS_DATA, else hub")
     figures.add_argument("--model", default="", help="folder or hub name of another encoder")
@@ -55,18 +74,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("jobs", nargs="*", help="sections of lanes.toml; all when none is given")
 
     stamp = commands.add_parser("stamp", help="execute notebooks in place, and stamp them with what they depend on")
-    stamp.add_argument("notebooks", nargs="*", help="names or their beginnings, such as 03; all when none is given")
+    stamp.add_argument(
+        "names", metavar="notebook", nargs="*", help="names or their beginnings, such as 03; all when none is given"
+    )
     stamp.add_argument("--check", action="store_true", help="execute nothing: say which are stale, and why")
 
-    compress = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")
-    compress.add_argument("--model", required=True, help="fine-tuned classifier or encoder: folder, hub name, minilm")
-    compress.add_argument("--task", required=True, help="mrpc, rte, sst2, cola, stsb or docpairs")
-    compress.add_argument("--keep", required=True, type=float, help="share of parameters that stays")
-    compress.add_argument("--out", required=True, help="folder for the compressed model")
+    shrink = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")
+    shrink.add_argument("--model", required=True, help="fine-tuned classifier or encoder: folder, hub name, minilm")
+    shrink.add_argument("--task", required=True, help="mrpc, rte, sst2, cola, stsb or docpairs")
+    shrink.add_argument("--keep", required=True, type=float, help="share of parameters that stays")
+    shrink.add_argument("--out", required=True, help="folder for the compressed model")
     for name, (kind, meaning) in COMPRESSION_OPTIONS.items():
         option = f"--{name.replace('_', '-')}"
-        compress.add_argument(option, type=kind, default=argparse.SUPPRESS, help=meaning)
-    compress.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
+        shrink.add_argument(option, type=kind, default=argparse.SUPPRESS, help=meaning)
+    shrink.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
 
     benchmark = commands.add_parser("benchmark", help="time a training step: dense, soft at full rank, soft at budget")
     benchmark.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
@@ -112,64 +133,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
     memory.add_argument("--out", default="", help="CSV file that gets a row more")
 
+    verify = commands.add_parser("verify", help="judge every claim, and hold README and notebooks against the results")
+    verify.add_argument("--profile", default="laptop", help="whose rows: quick, laptop (default) or paper")
+    verify.add_argument("--write", action="store_true", help="write README's generated tables anew first")
+
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:
-        if command == "figures":
-            from softlms.workbook import make_figures, replot_figures
-
-            names, again = options.pop("notebooks"), options.pop("replot")
-            if not again:
-                return make_figures(names, **options)
-            if further := [
-                name for name in options if name != "profile" and options[name] != figures.get_default(name)
-            ]:
-                raise ValueError(f"--replot runs no notebook: {', '.join(further)} would mean nothing.")
-            return replot_figures(names, profile=options["profile"])
-        if command == "gallery":
-            from softlms.gallery import build_gallery
-
-            print(build_gallery(**options).as_uri())
-            return 0
-        if command == "doctor":
-            from softlms.doctor import print_findings
-
-            return print_findings()
-        if command == "check-notebooks":
-            from softlms.notebook_checks import check_notebooks
-
-            return check_notebooks(**options)
-        if command == "stamp":
-            from softlms.stamp import stamp_notebooks
-
-            return stamp_notebooks(options.pop("notebooks"), **options)
+        if command == "figures" and options.pop("replot"):
+            if given := [n for n in options if n not in ("names", "profile") and options[n] != figures.get_default(n)]:
+                raise ValueError(f"--replot runs no notebook: {', '.join(given)} would mean nothing.")
+            return _call("workbook:replot_figures", names=options["names"], profile=options["profile"])
         if command == "compress":
-            from softlms.compress import Compression
-            from softlms.compress import compress as run
+            from softlms.compress import Compression, compress
 
             out = options.pop("out")
-            run(Compression(**options), out)
+            compress(Compression(**options), out)
             return 0
-        if command == "full-size":
-            from softlms.full_size import print_full_size
-
-            print_full_size(**options)
-            return 0
-        if command == "benchmark-speed":
-            from softlms.speed import print_speed
-
-            print_speed(**options)
-            return 0
-        if command == "training-memory":
-            from softlms.memory import print_training_memory
-
-            print_training_memory(**options)
-            return 0
-        from softlms import latency
-
-        timed = {"benchmark": latency.print_step_times, "benchmark-scan": latency.print_scan_times}[command]
-        timed(**options)
-        return 0
+        return _call(FUNCTIONS[command], **options)
     except (ValueError, OSError) as error:
         print(f"softlms {command}: {error}", file=sys.stderr)
         return 2
+
+
+def _call(function: str, **options: Any) -> int:
+    """Imported when it is wanted: --help should not wait for torch."""
+    module, name = function.split(":")
+    status: int | None = getattr(importlib.import_module(f"softlms.{module}"), name)(**options)
+    return status or 0

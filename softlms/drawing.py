@@ -17,7 +17,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from softlms import grid_pictures, pictures
+from softlms import claim_pictures, grid_pictures, pictures
 from softlms.plotting import save_figure
 from softlms.provenance import whole_file
 
@@ -53,6 +53,7 @@ DRAWINGS: dict[str, Drawing] = {
     ),
     "04_static_vs_adaptive_rank_ranks": Drawing(pictures.plot_learned_ranks, ("04_static_vs_adaptive_rank_ranks",)),
     "09_speedup": Drawing(pictures.plot_speed, ("09_speedup",)),
+    "10_paper_vs_reproduced": Drawing(claim_pictures.plot_claims, ("10_paper_vs_reproduced",)),
 }
 for _table in ("05_bert_table", "06_gpt2_table", "07_tinyllama_table", "08_mamba_table"):
     DRAWINGS[_table] = Drawing(grid_pictures.plot_quality, (_table,))

@@ -15,7 +15,7 @@ import nbformat
 
 from softlms.folders import Folders, folder_state
 from softlms.profiles import DATA_VARIABLE
-from softlms.provenance import code_hash, hardware, versions, whole_file
+from softlms.provenance import hardware, library_hash, versions, whole_file
 
 __all__ = ["depends_on", "mark_finished", "reason_to_run", "stored_seconds", "unmark"]
 
@@ -31,12 +31,11 @@ def depends_on(notebook: Path, parameters: Mapping[str, Any], environment: Mappi
         named[DATA_VARIABLE] = environment[DATA_VARIABLE]
     places = {name: Path(value) for name, value in named.items() if isinstance(value, str) and "/" in value}
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(notebook, as_version=4).cells]
-    modules = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
     return {
         "notebook": hashlib.sha256(json.dumps(cells).encode()).hexdigest(),
         "parameters": named,
         "folders": {name: folder_state(place) for name, place in places.items() if place.is_dir()},
-        "library": code_hash(tuple(modules)),
+        "library": library_hash(),
         "versions": versions(),
         "machine": hardware(1),
     }

@@ -29,7 +29,7 @@ from softlms.notebook_pages import Section, code_style, markdown, notebook_body,
 from softlms.profiles import PROFILES, project_root
 from softlms.provenance import commit
 
-__all__ = ["build_gallery"]
+__all__ = ["build_gallery", "print_gallery"]
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = "softlms gallery"  # in every page: the sign that a folder may be replaced
@@ -56,6 +56,11 @@ class Chapter:
     source: Path
     provenance: str
     pictures: list[Picture]
+
+
+def print_gallery(**options: str) -> None:
+    """The ``softlms gallery`` command: `build_gallery`, and where to look."""
+    print(build_gallery(**options).as_uri())
 
 
 def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:

@@ -19,7 +19,7 @@ import transformers
 
 from softlms.precision import fast_bf16
 
-__all__ = ["append_rows", "code_hash", "commit", "hardware", "versions", "weights_hash", "whole_file"]
+__all__ = ["append_rows", "code_hash", "commit", "hardware", "library_hash", "versions", "weights_hash", "whole_file"]
 
 
 def hardware(threads: int | None = None) -> str:
@@ -81,6 +81,11 @@ def code_hash(*modules: str) -> str:
                 node.body = node.body[1:] or [ast.Pass()]
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()
+
+
+def library_hash() -> str:
+    """`code_hash` of all modules."""
+    return code_hash(*sorted(path.stem for path in Path(__file__).parent.glob("*.py")))
 
 
 @cache

@@ -21,7 +21,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from softlms.lanes import read_lanes
 from softlms.notebook_lint import lint
 from softlms.profiles import project_root
-from softlms.provenance import code_hash, whole_file
+from softlms.provenance import library_hash, whole_file
 from softlms.workbook import choose_notebooks
 
 __all__ = ["CELL_TIMEOUT_S", "describe", "make_stamp", "stale_parts", "stamp_notebooks"]
@@ -51,7 +51,7 @@ def make_stamp(book: dict[str, Any], root: Path) -> dict[str, str]:
     pins = [line for line in (root / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     return {
         "source": _digest(code),
-        "library": code_hash(tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.py")))),
+        "library": library_hash(),
         "environment": _digest([*pins, f"python {sys.version_info.major}.{sys.version_info.minor}"]),
     }
 

@@ -1,0 +1,281 @@
+"""Claims, their verdicts, and README's numbers held against the rows."""
+
+import io
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from test_project import ROOT
+
+from softlms.claims import DIFFERS, NOT_COMPARABLE, NOT_RUN, REPRODUCED, WITHIN, claims_table, judge, load_claims
+from softlms.cli import main
+from softlms.verify import verify
+
+CLAIM = {
+    "id": "better", "who": "softlms", "ground": "OURS", "text": "It is better.", "unit": "points", "profile": "laptop",
+    "setup": "small", "file": "{profile}/scores.csv", "column": "value",
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    (folder / "laptop").mkdir(parents=True)
+    rows = [
+        ("a", 0, 2.0, "bert"),
+        ("a", 1, 4.0, "bert"),
+        ("b", 0, 1.0, "bert"),
+        ("b", 1, 1.5, "bert"),
+        ("c", 0, None, "bert"),
+    ]
+    pd.DataFrame(rows, columns=["method", "seed", "value", "model"]).to_csv(folder / "laptop/scores.csv", index=False)
+    shutil.copytree(folder / "laptop", folder / "quick")
+    return folder
+
+
+def toml(**fields):
+    """One claim as text."""
+
+    def show(value):
+        if isinstance(value, dict):
+            return "{ " + ", ".join(f"{json.dumps(name)} = {show(x)}" for name, x in value.items()) + " }"
+        return json.dumps(value)
+
+    return "[[claim]]\n" + "".join(f"{name} = {show(value)}\n" for name, value in fields.items())
+
+
+def made(results, **fields):
+    (results / "claims.toml").write_text(toml(**CLAIM | fields))
+    (claim,) = load_claims(results / "claims.toml")
+    return claim
+
+
+A, B = {"where": {"method": "a"}}, {"method": "b"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "measured", "verdict"),
+    [
+        (A | {"at_least": 3}, 3, REPRODUCED),
+        (A | {"at_least": 3.1}, 3, DIFFERS),
+        (A | {"at_least": 3.1, "tolerance": 0.2}, 3, WITHIN),
+        (A | {"at_most": 2.5, "tolerance": 0.4}, 3, DIFFERS),
+        (A | {"at_most": 3}, 3, REPRODUCED),
+        (A | {"equals": 3.04}, 3, DIFFERS),
+        (A | {"equals": 3.04, "tolerance": 0.04}, 3, WITHIN),
+        (A | {"equals": 300, "scale": 100}, 300, REPRODUCED),
+        (A | {"at_least": 4, "aggregate": "max"}, 4, REPRODUCED),
+        (A | {"equals": 2, "aggregate": "count"}, 2, REPRODUCED),
+        (A | {"minus": B, "at_least": 1.75}, 1.75, REPRODUCED),
+        (A | {"over": B, "equals": 2.4}, 2.4, REPRODUCED),
+        ({"where": {"method": ["a", "b"], "seed": {"at_least": 1}}, "equals": 2.75}, 2.75, REPRODUCED),
+        (A | {"at_least": 3, "needs": {"model": "bert", "seed": {"at_most": 1}}}, 3, REPRODUCED),
+        (A | {"at_least": 3, "needs": {"model": "gpt2"}}, 3, NOT_COMPARABLE),
+        (A | {"at_least": 3, "needs": {"budget": "total"}}, 3, NOT_COMPARABLE),  # rows that do not say so
+        (A | {"at_least": 3, "profile": "paper", "who": "paper", "ground": "PAPER"}, 3, NOT_COMPARABLE),
+        ({"where": {"method": "z"}, "at_least": 3}, None, NOT_RUN),
+        ({"where": {"method": "c"}, "at_least": 3}, None, NOT_RUN),  # an interval that needs more seeds
+        (A | {"minus": {"method": "z"}, "at_least": 3}, None, NOT_RUN),
+        ({"file": "{profile}/nowhere.csv", "at_least": 3}, None, NOT_RUN),
+    ],
+)
+def test_verdicts(results, fields, measured, verdict):
+    judged = judge(made(results, **fields), results, "laptop")
+    assert (judged.measured, judged.verdict) == (measured if measured is None else pytest.approx(measured), verdict)
+    assert bool(judged.why) == (verdict in (NOT_COMPARABLE, NOT_RUN))
+
+
+def test_quick_rows_are_never_judged(results):
+    claim = made(results, **A, at_least=100)
+    assert judge(claim, results, "laptop").verdict == DIFFERS
+    quick = judge(claim, results, "quick")
+    assert (quick.measured, quick.verdict) == (3, NOT_COMPARABLE)
+
+
+def test_a_number_in_text_is_found(results):
+    table = pd.DataFrame({"setting": ["gamma 0.1 (untrained: 0.8885)"]})
+    table.to_csv(results / "laptop/scores.csv", index=False)
+    claim = made(results, column="setting", pattern=r"untrained: ([\d.]+)", equals=0.8885)
+    assert judge(claim, results, "laptop").verdict == REPRODUCED
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"at_least": "3"}, "at_least"),
+        ({"at_least": True}, "at_least"),
+        ({"at_least": 3, "color": "red"}, "color"),
+        ({"at_least": 3, "who": "us"}, "who"),
+        ({"at_least": 3, "ground": "PAPER"}, "ground"),
+        ({"at_least": 3, "profile": "huge"}, "profile"),
+        ({"at_least": 3, "aggregate": "median"}, "aggregate"),
+        ({"at_least": 3, "at_most": 4}, "at_least"),
+        ({"at_least": 3, "minus": {}, "over": {}}, "minus"),
+        ({"at_least": 3, "tolerance": -1}, "tolerance"),
+        ({"at_least": 3, "where": {"seed": {"below": 1}}}, "where"),
+        ({"at_least": 3, "says": {"README.md": "nothing"}}, "says"),
+        ({"says": {"README.md": "{claimed} times"}}, "says"),
+        ({}, "says"),
+    ],
+)
+def test_a_malformed_claim_names_the_field(results, fields, field):
+    with pytest.raises(ValueError, match=rf"claims.toml: claim 'better': field '{field}'"):
+        made(results, **fields)
+
+
+def test_missing_fields_repeated_ids_and_unknown_columns(results):
+    path = results / "claims.toml"
+    path.write_text(toml(**{name: value for name, value in CLAIM.items() if name != "unit"}, at_least=1))
+    with pytest.raises(ValueError, match="claim 'better': field 'unit' is missing"):
+        load_claims(path)
+    path.write_text(2 * toml(**CLAIM, at_least=1))
+    with pytest.raises(ValueError, match="claim 'better': field 'id' is that of two claims"):
+        load_claims(path)
+    with pytest.raises(ValueError, match="claim 'better': field 'where' names 'metod'"):
+        judge(made(results, at_least=1, where={"metod": "a"}), results, "laptop")
+    with pytest.raises(ValueError, match="claim 'better': field 'column' names 'f1'"):
+        judge(made(results, at_least=1, column="f1"), results, "laptop")
+    with pytest.raises(ValueError, match="claim 'better': field 'column': 'method' of .*scores.csv"):
+        judge(made(results, at_least=1, column="method"), results, "laptop")
+
+
+def test_command_on_the_committed_tree(capsys, monkeypatch):
+    """README, the notebooks and every claim of ours are borne out by the committed rows."""
+    monkeypatch.chdir(ROOT)
+    assert main(["verify"]) == 0, capsys.readouterr().out
+    assert main(["verify", "--profile", "huge"]) == 2
+    assert "Unknown profile 'huge'; known: quick, laptop, paper" in capsys.readouterr().err
+
+
+def test_committed_claims_judge_what_the_paper_says_nowhere():
+    judged = [judge(claim, ROOT / "results", "laptop") for claim in load_claims(ROOT / "results/claims.toml")]
+    of_paper = [one for one in judged if one.claim.who == "paper"]
+    assert {one.verdict for one in of_paper} == {NOT_COMPARABLE} and all(one.measured for one in of_paper)
+    assert {"paper-mrpc-adaptive": 90.7, "paper-mrpc-static": 86.4, "paper-mrpc-gain": 4.3}.items() <= {
+        one.claim.id: one.claim.claimed for one in of_paper
+    }.items()
+
+
+def test_committed_table_of_claims_is_up_to_date():
+    """Rows or claims have changed where this fails: softlms figures 10 --profile laptop."""
+    judged = [judge(claim, ROOT / "results", "laptop") for claim in load_claims(ROOT / "results/claims.toml")]
+    written = pd.read_csv(ROOT / "results/laptop/10_paper_vs_reproduced.csv")
+    expected = pd.read_csv(io.StringIO(claims_table(judged).to_csv(index=False, float_format="%.6g")))
+    pd.testing.assert_frame_equal(written[expected.columns], expected)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """What verify reads, to be spoilt."""
+    (tmp_path / "results").mkdir()
+    for path in (ROOT / "results").glob("*.*"):
+        shutil.copy(path, tmp_path / "results")
+    (tmp_path / "results" / "laptop").symlink_to(ROOT / "results" / "laptop")
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def change(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def run(tree, **options):
+    output = io.StringIO()
+    return verify(root=tree, console=Console(file=output, width=300), **options), output.getvalue()
+
+
+def test_a_wrong_cell_fails_and_write_repairs_it(tree):
+    readme = tree / "README.md"
+    whole = readme.read_text()
+    change(readme, "| 25.30 ± 0.06 |", "| 25.20 ± 0.06 |")
+    status, output = run(tree)
+    assert status == 1 and "table language-methods: README has" in output and "--write" in output
+    assert run(tree, write=True)[0] == 0
+    assert readme.read_text() == whole
+    stamp = readme.stat().st_mtime_ns
+    assert run(tree, write=True)[0] == 0 and readme.stat().st_mtime_ns == stamp  # nothing to write, nothing written
+
+
+def test_a_changed_row_fails(tree):
+    path = tree / "results/training_step.csv"
+    change(path, "1.308", "1.408")
+    status, output = run(tree)
+    assert status == 1
+    assert (
+        "claim step-full-rank: README.md says 'costs 1.31 times the dense step at full rank', and it is 1.408" in output
+    )
+    change(tree / "results/mamba_scan.csv", "softlms,1011.2", "softlms,9011.2")
+    status, output = run(tree, write=True)
+    assert "claim scan-10-times: DIFFERS: >= 10, measured 4.38" in output
+    assert status == 1 and "softlms 9.0 s, 4 times faster" in (tree / "README.md").read_text()
+
+
+def test_a_claim_without_rows_fails(tree):
+    (tree / "results/training_step.csv").unlink()
+    status, output = run(tree)
+    assert status == 1 and "claim step-full-rank: NOT RUN: there is no results/training_step.csv" in output
+    assert run(tree, profile="paper")[0] == 1  # it belongs to no profile
+
+
+def test_a_profile_without_rows_breaks_no_claim(tree):
+    status, output = run(tree, profile="paper")
+    assert status == 0 and len(re.findall("NOT RUN", output)) > 30
+
+
+def test_numbers_that_nothing_stands_for(tree):
+    readme = tree / "README.md"
+    change(readme, "RTE is near chance", "It gains 7.3 points. RTE is near chance")
+    status, output = run(tree)
+    assert status == 1 and "README.md: 7.3 in '... " in output and "is in no claim and no setting" in output
+    shutil.copy(ROOT / "README.md", tree)
+    change(readme, "| setting | seeds", "It is 12 % better.\n\n| setting | seeds")
+    assert "table ablation" in run(tree)[1]
+    shutil.copy(ROOT / "README.md", tree)
+    change(readme, "\n## Limits\n", "\n## Limits\n\nVersion 2.5 and up.\n")  # only results are held against rows
+    change(
+        readme, "RTE is near chance", "`keep 0.5`, in [a file](results/0.5.csv) of arXiv 2411.10543: RTE is near chance"
+    )
+    assert run(tree)[0] == 0
+
+
+def test_numbers_in_notebooks(tree):
+    (tree / "notebooks").unlink()
+    shutil.copytree(ROOT / "notebooks", tree / "notebooks", ignore=lambda _, names: [n for n in names if n[0] == "."])
+    change(tree / "notebooks/04_static_vs_adaptive_rank.ipynb", "F1 90.7", "F1 91.7")
+    change(tree / "notebooks/03_block_sensitivity.ipynb", "Why learn ranks at all?", "Block 3 loses 4 points.")
+    status, output = run(tree)
+    assert status == 1 and "claim paper-mrpc-adaptive: notebooks/04" in output and "and it is 90.7" in output
+    assert "notebooks/03_block_sensitivity.ipynb: 4 in" in output
+
+
+def test_texts_that_are_gone(tree):
+    change(tree / "README.md", "it fits a GPU of 40 GB", "it fits a GPU")
+    change(tree / "README.md", "torch 2.13)", "torch)")
+    status, output = run(tree)
+    assert status == 1
+    assert (
+        "claim tinyllama-fits-40-gb: README.md does not say" in output and "setting: README.md does not say" in output
+    )
+
+
+def test_markers_that_are_no_pair_write_nothing(tree):
+    readme = tree / "README.md"
+    for old, new, message in (
+        ("<!-- end -->", "", "has no '<!-- end -->'"),
+        ("<!-- table: speed -->", "<!-- table: sped -->", "README.md has the tables"),
+    ):
+        shutil.copy(ROOT / "README.md", tree)
+        change(readme, old, new)
+        before = readme.read_text()
+        with pytest.raises(ValueError, match=message):
+            run(tree, write=True)
+        assert readme.read_text() == before
+    change(tree / "results/claims.toml", 'reason = "a version"', 'because = "a version"')
+    with pytest.raises(ValueError, match="must have where, text and reason"):
+        run(tree)
