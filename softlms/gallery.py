@@ -34,7 +34,7 @@ __all__ = ["build_gallery", "print_gallery"]
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATOR = "softlms gallery"  # in every page: the sign that a folder may be replaced
 CLAIMS = "10_paper_vs_reproduced"
-PROVENANCE = ["profile", "hardware", "versions", "commit"]  # said once for a page, not in every row
+CLAIM_COLUMNS = ["ground", "text", "claimed", "unit", "measured", "verdict", "why"]  # the file has more
 THUMBNAIL = (720, 720)  # pixels at most
 
 
@@ -186,11 +186,11 @@ def _tables(note: Path) -> list[dict[str, Any]]:
 
 
 def _read_claims(path: Path) -> dict[str, Any] | None:
-    """The table of notebook 10 without what is the same in all its rows; None where that has not run."""
+    """What was claimed, what was measured, and the verdict, from notebook 10; None where that has not run."""
     if not path.is_file():
         return None
-    table = pd.read_csv(path, dtype=str, keep_default_na=False).drop(columns=PROVENANCE, errors="ignore")
-    return {"file": path.name, "columns": list(table.columns), "rows": table.to_numpy().tolist()}
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=CLAIM_COLUMNS)[CLAIM_COLUMNS]
+    return {"file": path.name, "columns": CLAIM_COLUMNS, "rows": table.to_numpy().tolist()}
 
 
 def _api_page() -> str:

@@ -32,8 +32,10 @@ class _WithMathML(IPythonRenderer):
 
 
 def _mathml(tex: str, display: str) -> str:
-    # latex2mathml sets the name of a function against its argument: tanhu
-    return re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<mi)", r'\1<mspace width="0.167em" />', convert(tex, display=display))
+    mathml = convert(tex, display=display)
+    # of a norm's two bars only the first would grow, and the name of a function stands against its argument: tanhu
+    mathml = mathml.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')
+    return re.sub(r"(<mi>[a-z]{2,}</mi>)(?=<mi)", r'\1<mspace width="0.167em" />', mathml)
 
 
 def markdown(text: str) -> str:

@@ -26,7 +26,8 @@ def copy_checkout(place):
             (place / kind / "laptop").mkdir(parents=True, exist_ok=True)
             for file in (ROOT / kind / "laptop").glob(f"{book}*"):
                 shutil.copy(file, place / kind / "laptop")
-    claims = pd.DataFrame({"claim": ["two < three"], "verdict": ["HOLDS"], "profile": ["laptop"], "commit": ["0"]})
+    claim = {"claim": "order", "ground": "PAPER", "text": "2 < 3", "claimed": "2", "unit": "%", "measured": "1.9"}
+    claims = pd.DataFrame([claim | {"verdict": "HOLDS", "why": "", "hardware": "AMD EPYC"}])
     claims.to_csv(place / "results/laptop/10_paper_vs_reproduced.csv", index=False)
 
 
@@ -125,6 +126,7 @@ def test_formulas_are_mathml(site):
     prose = re.sub(r"<pre.*?</pre>|<code.*?</code>", "", page, flags=re.DOTALL)
     assert "$" not in prose and "\\" not in prose  # no TeX is left
     assert "<mi>tanh</mi><mspace" in markdown(r"$\tanh u$")
+    assert markdown(r"$\lVert W \rVert_F$").count('<mo stretchy="false">') == 2
     assert 'alt="Figure: α cuts a real layer (Fig. 3)"' in page
     assert "widget-view" not in page and "interactive(" not in page
 
@@ -140,7 +142,8 @@ def test_where_outputs_come_from_is_said(checkout):
 
 def test_claims_are_shown_where_they_were_judged(site, checkout):
     index = (site / "index.html").read_text()
-    assert "<td>two &lt; three</td><td>HOLDS</td></tr>" in index
+    row = ("PAPER", "2 &lt; 3", "2", "%", "1.9", "HOLDS", "")
+    assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in index
     (checkout / "results/laptop/10_paper_vs_reproduced.csv").unlink()
     assert "Paper against reproduced" not in build_gallery().read_text()
 
