@@ -92,8 +92,11 @@ def browser(tmp_path):
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path / 'browser'}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    try:
+        yield driver
+        driver.save_screenshot(str(tmp_path / "last.png"))  # for a failure: what was to be seen
+    finally:
+        driver.quit()
 
 
 def test_notebook_runs_and_its_slider_moves_text_and_picture(lab, browser, tmp_path):
@@ -105,13 +108,14 @@ def test_notebook_runs_and_its_slider_moves_text_and_picture(lab, browser, tmp_p
     def find(css):
         return browser.find_element(By.CSS_SELECTOR, css)
 
-    def wait(condition, seconds=180):
+    def wait(condition, seconds=120):
         # elements come and go while JupyterLab lays the page out
         ignored = (NoSuchElementException, StaleElementReferenceException)
         return WebDriverWait(browser, seconds, ignored_exceptions=ignored).until(lambda _: condition())
 
     def idle():
-        return browser.find_elements(By.CSS_SELECTOR, '.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+        """As the status bar says it; the notebook's own indicator is idle before there is a kernel."""
+        return "| Idle" in find("#jp-main-statusbar").text
 
     def prompts():
         cells = browser.find_elements(By.CSS_SELECTOR, ".jp-CodeCell .jp-InputPrompt")
