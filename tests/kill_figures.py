@@ -36,10 +36,17 @@ MEASURED = re.compile(
 
 
 def start_figures(folder, *arguments, code=ROOT):
-    """The command in a checkout, the library from `code`, in a process group of its own."""
-    environment = os.environ | {"PYTHONPATH": str(code)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*COMMAND, *arguments], cwd=folder, env=environment, start_new_session=True, **pipes)
+    """The command in a checkout, the library from `code`, in a process group of its own.
+
+    A shell lets what it starts in the background ignore Ctrl-C, tests too; here it counts.
+    """
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    options |= {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(code)}}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen([*COMMAND, *arguments], **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(process, word):

@@ -200,5 +200,9 @@ def test_an_installed_package_has_the_templates():
     packed = {
         path for glob in PYPROJECT["tool"]["setuptools"]["package-data"]["softlms"] for path in package.glob(glob)
     }
-    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    files = {
+        path
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    }
     assert len(files) > 5 and files <= packed
