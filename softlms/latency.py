@@ -20,7 +20,7 @@ from softlms.architectures import find_targets
 from softlms.budget import Budget, parameter_costs, uniform_ranks
 from softlms.costs import interleaved, random_rows
 from softlms.jobs import use_threads
-from softlms.provenance import hardware, versions
+from softlms.provenance import commit, hardware, versions
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, soft_layers
 from softlms.tasks import TASKS
@@ -180,7 +180,11 @@ def _print_times(
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         with Path(out).open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            origin = dict(settings) | {"hardware": hardware(settings["threads"]), "versions": versions()}
+            origin = dict(settings) | {
+                "hardware": hardware(settings["threads"]),
+                "versions": versions(),
+                "commit": commit(),
+            }
             writer.writerow(["form", "median_ms", "quartile1_ms", "quartile3_ms", f"of_{reference}", *origin])
             writer.writerows([*row, *origin.values()] for row in rows)
 

@@ -120,8 +120,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def append_rows(path: str | Path, rows: pd.DataFrame) -> None:
-    """Add rows to a CSV file, which a command makes where there is none."""
+    """Add rows to a CSV file, which a command makes where there is none; each names the commit it was made at."""
     path = Path(path)
     before = [pd.read_csv(path)] if path.is_file() else []
     with whole_file(path) as partial:
-        pd.concat([*before, rows]).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+        pd.concat([*before, rows.assign(commit=commit())]).to_csv(
+            partial, index=False, float_format="%.6g", lineterminator="\n"
+        )
