@@ -210,10 +210,13 @@ def test_a_changed_row_fails(tree):
     assert (
         "claim step-full-rank: README.md says 'costs 1.31 times the dense step at full rank', and it is 1.408" in output
     )
-    change(tree / "results/mamba_scan.csv", "softlms,1011.2", "softlms,9011.2")
+    scans = pd.read_csv(tree / "results/mamba_scan.csv")
+    loop = scans.set_index("form").median_ms["transformers' loop"]
+    scans.loc[scans.form == "softlms", "median_ms"] = loop / 4
+    scans.to_csv(tree / "results/mamba_scan.csv", index=False)
     status, output = run(tree, write=True)
-    assert "claim scan-10-times: DIFFERS: >= 10, measured 4.38" in output
-    assert status == 1 and "softlms 9.0 s, 4 times faster" in (tree / "README.md").read_text()
+    assert "claim scan-10-times: DIFFERS: >= 10, measured 4" in output
+    assert status == 1 and f"softlms {loop / 4e3:.1f} s, 4 times faster" in (tree / "README.md").read_text()
 
 
 def test_a_claim_without_rows_fails(tree):
@@ -256,7 +259,7 @@ def test_numbers_in_notebooks(tree):
 
 def test_texts_that_are_gone(tree):
     change(tree / "README.md", "it fits a GPU of 40 GB", "it fits a GPU")
-    change(tree / "README.md", "torch 2.13)", "torch)")
+    change(tree / "README.md", "torch 2.13;", "torch;")
     status, output = run(tree)
     assert status == 1
     assert (
