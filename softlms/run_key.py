@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEPENDS", "key", "why_missing"]
+__all__ = ["ALIKE", "DEPENDS", "key", "why_missing"]
 
 DEPENDS = "depends.json"  # beside a run's result
+ALIKE = 6  # names that may differ between runs worth comparing
 
 
 def key(depends: Mapping[str, Any]) -> str:
@@ -40,15 +41,18 @@ def why_missing(folder: Path, kind: str, depends: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        "none of its kind is stored", or "changed: " and the names, with both values where these are short.
+        "changed: " and the names, with both values where these are short; "none like it is stored" where more than
+        `ALIKE` differ: then it is another model's or task's.
     """
     here = json.loads(json.dumps(depends))
     results = folder.glob(f"{glob.escape(kind)}-*/result.json")
     others = [json.loads(path.read_text()) for r in results if (path := r.with_name(DEPENDS)).is_file()]
     if not others:
-        return "none of its kind is stored"
+        return "none like it is stored"
     differing = [sorted(n for n in here.keys() | other.keys() if here.get(n) != other.get(n)) for other in others]
     names, other = min(zip(differing, others, strict=True), key=lambda pair: len(pair[0]))
+    if len(names) > ALIKE:
+        return "none like it is stored"
     return "changed: " + ", ".join(f"{name}{_change(other.get(name), here.get(name))}" for name in names)
 
 

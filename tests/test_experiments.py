@@ -57,7 +57,7 @@ def test_a_run_is_done_once_and_again_when_something_changes(bench):
     bench.run("dense", RECIPE.changed(dense_epochs=0.5), 0)
     bench.run("dense", RECIPE, 1)
     assert len(list(bench.folder.iterdir())) == 3
-    assert lines[:2] == ["0 of 1 runs are stored", "1 to do: none of its kind is stored"]
+    assert lines[:2] == ["0 of 1 runs are stored", "1 to do: none like it is stored"]
     assert "1 of 1" in lines[2] and "min left" in lines[2] and lines[3] == "1 of 1 runs are stored"
 
 
@@ -65,7 +65,10 @@ def test_it_says_what_has_changed_since_a_stored_run(bench, monkeypatch):
     bench.run("dense", RECIPE, 0)
     changed = RECIPE.changed(dense_epochs=0.5)
     assert bench.why_missing("dense", changed, 0) == "changed: recipe.dense_epochs 1 -> 0.5"
-    assert bench.why_missing("dense", RECIPE, 1) == "none of its kind is stored"
+    assert bench.why_missing("dense", RECIPE, 1) == "none like it is stored"
+    monkeypatch.setattr("softlms.run_key.ALIKE", 1)
+    assert bench.why_missing("dense", changed.changed(batch_size=4), 0) == "none like it is stored"
+    monkeypatch.undo()
     monkeypatch.setattr(
         "softlms.experiments.code_hash", lambda module: "other" * 20 if module == "training" else module
     )
