@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-__all__ = ["Progress", "clock", "time_left"]
+__all__ = ["Progress", "clock", "say", "time_left"]
 
 
 def clock(seconds: float) -> str:
@@ -43,6 +42,11 @@ def time_left(waiting: Mapping[str, float | None], running: Mapping[str, float |
         return f"time left not known for {unknown[0]}{more}"
     seconds = [value for value in needed.values() if value is not None]
     return f"about {clock(max([sum(seconds) / jobs, *seconds]))} left"
+
+
+def say(console: Console, text: str) -> None:
+    """A plain line, however wide the console is."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 class Progress:
@@ -114,4 +118,4 @@ class Progress:
         return took - passed if took is not None and took > passed else None
 
     def _line(self, text: str) -> None:
-        self._console.print(escape(text), soft_wrap=True, highlight=False)
+        say(self._console, text)

@@ -11,6 +11,7 @@ from rich.console import Console
 from softlms.drawing import DRAWINGS, draw
 from softlms.folders import Folders
 from softlms.plotting import use_style
+from softlms.progress import say
 
 __all__ = ["replot"]
 
@@ -40,19 +41,15 @@ def replot(notebooks: Sequence[str], folders: Folders, console: Console, *, name
         figures = [name for name in DRAWINGS if name.startswith(notebook)]
         tables = {table for name in figures for table in DRAWINGS[name].tables}
         if not named and tables and not any((folders.results / f"{table}.csv").is_file() for table in tables):
-            _say(console, f"{notebook}: left out, {folders.results.relative_to(folders.root)} holds no table of it")
+            say(console, f"{notebook}: left out, {folders.results.relative_to(folders.root)} holds no table of it")
             continue
         for name in figures:
             try:
                 draw(name, folders.figures, folders.results)
-                _say(console, f"{name}: drawn")
+                say(console, f"{name}: drawn")
             except Exception as error:  # one figure that fails does not stop the others
                 wrong.append(f"{name}: {error if isinstance(error, OSError) else f'{type(error).__name__}: {error}'}")
-                _say(console, f"{name}: not drawn")
+                say(console, f"{name}: not drawn")
             finally:
                 plt.close("all")
     return wrong
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)

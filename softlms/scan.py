@@ -136,7 +136,7 @@ def _kernel() -> Any:
 def fast_scan() -> Iterator[None]:
     """Inside, transformers' Mamba takes `selective_scan` on a CPU, where it would fall back to its plain loop.
 
-    On a GPU and under ``use_mambapy`` all is as without it; in export the loop over time becomes a scan operator, so
+    Elsewhere and under ``use_mambapy`` all is as without it; in export the loop over time becomes a scan operator, so
     that the length stays free.
     """
     original = modeling_mamba.mamba_selective_scan
@@ -155,7 +155,7 @@ def fast_scan() -> Iterator[None]:
         return_last_state: bool = False,
         **options: Any,
     ) -> Any:
-        if hidden_states.device.type == "cuda" or options.get("use_mambapy"):
+        if hidden_states.device.type != "cpu" or options.get("use_mambapy"):
             return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options)
         if delta_bias is not None:
             dt = dt + delta_bias.to(dt.dtype)[..., None]

@@ -18,7 +18,7 @@ from softlms.finished import depends_on, mark_finished, reason_to_run, stored_se
 from softlms.folders import Folders, check_writable, remove_leftovers
 from softlms.parameters import assign_parameters, split_assignments
 from softlms.profiles import DATA_VARIABLE, PROFILES, project_root
-from softlms.progress import Progress, clock
+from softlms.progress import Progress, clock, say
 from softlms.replot import replot
 
 __all__ = ["choose_notebooks", "make_figures", "replot_figures"]
@@ -82,13 +82,13 @@ def make_figures(
     check_kernel()
     check_writable((folders.figures, folders.results, folders.executed, folders.runs))
     for file in remove_leftovers((folders.figures, folders.results, folders.executed)):
-        _say(console, f"removed {file.relative_to(folders.root)}, which a killed run left")
+        say(console, f"removed {file.relative_to(folders.root)}, which a killed run left")
     works = [Work(notebook, folders.executed / notebook.name, assigned[notebook]) for notebook in chosen]
     depends = {work.name: depends_on(work.notebook, work.parameters, environment) for work in works}
     if resume:
         reasons = {work.name: reason_to_run(folders, work.name, depends[work.name]) for work in works}
         for name, reason in reasons.items():
-            _say(console, f"{name}: {f'will run, {reason}' if reason else 'skipped, done before'}")
+            say(console, f"{name}: {f'will run, {reason}' if reason else 'skipped, done before'}")
         works = [work for work in works if reasons[work.name]]
     try:
         outcomes = _run(works, folders, depends, environment, jobs, console)
@@ -223,10 +223,6 @@ def _copy(outcome: Outcome, folders: Folders) -> str:
     if outcome.copy is None:
         return "no executed copy"
     return f"executed copy: {Path(outcome.copy).relative_to(folders.root)}"
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _complain(text: str) -> None:

@@ -1,3 +1,5 @@
+import numba
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -6,7 +8,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from softlms.jobs import use_threads
 from softlms.scan import fast_scan, selective_scan
-from softlms.scan_kernel import BACKWARD_LANES, CHUNK
+from softlms.scan_kernel import BACKWARD_LANES, CHUNK, _exp
 
 
 def inputs(batch, d, states, length, seed=0):
@@ -58,6 +60,25 @@ def test_threads_change_nothing(d):
         results.append([y, h, *(x.grad for x in xs)])
     for others in results[1:]:
         assert all(map(torch.equal, results[0], others))
+
+
+def test_its_exponential_holds_what_it_says():
+    @numba.njit
+    def fill(xs, ys):
+        for i in range(len(xs)):
+            ys[i] = _exp(xs[i])
+
+    xs = np.linspace(-87, 88, 200_001, dtype=np.float32)
+    ys = np.empty_like(xs)
+    fill(xs, ys)
+    exact = np.exp(xs.astype(np.float64))
+    assert (abs(ys - exact) <= 5e-6 * exact).all()
+
+
+def test_elsewhere_than_on_a_cpu_it_is_transformers(mamba):
+    model, tokens = mamba.to("meta"), torch.zeros(2, 5, dtype=torch.long, device="meta")
+    with fast_scan():
+        assert model(tokens).logits.shape == (2, 5, 99)
 
 
 def test_it_is_one_operator_to_torch():
