@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from softlms.comparison import CUT_FROM, UNSCALED, leading_metric, middle_budget, summarize
 from softlms.layers import kept_parameters
-from softlms.plotting import PALETTE, figure
+from softlms.plotting import PALETTE, as_formula, figure
 
 __all__ = ["describe_budget", "draw_rank_bars", "plot_quality", "plot_ranks"]
 
@@ -104,11 +104,12 @@ def plot_ranks(ranks: pd.DataFrame) -> Figure:
         ax.axis("off")
     for ax, method in zip(axes.flat, methods, strict=False):
         shares_of = shown[shown.method == method].pivot_table(index="symbol", columns="block", values="share")
-        sns.heatmap(shares_of.loc[symbols], ax=ax, vmin=0, vmax=1, cmap="cividis", cbar=False, linewidths=0.3)
+        shares_of = shares_of.loc[symbols].rename(as_formula)
+        sns.heatmap(shares_of, ax=ax, vmin=0, vmax=1, cmap="cividis", cbar=False, linewidths=0.3)
         ax.grid(visible=False)
         ax.set(title=method, xlabel="block", ylabel="")
         ax.tick_params(axis="y", rotation=0)
-    fig.colorbar(axes[0, 0].collections[0], ax=axes, label="weights stored")
+    fig.colorbar(axes[0, 0].collections[0], ax=axes, label="share of weights stored")
     budget, task = part.keep.iloc[0], part.task.iloc[0]
     fig.suptitle(f"Where {budget:.0%} of the linears' weights are spent, {task}, mean over seeds")
     return fig
@@ -154,7 +155,7 @@ def draw_rank_bars(ax: Axes, ranks: pd.DataFrame, task: str, method: str, keep: 
     if largest > keep:
         ax.bar(places, layers[largest], color=PALETTE["linear"], label=f"falls between {largest:.0%} and {keep:.0%}")
     ax.bar(places, layers[keep], color=PALETTE["adaptive"], label=f"kept at {keep:.0%}")
-    ax.set_xticks(places, [symbol for _, symbol, _, _ in layers.index], rotation=90)
+    ax.set_xticks(places, [as_formula(symbol) for _, symbol, _, _ in layers.index], rotation=90)
     ax.set(xlabel="layer, from input to output", ylabel="rank", xlim=(-0.6, len(layers) - 0.4))
     ax.set_title(f"{task}, {method}: {keep:.0%} of the linears' weights, mean over {chosen.seed.nunique()} seeds")
     ax.grid(axis="x", visible=False)

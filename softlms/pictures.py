@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softlms.layers import kept_parameters
 from softlms.losses import COMPRESSION_LOSSES
-from softlms.plotting import MARKERS, PALETTE, figure
+from softlms.plotting import MARKERS, PALETTE, as_formula, figure
 from softlms.tasks import TASKS
 from softlms.thresholds import hard_threshold, shifted_tanh, soft_threshold
 
@@ -132,13 +132,8 @@ def plot_spectra(spectra: pd.DataFrame) -> Figure:
         draw_cut(ax, sigma, (m, n), alpha=1.5, s=50)
         rank = int((sigma > 1.5).sum())
         kept = kept_parameters(m, n, rank) / (m * n)
-        ax.set_title(f"{_symbol(symbol)}, block 0: rank {rank} of {len(sigma)}, {kept:.0%} of its weights")
+        ax.set_title(f"{as_formula(symbol)}, block 0: rank {rank} of {len(sigma)}, {kept:.0%} of its weights")
     return fig
-
-
-def _symbol(name: str) -> str:
-    """W_Q as mathematics."""
-    return f"${name.replace('_', '_{')}}}$"
 
 
 def plot_compression_losses() -> Figure:
@@ -235,7 +230,7 @@ def plot_learned_ranks(ranks: pd.DataFrame) -> Figure:
     learned = ranks[ranks.method == "adaptive"]
     share = (learned.assign(share=100 * learned["rank"] / learned.full_rank)
              .pivot_table(index="symbol", columns="block", values="share", sort=False))  # fmt: skip
-    share.index = share.index.map(_symbol)
+    share.index = share.index.map(as_formula)
     options = {"annot": True, "fmt": ".0f", "annot_kws": {"size": 6}, "cbar_kws": {"label": "rank (% of full)"}}
     sns.heatmap(share, ax=ax, cmap="cividis", vmin=0, vmax=100, **options)
     ax.set(xlabel="block", ylabel="", title="Learned ranks, mean over seeds")

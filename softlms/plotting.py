@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from softlms.provenance import whole_file
 
-__all__ = ["COLUMN", "PALETTE", "figure", "save_figure", "use_style"]
+__all__ = ["COLUMN", "PALETTE", "as_formula", "figure", "save_figure", "use_style"]
 
 # inches: one column of a two-column paper, and its full width
 COLUMN, PAGE = 3.4, 7.0
@@ -49,6 +49,11 @@ def use_style() -> None:
 def figure(rows: int = 1, columns: int = 1, *, width: float = PAGE, height: float = 2.4, **kwargs: Any) -> tuple:
     """``plt.subplots`` at final size in inches, with a layout that cuts nothing off."""
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **kwargs)
+
+
+def as_formula(symbol: str) -> str:
+    """A layer's symbol for matplotlib: ``W_Q`` as mathematics."""
+    return f"${symbol.replace('_', '_{')}}}$"
 
 
 def save_figure(fig: Figure, folder: Path, name: str) -> tuple[Path, Path]:

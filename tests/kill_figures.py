@@ -1,13 +1,13 @@
 """Kill ``softlms figures`` at random moments, resume it, and compare its tables with those of a run nobody killed.
 
-    python tests/kill_figures.py --kills 20                       # all notebooks, profile quick: some hours
+    python tests/kill_figures.py --kills 20                       # all notebooks, profile quick: about an hour
     python tests/kill_figures.py --kills 1 01 --profile quick     # some minutes
 
 It clones this checkout's last commit twice into a temporary folder. In one clone all notebooks run undisturbed. In the
-other the command and all that is in its process group get SIGKILL, at moments drawn over the undisturbed run's time,
+other the command and all that is in its process group get SIGKILL, at moments drawn so that they spread over one run,
 and it is started again with ``--resume``. After each kill nothing may live on, and every file must be whole. Where a
-run comes to its end, its tables are compared, all columns but those of measured times, and it begins from nothing.
-Exit status 1 when something differs. Not part of the test suite; `test_figures` does the same with notebooks that take
+run comes to its end, its tables are compared, all columns but those of measured times, and it begins from nothing. Exit
+status 1 when something differs. Not part of the test suite; `test_figures` does the same with notebooks that take
 seconds.
 """
 
@@ -137,7 +137,7 @@ def main():
         kills = 0
         while True:
             process = start_figures(killed, *arguments, code=killed)
-            delay = moments.uniform(0, length) if kills < options.kills else 10 * length
+            delay = moments.uniform(0, 2 * length / options.kills) if kills < options.kills else 10 * length
             if stop_figures(process, delay):
                 kills += 1
                 print(f"kill {kills} after {delay:.1f} s; half-written: {len(half_files(killed))}", flush=True)
