@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scan.add_argument("--batch", type=int, default=16, help="rows a batch (default 16)")
     scan.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
     scan.add_argument("--threads", type=int, default=2, help="threads (default 2)")
+    scan.add_argument("--inference", action="store_true", help="time forward passes instead")
     scan.add_argument("--out", default="", help="CSV file to write as well")
 
     speed = commands.add_parser("benchmark-speed", help="time dense against thin at the paper's real sizes")

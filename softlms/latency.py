@@ -86,15 +86,8 @@ def forward_times(
     rounds, threads
         As in `step_times`.
     """
-
-    def forward(model: PreTrainedModel) -> Callable[[], None]:
-        def call() -> None:
-            with torch.inference_mode():
-                model(**inputs)
-
-        return call
-
-    return _interleaved({name: forward(model) for name, model in models.items()}, rounds, threads, "timing forwards")
+    calls = {name: _forward(model, inputs) for name, model in models.items()}
+    return _interleaved(calls, rounds, threads, "timing forwards")
 
 
 def _interleaved(
@@ -105,7 +98,14 @@ def _interleaved(
 
 
 def scan_times(
-    *, hidden: int = 256, layers: int = 6, batch: int = 16, tokens: int = 128, rounds: int = 3, threads: int = 2
+    *,
+    hidden: int = 256,
+    layers: int = 6,
+    batch: int = 16,
+    tokens: int = 128,
+    rounds: int = 3,
+    threads: int = 2,
+    inference: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of Mamba's training step with each selective scan, as in `step_times`.
 
@@ -113,6 +113,8 @@ def scan_times(
     ----------
     hidden, layers, batch, tokens, rounds, threads : int
         The plain loop's step takes most of a minute at the sizes given here.
+    inference : bool
+        A forward pass without gradients instead, as in `forward_times`.
 
     Returns
     -------
@@ -127,16 +129,17 @@ def scan_times(
     _check(hidden=hidden, layers=layers, batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     inputs = random_rows(4096, batch, tokens)
     inputs["labels"] = inputs["input_ids"]
-    steps = {}
+    calls = {}
     for name in ("transformers' loop", "mambapy", "softlms"):
         if name == "mambapy" and importlib.util.find_spec("mambapy") is None:
             continue
         config = MambaConfig(
             vocab_size=4096, hidden_size=hidden, num_hidden_layers=layers, use_mambapy=name == "mambapy"
         )
-        step = _step(MambaForCausalLM(config), inputs)
-        steps[name] = fast_scan()(step) if name == "softlms" else step
-    return _interleaved(steps, rounds, threads, "timing Mamba's training step")
+        model = MambaForCausalLM(config)
+        call = _forward(model.eval(), inputs) if inference else _step(model, inputs)
+        calls[name] = fast_scan()(call) if name == "softlms" else call
+    return _interleaved(calls, rounds, threads, "timing Mamba's selective scans")
 
 
 def print_step_times(
@@ -150,11 +153,14 @@ def print_step_times(
     _print_times(seconds, "dense", title, settings, out)
 
 
-def print_scan_times(*, batch: int = 16, tokens: int = 128, rounds: int = 3, threads: int = 2, out: str = "") -> None:
+def print_scan_times(
+    *, batch: int = 16, tokens: int = 128, rounds: int = 3, threads: int = 2, inference: bool = False, out: str = ""
+) -> None:
     """The ``softlms benchmark-scan`` command: `scan_times` as `print_step_times` shows them."""
     settings = {"hidden": 256, "layers": 6, "batch": batch, "tokens": tokens, "threads": threads, "rounds": rounds}
-    seconds = scan_times(**settings)
-    title = f"Mamba's training step: hidden 256, 6 layers, {batch} x {tokens} tokens, {threads} thread(s), fp32"
+    seconds = scan_times(**settings, inference=inference)
+    what = "forward pass" if inference else "training step"
+    title = f"Mamba's {what}: hidden 256, 6 layers, {batch} x {tokens} tokens, {threads} thread(s), fp32"
     _print_times(seconds, "transformers' loop", title, settings, out)
 
 
@@ -187,6 +193,14 @@ def _print_times(
             }
             writer.writerow(["form", "median_ms", "quartile1_ms", "quartile3_ms", f"of_{reference}", *origin])
             writer.writerows([*row, *origin.values()] for row in rows)
+
+
+def _forward(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Callable[[], None]:
+    def forward() -> None:
+        with torch.inference_mode():
+            model(**inputs)
+
+    return forward
 
 
 def _step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:

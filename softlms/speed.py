@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
@@ -35,6 +36,7 @@ __all__ = [
     "build_forms",
     "compare_onnx",
     "compare_speed",
+    "linear_weights",
     "print_speed",
     "time_tricks",
 ]
@@ -150,6 +152,13 @@ def build_forms(
     if results is not None:
         ranks["trained ranks"] = half_ranks(model, skeleton, keep=keep, results=results, measured=measured)
     return {"dense": dense} | {form: _form(create, chosen) for form, chosen in ranks.items()}
+
+
+def linear_weights(model: PreTrainedModel) -> list[Tensor]:
+    """What the linear layers multiply with: a dense layer's weight, a thin one's two factors."""
+    layers = [target.module for target in find_targets(model)]
+    parts = [part for m in layers for part in ((m.down, m.up) if isinstance(m, LowRankLinear) else (m,))]
+    return [part.weight for part in parts]
 
 
 def compare_onnx(
@@ -305,10 +314,8 @@ def _cases(forms: Mapping[str, PreTrainedModel], batches: Sequence[int], tokens:
 
 def _limits(model: PreTrainedModel, case: _Case, rest: float, peak: float, bandwidth: float) -> tuple[float, float]:
     """FLOPs of a case, and the seconds of its roofline; elementwise work and the scan are in neither."""
-    layers = [target.module for target in find_targets(model)]
-    products = [part for m in layers for part in ((m.down, m.up) if isinstance(m, LowRankLinear) else (m,))]
     rows = case.batch * case.tokens
-    weights = [part.weight for part in products]
+    weights = linear_weights(model)
     flops = rest + sum(2 * rows * w.numel() for w in weights)
     seconds = rest / peak + sum(max(2 * rows * w.numel() / peak, w.nbytes / bandwidth) for w in weights)
     return flops, seconds

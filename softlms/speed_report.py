@@ -25,15 +25,15 @@ class SpeedProfile:
         For `softlms.speed.compare_speed`.
     changes : mapping
         What single models have instead.
-    onnx : tuple of str
-        Models that are exported and timed under onnxruntime too.
+    in_detail : tuple of str
+        Models that are also timed in parts, and under onnxruntime.
     """
 
     name: str
     models: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    onnx: tuple[str, ...] = ()
+    in_detail: tuple[str, ...] = ()
 
     def of(self, model: str) -> dict[str, Any]:
         """The settings of one model."""
@@ -52,7 +52,7 @@ SPEED_PROFILES = {
         "quick",
         ("bert-base", "gpt2", "mamba-130m"),
         {"layers": 2, "rounds": 3, "tokens": 64, "batches": (1,)},
-        onnx=("bert-base",),
+        in_detail=("bert-base",),
     ),
     "laptop": _ALL,
     "paper": replace(_ALL, name="paper"),

@@ -66,12 +66,13 @@ def test_bad_input(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_scans_take_turns(monkeypatch):
+@pytest.mark.parametrize("inference", [False, True])
+def test_scans_take_turns(inference, monkeypatch):
     calls = []
     scan = lambda *args, **options: calls.append(args) or selective_scan(*args, **options)  # noqa: E731
     monkeypatch.setattr("softlms.scan.selective_scan", scan)
-    seconds = scan_times(hidden=64, layers=1, batch=2, tokens=32, rounds=2, threads=1)
+    seconds = scan_times(hidden=64, layers=1, batch=2, tokens=32, rounds=2, threads=1, inference=inference)
     assert {"transformers' loop", "softlms"} <= seconds.keys() and all(len(taken) == 2 for taken in seconds.values())
-    assert len(calls) == 4  # two steps that warm up, two that are measured, and none of the other forms'
+    assert len(calls) == 4  # two calls that warm up, two that are measured, and none of the other forms'
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         scan_times(rounds=0)

@@ -12,6 +12,7 @@ from softlms.budget import parameter_costs
 from softlms.cli import main
 from softlms.full_size import FULL_SIZE, find_full_size
 from softlms.speed import compare_speed
+from softlms.speed_limit import split_speed
 from softlms.stretch import half_ranks, stretch_ranks
 from softlms.surgery import shrink
 from softlms.timed_budget import compare_budgets
@@ -49,6 +50,17 @@ def test_a_stretched_profile_keeps_its_proportions():
     assert large.of(stretched) <= 0.4 * large.dense < large.of(stretched) + 6 * 4 * 1024
     with pytest.raises(ValueError, match="pooler.dense stands in no numbered block"):
         stretch_ranks({"pooler.dense": 3}, {"pooler.dense": (9, 9)}, large, 1e9)
+
+
+@pytest.mark.parametrize("model", ["bert-base", "mamba-130m"])
+def test_blocks_split_in_linear_layers_and_the_rest(model):
+    table = split_speed(model, layers=2, rounds=1, tokens=8).set_index("form")
+    dense = skeleton(model, layers=2)
+    weights = sum(target.shape[0] * target.shape[1] for target in find_targets(dense))
+    assert table.gflops["dense"] * table.linears_ms["dense"] * 1e6 == pytest.approx(2 * 8 * weights)
+    assert (table.linears_ms > 0).all() and table.linears_flop_limit["dense"] == 1
+    assert 2 < table.linears_flop_limit["uniform ranks"] < 5
+    assert (table.linears_ms + table.rest_ms).to_numpy() == pytest.approx(table.blocks_ms.to_numpy())
 
 
 @pytest.mark.parametrize("model", ["bert-base", "gpt2", "mamba-130m"])
