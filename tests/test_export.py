@@ -1,6 +1,7 @@
 """Compressed models outside of eager torch: ONNX, torch.export, torch.compile."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -104,6 +105,17 @@ def test_compiles_whole_and_trains(tiny_bert, family, split):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     logits.square().mean().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if ".down." in n or ".up." in n)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile writes C++, and there is no g++ here")
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mamba"])
+def test_compiled_code_gives_the_same_logits(tiny_bert, family):
+    torch.compiler.reset()  # else what other models of this class have left counts as recompilations
+    model = compressed(tiny_bert, family, False)
+    with softlms.fast_scan(), torch.inference_mode():
+        inputs = rows(model, 2, 6, padded=False)
+        logits = torch.compile(model, fullgraph=True)(**inputs).logits
+        torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_soft_form_compiles(tiny_bert):
