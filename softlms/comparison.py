@@ -137,8 +137,21 @@ class Grid:
                             for method in ("dense", *one.methods)
                         ]
 
+    def describe(self) -> str:
+        """The recipe that all cells share, and what tasks and methods have instead: a line each."""
+        lines = [str(self.recipe)]
+        for task, setting in self.tasks.items():
+            rows = {"train_rows": setting.train_rows} if setting.train_rows else {}
+            lines += _say(task, {**setting.changes, **rows})
+            lines += [line for method, own in setting.methods.items() for line in _say(f"{task}, {method}", own)]
+        return "\n".join([*lines, *(line for method, own in self.changes.items() for line in _say(method, own))])
+
     def _own(self, method: str, setting: Setting) -> dict[str, Any]:
         return {**self.changes.get(method, {}), **setting.methods.get(method, {})}
+
+
+def _say(name: str, changes: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {', '.join(f'{key}={value!r}' for key, value in changes.items())}"] if changes else []
 
 
 # sigma of whitened factors fall so steeply that their largest says nothing: their mean is the scale. And a push of 0.1

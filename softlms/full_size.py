@@ -10,7 +10,7 @@ import copy
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -31,7 +31,7 @@ from softlms.provenance import append_rows, hardware, versions
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy
 
-__all__ = ["FULL_SIZE", "compress_full_size", "find_full_size", "print_full_size"]
+__all__ = ["FULL_SIZE", "compress_full_size", "describe_full_size", "find_full_size", "print_full_size"]
 
 # class and configuration, as published on the hub
 FULL_SIZE: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
@@ -148,18 +148,26 @@ def print_full_size(*, model: str, out: str = "", **options: Any) -> None:
     result = compress_full_size(model, **options)
     title = "{model}, {blocks} blocks, {keep} of {count} kept; {hardware}".format(**result)
     table = Table(show_header=False, title=title)
-    lines = {
-        "parameters": f"{result['parameters_total'] / 1e6:.1f} M",
-        "kept": f"{result['kept_linear']:.4f} of the linears, {result['kept_total']:.4f} of the total",
-        "build, decompose, deploy": ", ".join(f"{result[f'{s}_s']:.1f} s" for s in ("build", "decompose", "deploy")),
-        "peak memory": f"{result['peak_gb']:.1f} GB",
-        "deployed against recomposed": f"{result['error']:.1e} of the outputs' norm",
-    }
-    for name, value in lines.items():
-        table.add_row(name, value)
+    for name, value in describe_full_size(result).items():
+        table.add_row(str(name), value)
     Console().print(table)
     if out:
         append_rows(out, pd.DataFrame([result]))
+
+
+def describe_full_size(result: Mapping[str, Any]) -> pd.Series:
+    """What `compress_full_size` measured, in words."""
+    return pd.Series(
+        {
+            "parameters": f"{result['parameters_total'] / 1e6:.1f} M",
+            "kept": f"{result['kept_linear']:.4f} of the linears, {result['kept_total']:.4f} of the total",
+            "build, decompose, deploy": ", ".join(
+                f"{result[f'{step}_s']:.1f} s" for step in ("build", "decompose", "deploy")
+            ),
+            "peak memory": f"{result['peak_gb']:.1f} GB",
+            "deployed against recomposed": f"{result['error']:.1e} of the outputs' norm",
+        }
+    )
 
 
 def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None], PreTrainedModel], PretrainedConfig]:

@@ -17,6 +17,7 @@ from softlms.tasks import TASKS
 from softlms.thresholds import hard_threshold, shifted_tanh, soft_threshold
 
 __all__ = [
+    "SHOWN_ALPHA",
     "describe_cut",
     "describe_speed",
     "draw_cut",
@@ -32,6 +33,8 @@ __all__ = [
     "plot_threshold_functions",
     "plot_threshold_gradients",
 ]
+
+SHOWN_ALPHA = 1.5  # where notebook 01 cuts its two layers
 
 NAMES = {"f1": "F1"}
 SHARPNESS = {2: (":", PALETTE["other"]), 5: ("--", PALETTE["linear"]), 50: ("-", PALETTE["adaptive"])}
@@ -123,14 +126,14 @@ def draw_cut(ax: Axes, sigma: Tensor, shape: tuple[int, int], alpha: float, s: f
 
 
 def plot_spectra(spectra: pd.DataFrame) -> Figure:
-    """Singular values of real layers (columns symbol, m, n, sigma), cut at alpha = 1.5."""
+    """Singular values of real layers (columns symbol, m, n, sigma), cut at `SHOWN_ALPHA`."""
     layers = spectra.groupby("symbol", sort=False)
     fig, axes = figure(1, len(layers), height=2.5, squeeze=False)
     for ax, (symbol, layer) in zip(axes[0], layers, strict=True):
         sigma = torch.tensor(layer.sigma.to_numpy())
         m, n = int(layer.m.iloc[0]), int(layer.n.iloc[0])
-        draw_cut(ax, sigma, (m, n), alpha=1.5, s=50)
-        rank = int((sigma > 1.5).sum())
+        draw_cut(ax, sigma, (m, n), alpha=SHOWN_ALPHA, s=50)
+        rank = int((sigma > SHOWN_ALPHA).sum())
         kept = kept_parameters(m, n, rank) / (m * n)
         ax.set_title(f"{as_formula(symbol)}, block 0: rank {rank} of {len(sigma)}, {kept:.0%} of its weights")
     return fig

@@ -126,7 +126,7 @@ class Report:
         trained = {(r.task, r.keep, r.metric, r.method): self._entry(r) for _, r in of_dev.iterrows()}
         further["cut further"] = [self._entry(row) for _, row in further.iterrows()]
         further["trained for it"] = [
-            trained.get((row.task, row.keep, row.metric, row.method.split(CUT_FROM)[0]), "")
+            trained.get((row.task, row.keep, row.metric, row.method.split(CUT_FROM)[0]), "not run")
             for _, row in further.iterrows()
         ]
         return further[["task", "metric", "method", "keep", "cut further", "trained for it"]]

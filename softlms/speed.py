@@ -217,7 +217,7 @@ def time_tricks(*, tokens: int = 128, rounds: int = 21) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        "trick", microseconds "without" and "with" it (medians), and "gain", their ratio.
+        "trick", microseconds without and with it ("without_us", "with_us", medians), and "gain", their ratio.
     """
     x, wide = torch.randn(1, tokens, 768), torch.randn(1, tokens, 3072)
     odd, even = (LowRankLinear(torch.randn(r, 768), torch.randn(768, r), torch.zeros(768)) for r in (127, 128))
@@ -242,8 +242,8 @@ def time_tricks(*, tokens: int = 128, rounds: int = 21) -> pd.DataFrame:
     with torch.inference_mode(), use_threads(1):
         for name, (without, using) in tricks.items():
             seconds = interleaved({"without": without, "with": using}, rounds)
-            us = {key: 1e6 * statistics.median(taken) for key, taken in seconds.items()}
-            rows.append({"trick": name, "tokens": tokens} | us | {"gain": us["without"] / us["with"]})
+            us = {f"{key}_us": 1e6 * statistics.median(taken) for key, taken in seconds.items()}
+            rows.append({"trick": name, "tokens": tokens} | us | {"gain": us["without_us"] / us["with_us"]})
     return pd.DataFrame(rows)
 
 
@@ -316,6 +316,10 @@ def _limits(model: PreTrainedModel, case: _Case, rest: float, peak: float, bandw
     """FLOPs of a case, and the seconds of its roofline; elementwise work and the scan are in neither."""
     rows = case.batch * case.tokens
     weights = linear_weights(model)
+    head = model.get_output_embeddings() if case.part == "model" else None
+    if head is not None:  # a product like the others, and the largest to read
+        weights.append(head.weight)
+        rest -= 2 * rows * head.weight.numel()
     flops = rest + sum(2 * rows * w.numel() for w in weights)
     seconds = rest / peak + sum(max(2 * rows * w.numel() / peak, w.nbytes / bandwidth) for w in weights)
     return flops, seconds

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "import sys; from softlms.cli import main; sys.exit(main())", "figures"]
 FOLDERS = ("figures", "results", "executed")
 MEASURED = re.compile(
-    r"seconds|ms|.*_ms|.*_s|peak_gb|speed_?up|times_faster|roofline_limit|without|with|gain"  # columns of times
+    r"seconds|ms|.*_ms|.*_s|.*_us|peak_gb|.*speed_?up|times_faster|roofline_limit|gflops|gain"  # columns of times
 )
 
 

@@ -41,6 +41,12 @@ def test_a_methods_own_setting_at_a_task_comes_last(bench):
     dense, uniform, soft = next(grid.units({"docpairs": bench}))
     assert {(job.recipe.gamma, job.recipe.s, job.recipe.unit) for job in (dense, uniform)} == {(0.2, 9.0, "max")}
     assert (soft.recipe.gamma, soft.recipe.s, soft.recipe.unit) == (0.4, 9.0, "mean")
+    assert grid.describe().splitlines() == [
+        str(RECIPE),
+        "docpairs: gamma=0.2, s=9.0",
+        "docpairs, svd+soft: gamma=0.4",
+        "svd+soft: gamma=0.3, unit='mean'",
+    ]
 
 
 def test_a_grid_is_done_in_order_and_only_once(bench):

@@ -77,6 +77,8 @@ def test_rows(model, tmp_path):
     thin = table[table.form != "dense"]
     stack, whole = (thin[(thin.part == part) & (thin.phase == "prefill")] for part in ("stack", "model"))
     assert (stack.flop_limit.to_numpy() > whole.flop_limit.to_numpy()).all() and (whole.flop_limit > 1).all()
+    if model == "gpt2":  # reading the head's weights, 39 M beside 14 M in two blocks, is what one token waits for
+        assert thin[thin.phase == "decode"].roofline_limit.max() < 1.5
     assert (thin.roofline_limit > 1).all() and (thin.parameters < dense.parameters.iloc[0]).all()
 
 
