@@ -114,8 +114,8 @@ def test_drawings_show_every_method(kind, request):
     assert labels == ["dense", "svd", "whitened", "uniform", "soft"]
     assert {ax.get_title() for ax in ranks.axes if ax.get_title()} == set(F1) - {"dense"}
     symbols = [tick.get_text() for tick in ranks.axes[0].get_yticklabels()]
-    assert symbols == (["W_Q", "W_K", "W_V", "W_proj", "W_fc1", "W_fc2"] if kind == "bench" else
-                       ["W_QKV", "W_proj", "W_fc1", "W_fc2"])  # fmt: skip
+    names = ["Q", "K", "V", "proj", "fc1", "fc2"] if kind == "bench" else ["QKV", "proj", "fc1", "fc2"]
+    assert symbols == [f"$W_{{{name}}}$" for name in names]
     plt.close("all")
 
 
