@@ -97,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmark.add_argument("--model", default="minilm", help="encoder (default minilm)")
     benchmark.add_argument("--out", default="", help="CSV file to write as well")
 
-    scan = commands.add_parser("benchmark-scan", help="time Mamba's training step with each selective scan")
+    scan = commands.add_parser(
+        "benchmark-scan", help="time Mamba's training step or inference with each selective scan"
+    )
     scan.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     scan.add_argument("--batch", type=int, default=16, help="rows a batch (default 16)")
     scan.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")

@@ -107,7 +107,7 @@ def scan_times(
     threads: int = 2,
     inference: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of Mamba's training step with each selective scan, as in `step_times`.
+    """Seconds of Mamba's training step, or forward pass, with each selective scan, as in `step_times`.
 
     Parameters
     ----------
@@ -157,8 +157,9 @@ def print_scan_times(
     *, batch: int = 16, tokens: int = 128, rounds: int = 3, threads: int = 2, inference: bool = False, out: str = ""
 ) -> None:
     """The ``softlms benchmark-scan`` command: `scan_times` as `print_step_times` shows them."""
-    settings = {"hidden": 256, "layers": 6, "batch": batch, "tokens": tokens, "threads": threads, "rounds": rounds}
-    seconds = scan_times(**settings, inference=inference)
+    sizes = {"hidden": 256, "layers": 6, "batch": batch, "tokens": tokens, "threads": threads, "rounds": rounds}
+    settings = sizes | {"inference": inference}
+    seconds = scan_times(**sizes, inference=inference)
     what = "forward pass" if inference else "training step"
     title = f"Mamba's {what}: hidden 256, 6 layers, {batch} x {tokens} tokens, {threads} thread(s), fp32"
     _print_times(seconds, "transformers' loop", title, settings, out)

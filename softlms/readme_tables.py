@@ -19,7 +19,7 @@ from softlms.full_size import FULL_SIZE
 from softlms.provenance import whole_file
 from softlms.recipe import LEARNED, parse_method
 
-__all__ = ["TABLES", "check_tables", "write_tables"]
+__all__ = ["TABLES", "check_tables", "two_digits", "write_tables"]
 
 BEGIN = "<!-- table: "
 BLOCK = re.compile(BEGIN + r"(?P<name>[\w-]+) -->\s*(?P<text>.*?)\s*<!-- end -->", re.DOTALL)
@@ -164,10 +164,15 @@ def scan_inference(results: Path) -> str:
     return _scans(results / "mamba_scan_inference.csv")
 
 
+def two_digits(value: float) -> str:
+    """At least two significant digits and never an exponent."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
 def _scans(path: Path) -> str:
     ms = pd.read_csv(path).set_index("form").median_ms
     forms = ("transformers' loop", "mambapy", "softlms")
-    seconds = ", ".join(f"{form} {ms[form] / 1e3:.2g} s" for form in forms)
+    seconds = ", ".join(f"{form} {two_digits(ms[form] / 1e3)} s" for form in forms)
     return f"{seconds}, {ms[forms[0]] / ms[forms[-1]]:.0f} times faster than the loop"
 
 
@@ -200,6 +205,20 @@ def memory(results: Path) -> str:
     return _markdown(["model", "dense", "soft, at full rank", "deployed at half, recovering"], lines)
 
 
+def speed_split(results: Path) -> str:
+    """Why blocks are not as fast as their FLOPs allow: linear layers alone, and the rest."""
+    rows = pd.read_csv(results / "laptop/09_speedup_split.csv").set_index(["model", "form"])
+    said = []
+    for model in rows.index.unique("model"):
+        dense, thin = (rows.loc[(model, form)] for form in ("dense", "trained ranks"))
+        said.append(
+            f"{model}'s linear layers are {thin.linears_speed_up:.2f} times as fast where FLOPs allow "
+            f"{thin.linears_flop_limit:.2f} ({thin.gflops_per_s:.0f} GFLOPs a second, dense {dense.gflops_per_s:.0f}), "
+            f"and the rest, {dense.rest_ms:.0f} ms of {dense.blocks_ms:.0f} before, is {thin.rest_ms:.0f} ms of {thin.blocks_ms:.0f}"
+        )
+    return "; ".join(said)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "static-and-adaptive": static_and_adaptive,
     "differences": differences,
@@ -213,6 +232,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "scan": scan,
     "scan-inference": scan_inference,
     "speed": speed,
+    "speed-split": speed_split,
     "memory": memory,
 }
 

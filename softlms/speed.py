@@ -34,6 +34,7 @@ from softlms.surgery import shrink
 
 __all__ = [
     "build_forms",
+    "check_numbers",
     "compare_onnx",
     "compare_speed",
     "linear_weights",
@@ -80,20 +81,16 @@ def compare_speed(
     DataFrame
         A row for each form ("dense", "uniform ranks", "trained ranks"), part ("stack", the blocks and the norms around
         them, or "model", end to end), phase ("prefill" or "decode"), batch and number of threads: median and quartiles
-        in ms, "speed_up" over dense, the speed-up if only FLOPs took time ("flop_limit"), or if each product took what
-        its FLOPs or its weights take, whichever is longer, at the peak and bandwidth that this machine shows
-        ("roofline_limit"), and where all this was measured.
+        in ms, "speed_up" over dense, the speed-up if only FLOPs took time ("flop_limit"), or if the head and each layer
+        that is factored took what its FLOPs or its weights take, whichever is longer, and all else its FLOPs, at the
+        peak and bandwidth that this machine shows ("roofline_limit"), and where all this was measured.
 
     Raises
     ------
     ValueError, FileNotFoundError
         Unknown model, a number out of range, or no table of ranks.
     """
-    for name, numbers in (("batches", batches), ("threads", threads), ("tokens", [tokens]), ("rounds", [rounds])):
-        if min(numbers) < 1:
-            raise ValueError(f"{name} must be at least 1, got {min(numbers)}.")
-    if model not in FULL_SIZE:
-        raise ValueError(f"Unknown model {model!r}; known: {', '.join(FULL_SIZE)}.")
+    check_numbers(batches=batches, threads=threads, tokens=[tokens], rounds=[rounds])
     _, config = find_full_size(model, layers)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     rows = []
@@ -139,7 +136,14 @@ def build_forms(
     """The models that are compared, with random weights and in eval mode; see `compare_speed`.
 
     Layers that two factors would make slower at one token, by measured time, stay dense and count so.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Unknown model, or no table of ranks.
     """
+    if model not in FULL_SIZE:
+        raise ValueError(f"Unknown model {model!r}; known: {', '.join(FULL_SIZE)}.")
     create, _ = find_full_size(model, layers)
     dense = _form(create, {})
     with torch.device("meta"):
@@ -152,6 +156,13 @@ def build_forms(
     if results is not None:
         ranks["trained ranks"] = half_ranks(model, skeleton, keep=keep, results=results, measured=measured)
     return {"dense": dense} | {form: _form(create, chosen) for form, chosen in ranks.items()}
+
+
+def check_numbers(**numbers: Sequence[int]) -> None:
+    """ValueError for a number of these below 1."""
+    for name, values in numbers.items():
+        if min(values) < 1:
+            raise ValueError(f"{name} must be at least 1, got {min(values)}.")
 
 
 def linear_weights(model: PreTrainedModel) -> list[Tensor]:
@@ -183,6 +194,7 @@ def compare_onnx(
         A row for each form and kind of weights: the median in ms, "speed_up" over dense float32, and the file's size
         in MB.
     """
+    check_numbers(tokens=[tokens], rounds=[rounds])
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     inputs = {n: v.numpy() for n, v in random_rows(forms["dense"].config.vocab_size, 1, tokens).items()}
     calls, sizes = {}, {}

@@ -15,7 +15,7 @@ from softlms.architectures import find_targets
 from softlms.costs import interleaved
 from softlms.jobs import use_threads
 from softlms.scan import fast_scan
-from softlms.speed import build_forms, linear_weights
+from softlms.speed import build_forms, check_numbers, linear_weights
 
 __all__ = ["split_speed"]
 
@@ -40,14 +40,16 @@ def split_speed(
     -------
     DataFrame
         A row for each form: milliseconds of the blocks ("blocks_ms"), of their linear layers ("linears_ms") and of the
-        rest ("rest_ms", their difference), GFLOPs a second in the linear layers ("gflops"), the speed-up of each over
-        dense, and "linears_flop_limit", what FLOPs alone would give the linear layers.
+        rest ("rest_ms", their difference), GFLOPs a second in the linear layers ("gflops_per_s"), the speed-up over
+        dense of the blocks ("speed_up") and of their linear layers ("linears_speed_up"), and what FLOPs alone would
+        give the latter ("linears_flop_limit").
 
     Raises
     ------
     ValueError, FileNotFoundError
-        As from `softlms.speed.build_forms`.
+        A number below 1, or as from `softlms.speed.build_forms`.
     """
+    check_numbers(tokens=[tokens], rounds=[rounds])
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     states = torch.randn(1, tokens, forms["dense"].config.hidden_size, device=forms["dense"].device)
     states = states.to(forms["dense"].dtype)
@@ -70,7 +72,7 @@ def split_speed(
                 "blocks_ms": blocks,
                 "linears_ms": linears,
                 "rest_ms": blocks - linears,
-                "gflops": flops[form] / linears / 1e6,
+                "gflops_per_s": flops[form] / linears / 1e6,
                 "speed_up": taken["dense, blocks"] / blocks,
                 "linears_speed_up": taken["dense, linears"] / linears,
                 "linears_flop_limit": flops["dense"] / flops[form],

@@ -17,6 +17,9 @@ import time
 from pathlib import Path
 
 from kill_figures import differences, tables
+from lab import BROWSER, DRIVER, NotebookPage, open_browser, serve_lab
+
+from softlms.workbook import choose_notebooks
 
 ROOT = Path(__file__).parent.parent
 JUPYTER = [sys.executable, "-m"]
@@ -40,8 +43,6 @@ def run_nbclient(clone, notebooks, environment):
 
 
 def run_jupyterlab(clone, notebooks, environment):
-    from lab import NotebookPage, open_browser, serve_lab
-
     with serve_lab(clone, **environment) as address:
         for path in notebooks:
             with open_browser() as browser:
@@ -59,9 +60,12 @@ def main():
     parser.add_argument("notebooks", nargs="*", help="by the beginning of a name; all when none is given")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     options = parser.parse_args()
-    chosen = tuple(options.notebooks) or ("",)
-    names = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb") if path.name.startswith(chosen))
-    notebooks = [Path("notebooks") / name for name in names]
+    try:
+        notebooks = [path.relative_to(ROOT) for path in choose_notebooks(ROOT / "notebooks", options.notebooks)]
+    except ValueError as failure:
+        parser.error(str(failure))
+    if "jupyterlab" in options.ways and not (BROWSER and DRIVER):
+        parser.error("jupyterlab needs chromium and chromedriver; leave it out with --ways papermill nbval nbclient")
     wrong = []
     with tempfile.TemporaryDirectory() as place:
         clones = {way: Path(place) / way for way in options.ways}
@@ -72,8 +76,8 @@ def main():
                 WAYS[way](clone, notebooks, os.environ | {"PYTHONPATH": str(clone)})
             except subprocess.CalledProcessError as failure:
                 wrong.append(f"{way}: {(failure.stdout + failure.stderr).decode()[-2000:]}")
-            except RuntimeError as failure:
-                wrong.append(f"{way}: {failure}")
+            except Exception as failure:  # the other ways are compared all the same
+                wrong.append(f"{way}: {failure!r}")
             written = [path for path in tables(clone) if path.parts[1] == "quick"]
             wrong += [] if written else [f"{way} wrote no table"]
             print(f"{way}: {len(written)} tables in {time.monotonic() - began:.0f} s", flush=True)

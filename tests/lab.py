@@ -73,7 +73,8 @@ def _wait_for(address, server, log):
 def open_browser():
     from selenium import webdriver
 
-    with tempfile.TemporaryDirectory() as place:
+    # Chromium's last processes may write for a moment after it has quit
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         options = webdriver.ChromeOptions()
         options.binary_location = BROWSER
         for flag in (*FLAGS, f"user-data-dir={place}"):
@@ -92,7 +93,8 @@ class NotebookPage:
         self.browser = browser
         book = json.loads(notebook.read_text())
         self.numbered = [f"[{i + 1}]:" for i in range(sum(cell["cell_type"] == "code" for cell in book["cells"]))]
-        browser.get(f"{address}/lab/tree/{notebook.name}")
+        # a workspace of its own: the default one brings the tabs of earlier notebooks back
+        browser.get(f"{address}/lab/workspaces/{notebook.stem}/tree/{notebook.name}")
         self.wait(lambda: len(self.prompts()) == len(self.numbered))
         self.wait(self.idle)
 

@@ -57,7 +57,7 @@ def test_blocks_split_in_linear_layers_and_the_rest(model):
     table = split_speed(model, layers=2, rounds=1, tokens=8).set_index("form")
     dense = skeleton(model, layers=2)
     weights = sum(target.shape[0] * target.shape[1] for target in find_targets(dense))
-    assert table.gflops["dense"] * table.linears_ms["dense"] * 1e6 == pytest.approx(2 * 8 * weights)
+    assert table.gflops_per_s["dense"] * table.linears_ms["dense"] * 1e6 == pytest.approx(2 * 8 * weights)
     assert (table.linears_ms > 0).all() and table.linears_flop_limit["dense"] == 1
     assert 2 < table.linears_flop_limit["uniform ranks"] < 5
     assert (table.linears_ms + table.rest_ms).to_numpy() == pytest.approx(table.blocks_ms.to_numpy())
