@@ -214,7 +214,8 @@ def speed_split(results: Path) -> str:
         said.append(
             f"{model}'s linear layers are {thin.linears_speed_up:.2f} times as fast where FLOPs allow "
             f"{thin.linears_flop_limit:.2f} ({thin.gflops_per_s:.0f} GFLOPs a second, dense {dense.gflops_per_s:.0f}), "
-            f"and the rest, {dense.rest_ms:.0f} ms of {dense.blocks_ms:.0f} before, is {thin.rest_ms:.0f} ms of {thin.blocks_ms:.0f}"
+            f"and the rest, {dense.rest_ms:.0f} ms of {dense.blocks_ms:.0f} before, is {thin.rest_ms:.0f} ms of "
+            f"{thin.blocks_ms:.0f}"
         )
     return "; ".join(said)
 
