@@ -47,6 +47,8 @@ def plot_quality(rows: pd.DataFrame) -> Figure:
             _plot_methods(ax, part, keeps)
             ax.set_xticks(range(len(keeps)), [f"{100 * keep:.0f}" for keep in keeps])
             ax.set_xlim(-0.5, len(keeps) - 0.5)
+            for i in range(1, len(keeps)):  # methods stand side by side at one budget
+                ax.axvline(i - 0.5, color="0.8", lw=0.6)
             if metric in UNSCALED and part["mean"].max() > 10 * part["mean"].min():
                 ax.set_yscale("log")  # untuned perplexities may span orders of magnitude
             ax.grid(axis="x", visible=False)
@@ -68,15 +70,15 @@ def _plot_methods(ax: Axes, part: pd.DataFrame, keeps: list[float]) -> None:
         side = 0.7 * ((i + 0.5) / len(methods) - 0.5)
         ax.errorbar(
             [keeps.index(keep) + side for keep in line.keep], line["mean"], line["std"].fillna(0),
-            color=COLOURS[factorization], marker=MARKERS[allocation], ls="-" if soft else "none",
-            lw=0.8, elinewidth=0.8, ms=4, mfc=COLOURS[factorization] if soft else "white",
+            color=COLOURS[factorization], marker=MARKERS[allocation], ls="none",  # a line would be read between budgets
+            elinewidth=0.8, ms=4, mfc=COLOURS[factorization] if soft else "white",
         )  # fmt: skip
 
 
 def _legend(methods: list[str]) -> list[Line2D]:
     factorizations, allocations = (dict.fromkeys(m.split("+")[i] for m in methods) for i in (0, 1))
     handles = [Line2D([], [], color="black", label="dense")]
-    handles += [Line2D([], [], color=c, label=f) for f, c in COLOURS.items() if f in factorizations]
+    handles += [Line2D([], [], color=c, lw=4, label=f) for f, c in COLOURS.items() if f in factorizations]
     return handles + [
         Line2D([], [], color="0.3", marker=m, ls="", mfc="0.3" if a == "soft" else "white", label=a)
         for a, m in MARKERS.items()
