@@ -260,7 +260,7 @@ def test_numbers_in_notebooks(tree):
 
 def test_texts_that_are_gone(tree):
     change(tree / "README.md", "it fits a GPU of 40 GB", "it fits a GPU")
-    change(tree / "README.md", "torch 2.13;", "torch;")
+    change(tree / "README.md", "torch 2.13)", "torch)")
     status, output = run(tree)
     assert status == 1
     assert (
