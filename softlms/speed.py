@@ -91,7 +91,6 @@ def compare_speed(
         Unknown model, a number out of range, or no table of ranks.
     """
     check_numbers(batches=batches, threads=threads, tokens=[tokens], rounds=[rounds])
-    _, config = find_full_size(model, layers)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     rows = []
     with torch.inference_mode(), fast_scan():
@@ -121,7 +120,7 @@ def compare_speed(
                         "flop_limit": limits["dense"][0] / limits[form][0],
                         "roofline_limit": limits["dense"][1] / limits[form][1],
                         "parameters": count_parameters(forms[form]).total,
-                        "blocks": config.num_hidden_layers,
+                        "blocks": forms["dense"].config.num_hidden_layers,
                         "rounds": rounds,
                         "hardware": hardware(number),
                         "versions": versions(),
