@@ -26,7 +26,7 @@ from softlms.surgery import decompose, soft_layers
 from softlms.tasks import TASKS
 from softlms.zoo import find_encoder
 
-__all__ = ["forward_times", "print_scan_times", "print_step_times", "scan_times", "step_times"]
+__all__ = ["check_numbers", "forward_times", "print_scan_times", "print_step_times", "scan_times", "step_times"]
 
 
 def step_times(
@@ -57,7 +57,7 @@ def step_times(
     ValueError
         A number below 1.
     """
-    _check(batch=batch, tokens=tokens, rounds=rounds, threads=threads)
+    check_numbers(batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     shapes = {target.name: target.shape for target in find_targets(model)}
     costs = parameter_costs(shapes)
     ranks = uniform_ranks(costs, Budget(keep, "linear").limit(costs))
@@ -126,7 +126,7 @@ def scan_times(
     ValueError
         A number below 1.
     """
-    _check(hidden=hidden, layers=layers, batch=batch, tokens=tokens, rounds=rounds, threads=threads)
+    check_numbers(hidden=hidden, layers=layers, batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     inputs = random_rows(4096, batch, tokens)
     inputs["labels"] = inputs["input_ids"]
     calls = {}
@@ -165,7 +165,8 @@ def print_scan_times(
     _print_times(seconds, "transformers' loop", title, settings, out)
 
 
-def _check(**numbers: int) -> None:
+def check_numbers(**numbers: int) -> None:
+    """ValueError, with its name, for a number below 1."""
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")

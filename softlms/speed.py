@@ -26,6 +26,7 @@ from softlms.costs import count_flops, interleaved, measure_latency, random_rows
 from softlms.export import export_onnx, onnx_session
 from softlms.full_size import FULL_SIZE, find_full_size
 from softlms.jobs import use_threads
+from softlms.latency import check_numbers
 from softlms.layers import LowRankLinear
 from softlms.provenance import append_rows, hardware, versions
 from softlms.scan import fast_scan
@@ -34,7 +35,6 @@ from softlms.surgery import shrink
 
 __all__ = [
     "build_forms",
-    "check_numbers",
     "compare_onnx",
     "compare_speed",
     "linear_weights",
@@ -90,7 +90,7 @@ def compare_speed(
     ValueError, FileNotFoundError
         Unknown model, a number out of range, or no table of ranks.
     """
-    check_numbers(batches=batches, threads=threads, tokens=[tokens], rounds=[rounds])
+    check_numbers(batches=min(batches), threads=min(threads), tokens=tokens, rounds=rounds)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     rows = []
     with torch.inference_mode(), fast_scan():
@@ -157,13 +157,6 @@ def build_forms(
     return {"dense": dense} | {form: _form(create, chosen) for form, chosen in ranks.items()}
 
 
-def check_numbers(**numbers: Sequence[int]) -> None:
-    """ValueError for a number of these below 1."""
-    for name, values in numbers.items():
-        if min(values) < 1:
-            raise ValueError(f"{name} must be at least 1, got {min(values)}.")
-
-
 def linear_weights(model: PreTrainedModel) -> list[Tensor]:
     """What the linear layers multiply with: a dense layer's weight, a thin one's two factors."""
     layers = [target.module for target in find_targets(model)]
@@ -193,7 +186,7 @@ def compare_onnx(
         A row for each form and kind of weights: the median in ms, "speed_up" over dense float32, and the file's size
         in MB.
     """
-    check_numbers(tokens=[tokens], rounds=[rounds])
+    check_numbers(tokens=tokens, rounds=rounds)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     inputs = {n: v.numpy() for n, v in random_rows(forms["dense"].config.vocab_size, 1, tokens).items()}
     calls, sizes = {}, {}

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from softlms.architectures import find_targets
 from softlms.costs import interleaved
 from softlms.jobs import use_threads
+from softlms.latency import check_numbers
 from softlms.scan import fast_scan
-from softlms.speed import build_forms, check_numbers, linear_weights
+from softlms.speed import build_forms, linear_weights
 
 __all__ = ["split_speed"]
 
@@ -49,7 +50,7 @@ def split_speed(
     ValueError, FileNotFoundError
         A number below 1, or as from `softlms.speed.build_forms`.
     """
-    check_numbers(tokens=[tokens], rounds=[rounds])
+    check_numbers(tokens=tokens, rounds=rounds)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     states = torch.randn(1, tokens, forms["dense"].config.hidden_size, device=forms["dense"].device)
     states = states.to(forms["dense"].dtype)
