@@ -4,6 +4,7 @@ Three verbs: `decompose` a model, train it with `SoftTrainer` until it meets its
 """
 
 from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
+from softlms.allocator import keep_memory
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import Budget, Costs, ParameterCount, count_parameters, parameter_costs, refill, uniform_ranks
 from softlms.calibration import LayerStatistics, calibrate
@@ -60,6 +61,7 @@ __all__ = [
     "fast_scan",
     "find_targets",
     "hard_threshold",
+    "keep_memory",
     "linear_compression_loss",
     "load_task",
     "load_text",

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from softlms.allocator import keep_memory
 from softlms.architectures import find_targets
 from softlms.costs import interleaved
 from softlms.jobs import use_threads
@@ -58,7 +59,7 @@ def split_speed(
     for form, network in forms.items():
         calls[f"{form}, blocks"] = partial(network.base_model, inputs_embeds=states)
         calls[f"{form}, linears"] = _linears(network, tokens)
-    with torch.inference_mode(), fast_scan(), use_threads(1):
+    with torch.inference_mode(), fast_scan(), keep_memory(), use_threads(1):
         seconds = interleaved(calls, rounds, f"{model}: blocks and their linear layers", 1)
     taken = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     flops = {form: 2 * tokens * sum(w.numel() for w in linear_weights(network)) for form, network in forms.items()}

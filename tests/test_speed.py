@@ -1,12 +1,16 @@
 """The speed comparison: ranks, forms and rows; the times themselves are for the command."""
 
+import platform
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 
 import softlms
+from softlms.allocator import keep_memory
 from softlms.architectures import find_targets
 from softlms.budget import parameter_costs
 from softlms.cli import main
@@ -50,6 +54,23 @@ def test_a_stretched_profile_keeps_its_proportions():
     assert large.of(stretched) <= 0.4 * large.dense < large.of(stretched) + 6 * 4 * 1024
     with pytest.raises(ValueError, match="pooler.dense stands in no numbered block"):
         stretch_ranks({"pooler.dense": 3}, {"pooler.dense": (9, 9)}, large, 1e9)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="without glibc nothing is kept")
+def test_freed_memory_is_kept_inside_and_handed_back_afterwards():
+    def faults():
+        before = getrusage(RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 25)  # 128 MiB, freed at once
+        return getrusage(RUSAGE_SELF).ru_minflt - before
+
+    many = min(faults() for _ in range(3))  # a page at a time, or a huge one
+    with pytest.raises(KeyError), keep_memory() as kept:
+        faults()
+        assert kept and max(faults() for _ in range(3)) < many / 4
+        held = psutil.Process().memory_info().rss
+        raise KeyError
+    assert held - psutil.Process().memory_info().rss > 1 << 26
+    assert min(faults() for _ in range(3)) > many / 2
 
 
 @pytest.mark.parametrize("model", ["bert-base", "mamba-130m"])
