@@ -69,8 +69,9 @@ def main():
     wrong = []
     with tempfile.TemporaryDirectory() as place:
         clones = {way: Path(place) / way for way in options.ways}
-        for way, clone in clones.items():
+        for clone in clones.values():  # all of the same commit
             subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        for way, clone in clones.items():
             began = time.monotonic()
             try:
                 WAYS[way](clone, notebooks, os.environ | {"PYTHONPATH": str(clone)})
