@@ -75,6 +75,8 @@ def run_notebook(notebook: Path, executed: Path, kernel: str, parameters: dict[s
     except papermill.PapermillExecutionError as failure:
         error = f"{failure.ename}: {_first_line(failure.evalue)}"
     except Exception as failure:  # a kernel that dies, a full disk
+        if isinstance(failure, OSError):
+            failure.filename = failure.filename or str(executed)  # papermill writes the copy after each cell
         error = f"{type(failure).__name__}: {_first_line(str(failure))}"
     copy = None
     try:

@@ -109,12 +109,20 @@ def whole_file(path: Path) -> Iterator[Path]:
     ----------
     path : Path
         Its folder is made where there is none.
+
+    Raises
+    ------
+    OSError
+        As the block raises it, with the file's name where it has none: a full disk is met in a write, which has none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -209,8 +209,9 @@ def test_full_disk(small_disk, capsys):
     status, _ = run()
     one, two = capsys.readouterr().err.splitlines()
     assert status == 1
-    assert "01_table failed in cell 3: OSError: [Errno 28] No space left on device" in one
-    assert "02_output failed in cell" in two and "OSError: [Errno 28] No space left on device" in two
+    full = "OSError: [Errno 28] No space left on device: "
+    assert f"01_table failed in cell 3: {full}'" in one and "/figures/quick/01_table.csv'" in one
+    assert "02_output failed in cell" in two and f"{full}'" in two and "/executed/quick/" in two
     assert not half_files(small_disk) and not broken_files(small_disk)
     assert not (small_disk / "executed/quick/02_output.failed.ipynb").exists()
     with contextlib.suppress(OSError):
