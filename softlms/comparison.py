@@ -257,6 +257,7 @@ def run_grid(
     Returns
     -------
     list of (Job, Run)
+        In the grid's order, whichever ended first.
 
     Raises
     ------
@@ -264,12 +265,13 @@ def run_grid(
         `stored_only`, and nothing is there.
     """
     units = list(grid.units(benches))
+    place = {job: number for number, job in enumerate(job for unit in units for job in unit)}
     stored = {job: run for unit in units for job in unit if (run := job.bench.stored(job.method, job.recipe, job.seed))}
     for line in tell_stored(job for unit in units for job in unit):
         note(line)
     if stored_only and not stored:
         raise FileNotFoundError("No cell of this grid is stored here yet: run it with stored_only = False.")
-    cells = list(stored.items())
+    cells = stored.copy()
     missing = [] if stored_only else [[job for job in unit if job not in stored] for unit in units]
     total, started = sum(map(len, missing)), time.monotonic()
     for done, (job, run) in enumerate(run_jobs([u for u in missing if u], processes or available_processes()), 1):
@@ -279,15 +281,15 @@ def run_grid(
             f"{done:>4} of {total}: {task.name}, keep {job.recipe.keep}, {job.method}{untuned}, seed {job.seed}: "
             f"dev {task.metrics[0]} {run.result['scores']['dev'][task.metrics[0]]:.3f}; about {left / 60:.0f} min left"
         )
-        cells.append((job, run))
-        grown(_once(cells))
-    return _once(cells)
+        cells[job] = run
+        grown(_once(cells, place))
+    return _once(cells, place)
 
 
-def _once(cells: Iterable[Cell]) -> list[Cell]:
+def _once(cells: Mapping[Job, Run], place: Mapping[Job, int]) -> list[Cell]:
     """The dense model is in many units, and counts once."""
     unique = {}
-    for job, run in cells:
+    for job, run in sorted(cells.items(), key=lambda cell: place[cell[0]]):
         budget = None if job.method == "dense" else (job.recipe.keep, bool(job.recipe.epochs))
         unique[job.bench.data.task.name, job.method, budget, job.seed] = (job, run)
     return list(unique.values())

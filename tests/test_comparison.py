@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -86,6 +88,17 @@ def test_a_grid_is_done_in_order_and_only_once(bench):
     assert count == 2 and mean == pytest.approx(100 * one.value.mean()) and std == pytest.approx(100 * one.value.std())
     ranks = rank_rows(cells)
     assert set(ranks.method) == {"svd+uniform", "svd+soft"} and len(ranks) == 6 * 12
+
+
+def test_rows_stand_in_the_grids_order_whichever_run_ended_first(bench):
+    grid = replace(GRID, passes=(Pass(("svd+uniform", "whitened+uniform"), (0.5,)),))
+    run_grid(replace(grid, seeds=(1,)), {"docpairs": bench}, processes=1, note=lambda line: None)
+    grown = []
+    cells = run_grid(grid, {"docpairs": bench}, processes=1, note=lambda line: None, grown=grown.append)
+    again = run_grid(grid, {"docpairs": bench}, stored_only=True, note=lambda line: None)
+    for some in (cells, grown[-1], again):
+        pd.testing.assert_frame_equal(rank_rows(some), rank_rows(cells))
+        assert rank_rows(some).seed.tolist() == sorted(rank_rows(some).seed) and set(rank_rows(some).seed) == {0, 1}
 
 
 def test_nothing_stored_is_said(bench):
