@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from kill_figures import differences, tables
@@ -64,8 +65,8 @@ def main():
         notebooks = [path.relative_to(ROOT) for path in choose_notebooks(ROOT / "notebooks", options.notebooks)]
     except ValueError as failure:
         parser.error(str(failure))
-    if "jupyterlab" in options.ways and not (BROWSER and DRIVER):
-        parser.error("jupyterlab needs chromium and chromedriver; leave it out with --ways papermill nbval nbclient")
+    if "jupyterlab" in options.ways and not (BROWSER and DRIVER and find_spec("selenium")):
+        parser.error("jupyterlab needs what make test-browser needs, chromium, chromedriver and selenium; or leave it out")
     wrong = []
     with tempfile.TemporaryDirectory() as place:
         clones = {way: Path(place) / way for way in options.ways}
