@@ -66,7 +66,7 @@ def main():
     except ValueError as failure:
         parser.error(str(failure))
     if "jupyterlab" in options.ways and not (BROWSER and DRIVER and find_spec("selenium")):
-        parser.error("jupyterlab needs what make test-browser needs, chromium, chromedriver and selenium; or leave it out")
+        parser.error("jupyterlab needs chromium, chromedriver and selenium; leave it out with --ways papermill nbval")
     wrong = []
     with tempfile.TemporaryDirectory() as place:
         clones = {way: Path(place) / way for way in options.ways}
