@@ -65,12 +65,13 @@ def test_freed_memory_is_kept_inside_and_handed_back_afterwards():
 
     many = min(faults() for _ in range(3))  # a page at a time, or a huge one
     with pytest.raises(KeyError), keep_memory() as kept:
-        faults()
+        for _ in range(5):  # an aligned tensor may not fit where the last one lay, but there is a second place then
+            faults()
         assert kept and max(faults() for _ in range(3)) < many / 4
         held = psutil.Process().memory_info().rss
         raise KeyError
     assert held - psutil.Process().memory_info().rss > 1 << 26
-    assert min(faults() for _ in range(3)) > many / 2
+    assert faults() > many / 2  # a later one may find the place that this one left
 
 
 @pytest.mark.parametrize("model", ["bert-base", "mamba-130m"])
