@@ -62,6 +62,8 @@ def compare_speed(
 ) -> pd.DataFrame:
     """Time the dense model against thin ones of half its parameters: forward passes in turn, fp32 (bf16 on a GPU).
 
+    All forms run inside `softlms.fast_scan` and `softlms.keep_memory`.
+
     Parameters
     ----------
     model : str

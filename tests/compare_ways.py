@@ -66,7 +66,8 @@ def main():
     except ValueError as failure:
         parser.error(str(failure))
     if "jupyterlab" in options.ways and not (BROWSER and DRIVER and find_spec("selenium")):
-        parser.error("jupyterlab needs chromium, chromedriver and selenium; leave it out with --ways papermill nbval")
+        others = " ".join(way for way in WAYS if way != "jupyterlab")
+        parser.error(f"jupyterlab needs chromium, chromedriver and selenium; leave it out with --ways {others}")
     wrong = []
     with tempfile.TemporaryDirectory() as place:
         clones = {way: Path(place) / way for way in options.ways}
