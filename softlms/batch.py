@@ -18,6 +18,7 @@ from typing import Any
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
 from softlms.progress import Progress
+from softlms.reads import follows_others
 
 __all__ = ["Ending", "Work", "check_kernel", "run_notebooks"]
 
@@ -76,7 +77,7 @@ def run_notebooks(
     Parameters
     ----------
     works : sequence of Work
-        They start in this order.
+        They start in this order; one that reads what the others write waits for those before it.
     jobs : int
         So many at a time.
     environment : mapping
@@ -95,7 +96,7 @@ def run_notebooks(
     events: queue.Queue[tuple[_Running, dict[str, Any] | None]] = queue.Queue()
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < jobs and not (running and follows_others(waiting[0].name)):
                 before(waiting[0])
                 running.append(_Running(waiting.pop(0), environment, events))
                 progress.start(running[-1].work.name)

@@ -16,12 +16,13 @@ import nbformat
 from softlms.folders import Folders, folder_state
 from softlms.profiles import DATA_VARIABLE
 from softlms.provenance import hardware, library_hash, versions, whole_file
+from softlms.reads import read_tables
 
 __all__ = ["depends_on", "mark_finished", "reason_to_run", "stored_seconds", "unmark"]
 
 
 def depends_on(notebook: Path, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """All that a notebook's outputs depend on: its cells, parameters, the library's code, versions and machine.
+    """All that a notebook's outputs depend on: cells, parameters, tables of others, library, versions and machine.
 
     Of a folder among the parameters, names, sizes and times of its files count; what a hub holds is not looked at.
     """
@@ -35,6 +36,7 @@ def depends_on(notebook: Path, parameters: Mapping[str, Any], environment: Mappi
         "notebook": hashlib.sha256(json.dumps(cells).encode()).hexdigest(),
         "parameters": named,
         "folders": {name: folder_state(place) for name, place in places.items() if place.is_dir()},
+        "tables": read_tables(notebook.parent.parent / "results", notebook.stem, named.get("profile")),
         "library": library_hash(),
         "versions": versions(),
         "machine": hardware(1),
@@ -64,8 +66,8 @@ def reason_to_run(folders: Folders, notebook: str, depends: Mapping[str, Any]) -
             continue
         if isinstance(value, dict) and isinstance(old, dict):
             changed = (key for key in sorted(old | value) if old.get(key) != value.get(key))
-            if name == "folders":
-                return f"files changed: {', '.join(changed)}"
+            if name in ("folders", "tables"):
+                return f"{'files' if name == 'folders' else name} changed: {', '.join(changed)}"
             return f"{name} changed: " + ", ".join(f"{k} {_show(old, k)} to {_show(value, k)}" for k in changed)
         return f"{name} changed" + (f": {old} to {value}" if name in ("versions", "machine") else "")
     missing = [file for file in (folders.executed / f"{notebook}.ipynb", *wrote) if not file.is_file()]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from softlms.lanes import LANES, read_lanes
 from softlms.notebook_lint import lint
 from softlms.profiles import project_root
-from softlms.stamp import CELL_TIMEOUT_S, describe, stale_parts
+from softlms.stamp import CELL_TIMEOUT_S, OWN_PARTS, describe, stale_parts
 
 __all__ = ["check_notebooks"]
 
@@ -42,8 +42,8 @@ def check_notebooks(jobs: Sequence[str] = ()) -> int:
     faults = []
     for path, lane in chosen.items():
         book = json.loads(path.read_text())
-        found, stale = lint(book, lane), stale_parts(book, root)
-        if "source" in stale:
+        found, stale = lint(book, lane), stale_parts(path.stem, book, root)
+        if OWN_PARTS & set(stale):
             found.append(f"stale, {describe(stale)}: run softlms stamp {path.stem}")
         elif stale:
             print(f"warning: {path.stem} is stale, {describe(stale)}", flush=True)

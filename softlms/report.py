@@ -11,7 +11,7 @@ from softlms.comparison import CUT_FROM, UNSCALED, Cell, costs, grid_rows, middl
 from softlms.evaluation import paired_difference
 from softlms.experiments import Bench
 
-__all__ = ["Report"]
+__all__ = ["Report", "soft_verdicts"]
 
 VERDICT = (
     "task", "keep", "split", "soft", "soft_mean", "rival", "rival_mean", "seeds", "difference", "low95", "high95",
@@ -52,7 +52,7 @@ class Report:
         self.leading = {task: bench.data.task.metrics[0] for task, bench in benches.items()}
         with_test = set(self.rows[self.rows.split == "test"].task)
         self.reported = {task: "test" if task in with_test else "dev" for task in benches}
-        self.compressed = self.rows[(self.rows.method != "dense") & ~self.rows.method.str.contains(CUT_FROM)]
+        self.compressed = _compressed(self.rows)
         self.methods = list(self.compressed.method.unique())
         if (mixed := self.rows.groupby("task").hardware.nunique()).gt(1).any():
             raise ValueError(f"Rows of {mixed.idxmax()} were made on {mixed.max()} kinds of hardware: run it on one.")
@@ -85,39 +85,8 @@ class Report:
         return f"{row['mean']:.{digits}f}{spread}{seeds}"
 
     def verdicts(self) -> pd.DataFrame:
-        """The better SoftLMs row against the best other one and, where that is another, the best with uniform ranks.
-
-        All chosen on dev, among the methods that were run at all seeds; paired over seeds on the reported split.
-
-        Columns `VERDICT`; a difference above zero is in favour of SoftLMs, also where less is better. The 95 % interval
-        needs two seeds.
-        """
-        recovered = self.compressed[self.compressed.recovered]
-        lines = []
-        for (task, keep), _ in recovered.groupby(["task", "keep"]):
-            lower = self.leading[task] in UNSCALED
-            order = self._by_seed(task, keep, "dev").dropna(axis=1).mean().sort_values(ascending=lower).index
-            soft, others = (order[order.str.endswith("+soft") == is_soft] for is_soft in (True, False))
-            rivals = [*others[:1], *others[others.str.endswith("+uniform")][:1]] if len(soft) else []
-            table = self._by_seed(task, keep, self.reported[task])
-            for rival in dict.fromkeys(rivals):
-                pair = table[[soft[0], rival]].dropna()
-                larger, smaller = (rival, soft[0]) if lower else (soft[0], rival)
-                line = {"task": task, "keep": keep, "split": self.reported[task]}
-                line |= {"soft": soft[0], "soft_mean": table[soft[0]].mean()}
-                line |= {"rival": rival, "rival_mean": table[rival].mean()}
-                line |= {"seeds": len(pair), "difference": (pair[larger] - pair[smaller]).mean()}
-                if len(pair) > 1:
-                    _, line["low95"], line["high95"] = paired_difference(pair[larger], pair[smaller])
-                lines.append(line)
-        return pd.DataFrame(lines, columns=VERDICT)
-
-    def _by_seed(self, task: str, keep: float, split: str) -> pd.DataFrame:
-        """The leading metric after recovery: a row for each seed, a column for each method."""
-        part = self.compressed[(self.compressed.task == task) & (self.compressed.keep == keep)]
-        part = part[part.recovered & (part.split == split) & (part.metric == self.leading[task])]
-        scale = 1 if self.leading[task] in UNSCALED else 100
-        return scale * part.pivot_table(index="seed", columns="method", values="value")
+        """See `soft_verdicts`."""
+        return soft_verdicts(self.rows, self.leading)
 
     def cut_further(self) -> pd.DataFrame:
         """Soft models cut to smaller budgets without training, beside those that were trained for that size; on dev."""
@@ -152,3 +121,57 @@ class Report:
             for job, run in self.cells
             if (job.recipe.epochs or job.method == "dense") and job.seed == min(self.seeds)
         )
+
+
+def soft_verdicts(rows: pd.DataFrame, leading: Mapping[str, str]) -> pd.DataFrame:
+    """The better SoftLMs row against the best other one and, where that is another, the best with uniform ranks.
+
+    All chosen on dev, among the methods that were run at all seeds; paired over seeds on test, or on dev where a task has
+    no test rows.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        See `softlms.comparison.grid_rows`.
+    leading : mapping
+        Each task's first metric.
+
+    Returns
+    -------
+    DataFrame
+        Columns `VERDICT`; a difference above zero is in favour of SoftLMs, also where less is better. The 95 % interval
+        needs two seeds.
+    """
+    recovered = _compressed(rows)
+    recovered = recovered[recovered.recovered]
+    lines = []
+    for (task, keep), of_task in recovered.groupby(["task", "keep"]):
+        lower = leading[task] in UNSCALED
+        of_metric = of_task[of_task.metric == leading[task]]
+        order = _by_seed(of_metric, "dev").dropna(axis=1).mean().sort_values(ascending=lower).index
+        soft, others = (order[order.str.endswith("+soft") == is_soft] for is_soft in (True, False))
+        rivals = [*others[:1], *others[others.str.endswith("+uniform")][:1]] if len(soft) else []
+        split = "test" if "test" in set(of_metric.split) else "dev"
+        table = _by_seed(of_metric, split)
+        for rival in dict.fromkeys(rivals):
+            pair = table[[soft[0], rival]].dropna()
+            larger, smaller = (rival, soft[0]) if lower else (soft[0], rival)
+            line = {"task": task, "keep": keep, "split": split}
+            line |= {"soft": soft[0], "soft_mean": table[soft[0]].mean()}
+            line |= {"rival": rival, "rival_mean": table[rival].mean()}
+            line |= {"seeds": len(pair), "difference": (pair[larger] - pair[smaller]).mean()}
+            if len(pair) > 1:
+                _, line["low95"], line["high95"] = paired_difference(pair[larger], pair[smaller])
+            lines.append(line)
+    return pd.DataFrame(lines, columns=VERDICT)
+
+
+def _compressed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of methods that were run at their budget, neither dense nor cut from a larger model."""
+    return rows[(rows.method != "dense") & ~rows.method.str.contains(CUT_FROM)]
+
+
+def _by_seed(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """One metric's values on a split, in % but for perplexity: a row for each seed, a column for each method."""
+    values = rows[rows.split == split].pivot_table(index="seed", columns="method", values="value")
+    return values if set(rows.metric) <= set(UNSCALED) else 100 * values

@@ -1,7 +1,8 @@
 """Stamps: whether a notebook's committed outputs are those of its sources, this library and these versions.
 
-A notebook whose own sources changed since it was executed fails CI. A change of the library or of the pinned versions
-makes it stale too, and CI only warns: else each commit to the library would ask for a quarter of an hour of execution.
+A notebook whose own sources changed since it was executed, or committed tables that it reads, fails CI. A change of the
+library or of the pinned versions makes it stale too, and CI only warns: else each commit to the library would ask for a
+quarter of an hour of execution.
 ``softlms stamp`` executes and stamps, ``softlms stamp --check`` says what is stale, and why.
 """
 
@@ -16,50 +17,55 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError
 
 from softlms.lanes import read_lanes
 from softlms.notebook_lint import lint
 from softlms.profiles import project_root
 from softlms.provenance import library_hash, whole_file
+from softlms.reads import read_tables
 from softlms.workbook import choose_notebooks
 
-__all__ = ["CELL_TIMEOUT_S", "describe", "make_stamp", "stale_parts", "stamp_notebooks"]
+__all__ = ["CELL_TIMEOUT_S", "OWN_PARTS", "describe", "make_stamp", "stale_parts", "stamp_notebooks"]
 
 CELL_TIMEOUT_S = 1800
+OWN_PARTS = {"source", "tables"}  # where they changed the outputs are wrong; of the others, maybe
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"  # an id of one run, of no use without its kernel
 
 
-def make_stamp(book: dict[str, Any], root: Path) -> dict[str, str]:
+def make_stamp(name: str, book: dict[str, Any], root: Path) -> dict[str, str]:
     """Hashes of what a notebook's outputs depend on.
 
     Parameters
     ----------
+    name : str
+        The notebook's.
     book : dict
-        The notebook's JSON; its code cells count, its prose does not.
+        Its JSON; its code cells count, its prose does not.
     root : Path
-        The checkout, for its ``requirements.txt``.
+        The checkout, for its ``requirements.txt`` and ``results``.
 
     Returns
     -------
     dict
-        ``source``, ``library`` (all modules, without comments and docstrings) and ``environment`` (the pinned versions
-        and Python's own).
+        ``source``, ``tables`` (committed ones that it reads: `softlms.reads`), ``library`` (all modules, without
+        comments and docstrings) and ``environment`` (the pinned versions and Python's own).
     """
     code = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
     pins = [line for line in (root / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     return {
         "source": _digest(code),
+        "tables": _digest([*read_tables(root / "results", name).items()]),
         "library": library_hash(),
         "environment": _digest([*pins, f"python {sys.version_info.major}.{sys.version_info.minor}"]),
     }
 
 
-def stale_parts(book: dict[str, Any], root: Path) -> list[str]:
+def stale_parts(name: str, book: dict[str, Any], root: Path) -> list[str]:
     """Which parts of a notebook's stamp are not those of today: none where it is fresh, all where it has no stamp."""
     stamp = book["metadata"].get("softlms", {}).get("stamp", {})
-    return [part for part, value in make_stamp(book, root).items() if stamp.get(part) != value]
+    return [part for part, value in make_stamp(name, book, root).items() if stamp.get(part) != value]
 
 
 def describe(stale: Sequence[str]) -> str:
@@ -95,7 +101,7 @@ def stamp_notebooks(names: Sequence[str] = (), *, check: bool = False) -> int:
     status = 0
     for path in choose_notebooks(root / "notebooks", names):
         if check:
-            stale = stale_parts(json.loads(path.read_text()), root)
+            stale = stale_parts(path.stem, json.loads(path.read_text()), root)
             said = f"stale, {describe(stale)}" if stale else "fresh"
             status |= bool(stale)
         else:
@@ -123,12 +129,12 @@ def _execute(path: Path, check: str, root: Path) -> str:
         client.execute()
     except CellExecutionError as failure:
         return f"failed, and left as it was: {failure.ename}: {failure.evalue}"
-    except (DeadKernelError, TimeoutError) as failure:
-        return f"failed, and left as it was: {failure}"
+    except Exception as failure:  # a kernel that does not start, or that dies
+        return f"failed, and left as it was: {type(failure).__name__}: {failure}"
     book.metadata = {
         "kernelspec": KERNEL,
         "language_info": {"name": "python"},
-        "softlms": {"stamp": make_stamp(book, root)},
+        "softlms": {"stamp": make_stamp(path.stem, book, root)},
     }
     for cell in book.cells:
         for name in ("execution", "papermill"):
@@ -143,5 +149,5 @@ def _execute(path: Path, check: str, root: Path) -> str:
     return "executed"
 
 
-def _digest(lines: Sequence[str]) -> str:
+def _digest(lines: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()

@@ -19,6 +19,7 @@ from softlms.folders import Folders, check_writable, remove_leftovers
 from softlms.parameters import assign_parameters, split_assignments
 from softlms.profiles import DATA_VARIABLE, PROFILES, project_root
 from softlms.progress import Progress, clock, say
+from softlms.reads import follows_others
 from softlms.replot import replot
 
 __all__ = ["choose_notebooks", "make_figures", "replot_figures"]
@@ -53,8 +54,8 @@ def make_figures(
     jobs : int
         Notebooks at a time; the runs inside of one may use two processes.
     resume : bool
-        Leave out notebooks that are finished: for the same cells, parameters, library, versions and machine, with all
-        that they wrote still there.
+        Leave out notebooks that are finished: for the same cells, parameters, tables that they read, library, versions
+        and machine, with all that they wrote still there.
     console : rich.console.Console, optional
         Where progress and the table go; errors go to standard error.
 
@@ -84,14 +85,19 @@ def make_figures(
     for file in remove_leftovers((folders.figures, folders.results, folders.executed)):
         say(console, f"removed {file.relative_to(folders.root)}, which a killed run left")
     works = [Work(notebook, folders.executed / notebook.name, assigned[notebook]) for notebook in chosen]
-    depends = {work.name: depends_on(work.notebook, work.parameters, environment) for work in works}
     if resume:
-        reasons = {work.name: reason_to_run(folders, work.name, depends[work.name]) for work in works}
+        reasons = {
+            work.name: reason_to_run(folders, work.name, depends_on(work.notebook, work.parameters, environment))
+            for work in works
+        }
+        if any(reasons.values()):
+            followers = filter(follows_others, reasons)
+            reasons |= {name: reasons[name] or "it reads what others write" for name in followers}
         for name, reason in reasons.items():
             say(console, f"{name}: {f'will run, {reason}' if reason else 'skipped, done before'}")
         works = [work for work in works if reasons[work.name]]
     try:
-        outcomes = _run(works, folders, depends, environment, jobs, console)
+        outcomes = _run(works, folders, environment, jobs, console)
     except KeyboardInterrupt:
         _complain("stopped; what is finished stays, and the same command with --resume continues.")
         return INTERRUPTED
@@ -141,16 +147,17 @@ class Outcome(Ending):
 def _run(
     works: Sequence[Work],
     folders: Folders,
-    depends: Mapping[str, Mapping[str, Any]],
     environment: Mapping[str, str],
     jobs: int,
     console: Console,
 ) -> dict[str, Outcome]:
     outcomes = {}
     present: dict[str, dict[Path, tuple[int, int]]] = {}
+    depends: dict[str, dict[str, Any]] = {}
 
     def prepare(work: Work) -> None:
         unmark(folders, work.name)
+        depends[work.name] = depends_on(work.notebook, work.parameters, environment)
         present[work.name] = folders.written(work.name)
 
     seconds = {work.name: stored_seconds(folders, work.name) for work in works}

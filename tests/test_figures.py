@@ -29,6 +29,7 @@ from rich.console import Console
 from softlms import batch, cli
 from softlms.finished import depends_on, reason_to_run
 from softlms.folders import Folders
+from softlms.reads import READS
 from softlms.workbook import make_figures, replot_figures
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -389,3 +390,22 @@ def test_ctrl_c_stops_all_and_says_how_to_continue(tmp_path):
     assert process.stderr.read() == f"softlms figures: {stopped}\n"
     assert survivors(tmp_path, patience=2) == [] and broken_files(tmp_path) == []
     assert not (tmp_path / "executed/quick/01_one.ipynb").exists()
+
+
+def test_a_notebook_that_reads_what_others_write_follows_them(checkout, monkeypatch):
+    monkeypatch.setitem(READS, "02_reads", ("claims.toml", "{profile}/0*.csv"))
+    place = 'from pathlib import Path\nresults = Path("../results")\n'
+    place += "(results / profile).mkdir(parents=True, exist_ok=True)\n"
+    write_notebook(
+        checkout, "01_good", place + 'import time\ntime.sleep(1)\n(results / profile / "01.csv").write_text("a")'
+    )
+    read = "[path.name for path in sorted((results / profile).glob('0*.csv'))]"
+    write_notebook(checkout, "02_reads", place + f'(results / profile / "02_reads.csv").write_text(str({read}))')
+    assert run(jobs=2)[0] == 0
+    assert (checkout / "results/quick/02_reads.csv").read_text() == "['01.csv']"
+    assert "02_reads: skipped, done before" in run(resume=True)[1]  # its own table is not one that it reads
+    (checkout / "results/claims.toml").touch()
+    output = run(resume=True)[1]
+    assert "01_good: skipped" in output and "02_reads: will run, tables changed: claims.toml" in output
+    (checkout / "executed/quick/01_good.json").unlink()
+    assert "02_reads: will run, it reads what others write" in run(resume=True, jobs=2)[1]

@@ -1,5 +1,6 @@
 """The checks are checked: each broken copy of a small notebook fails, and the whole one passes."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from softlms import cli
 from softlms.lanes import read_lanes
 from softlms.notebook_checks import check_notebooks
+from softlms.reads import READS
 from softlms.stamp import make_stamp, stamp_notebooks
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +58,7 @@ def change(root, edit, *, lane="strict", restamp=True):
     book = nbformat.read(path, as_version=4)
     edit(book)
     if restamp:
-        book.metadata["softlms"] = {"stamp": make_stamp(book, root)}
+        book.metadata["softlms"] = {"stamp": make_stamp(path.stem, book, root)}
     nbformat.write(book, path)
 
 
@@ -180,6 +182,27 @@ def test_changed_sources_fail_and_a_changed_library_warns(checkout, capfd):
     assert check_notebooks() == 1
     out = capfd.readouterr().out
     assert "01_small: stale, source and library and environment changed" in out and "passed" not in out
+
+
+def test_changed_tables_that_a_notebook_reads_fail(checkout, capfd, monkeypatch):
+    monkeypatch.setitem(READS, "01_small", ("claims.toml",))
+    change(checkout, lambda book: None)
+    assert cli.main(["stamp", "--check"]) == 0
+    (checkout / "results").mkdir()
+    (checkout / "results" / "claims.toml").write_text("other = true")
+    assert check_notebooks() == 1
+    assert "01_small: stale, tables changed" in capfd.readouterr().out
+
+
+def test_a_kernel_that_does_not_start_stops_no_other_notebook(checkout, capsys, monkeypatch, tmp_path):
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    kernel = {"argv": ["false"], "display_name": "none", "language": "python"}
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(kernel))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    before = (checkout / "notebooks" / "01_small.ipynb").read_bytes()
+    assert cli.main(["stamp"]) == 1
+    assert "01_small: failed, and left as it was: RuntimeError: Kernel died" in capsys.readouterr().out
+    assert (checkout / "notebooks" / "01_small.ipynb").read_bytes() == before
 
 
 def test_prose_may_change(checkout):
