@@ -139,7 +139,7 @@ def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Tar
     Raises
     ------
     ValueError
-        The family is unknown, or no layer matches.
+        The family is unknown, no layer matches, or an adapter (PEFT's) wraps one.
     """
     kinds = (nn.Linear, Conv1D, SoftLinear, LowRankLinear)
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
@@ -157,6 +157,9 @@ def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Tar
         architecture = ARCHITECTURES[family]
         suffixes = "|".join(re.escape(suffix) for suffix in architecture.targets)
         pattern = re.compile(rf"(?:^|\.){architecture.block}\.({suffixes})$")
+        for name, module in model.named_modules():
+            if pattern.search(name) and hasattr(module, "base_layer"):
+                raise ValueError(f"{name} is wrapped by an adapter, {type(module)}: call merge_and_unload() first.")
         matches = ((n, m, pattern.search(n)) for n, m in linears)
         found = [Target(n, int(hit[1]), architecture.targets[hit[2]], m) for n, m, hit in matches if hit]
     if not found:

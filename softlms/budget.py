@@ -91,6 +91,11 @@ class Costs:
     prices: Mapping[str, Price]
     rest: float = 0
 
+    def check(self, shapes: Shapes) -> None:
+        """Raise ValueError unless these are the costs of layers with these names and shapes."""
+        if dict(self.shapes) != dict(shapes):
+            raise ValueError("The costs are of another model, or of other targets: measure this one.")
+
     @property
     def dense(self) -> float:
         """Of the whole dense model."""
@@ -180,8 +185,8 @@ class Budget:
         ValueError
             `measured` is missing, of another count or of another model.
         """
-        if measured is not None and dict(measured.shapes) != dict(shapes):
-            raise ValueError("The costs are of another model, or of other targets: measure this one.")
+        if measured is not None:
+            measured.check(shapes)
         if self.count in PARAMETERS:
             dense_from = None if measured is None else {name: measured.dense_from(name) for name in shapes}
             return parameter_costs(shapes, rest, self.count, dense_from)
@@ -307,7 +312,8 @@ def uniform_ranks(costs: Costs, limit: float, multiple: int = 1) -> dict[str, in
     """
     dense = costs.dense - costs.rest
     shares = {
-        name: [-costs.prices[name](rank) / costs.prices[name](min(shape)) for rank in range(min(shape))]
+        # a layer that is never called costs nothing at any rank
+        name: [-costs.prices[name](rank) / (costs.prices[name](min(shape)) or 1) for rank in range(min(shape))]
         for name, shape in costs.shapes.items()
     }
     smallest = {name: min(multiple, *shape) for name, shape in costs.shapes.items()}

@@ -15,10 +15,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
@@ -33,7 +35,7 @@ from softlms.factorize import as_linear
 from softlms.fused import SplitLinear
 from softlms.layers import Factored, LowRankLinear, SoftLinear
 from softlms.masks import MaskedLinear
-from softlms.model_card import is_ours, write_card
+from softlms.model_card import class_name, is_ours, write_card
 
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer"]
 
@@ -173,15 +175,14 @@ def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, opti
     hub = {name: options.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in options}
     _check(model, options, pushed_state=push and state is not None)
     layers = describe(model)
-    for left in target.glob(".saving-*"):  # of a save that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    _remove_leftovers(target)
     # names as they are in this model: what is checked is what is read
     options["save_original_format"] = False
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    staging = Path(tempfile.mkdtemp(prefix=f".saving-{socket.gethostname()}-{os.getpid()}-", dir=target))
     config = model.config
     try:
         config.quantization_config = SoftLMsConfig(attention=config._attn_implementation)
-        config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [type(model).__name__]
+        config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [class_name(model)]
         config.save_pretrained(staging)
         state = dict(model.state_dict() if state is None else state)
         state |= {f"{name}.{MARKER}": torch.empty(0) for name in layers}
@@ -203,7 +204,7 @@ def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, opti
         for path in order:
             path.replace(target / path.name)
         for name in stale:
-            (target / name).unlink()
+            (target / name).unlink(missing_ok=True)  # another process may save the same
     finally:
         model.__dict__.pop("hf_quantizer", None)
         del config.quantization_config
@@ -211,6 +212,15 @@ def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, opti
     if push:
         shards = {"max_shard_size": options["max_shard_size"]} if "max_shard_size" in options else {}
         model.push_to_hub(hub.pop("repo_id", target.name), token=options.get("token"), **shards, **hub)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Hidden folders of saves that were killed on this machine; another rank's save, which goes on, is let alone."""
+    mine = re.compile(rf"\.saving-{re.escape(socket.gethostname())}-(\d+)-.*")
+    for left in target.glob(".saving-*"):
+        match = mine.fullmatch(left.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _check(model: PreTrainedModel, options: dict[str, Any], *, pushed_state: bool) -> None:

@@ -6,6 +6,7 @@ They stand in ``results/claims.toml``; `Claim` says what its fields mean.
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -133,9 +134,12 @@ def load_claims(path: Path) -> list[Claim]:
         There is no such file.
     """
     try:
-        entries = tomllib.loads(path.read_text()).get("claim", [])
+        tables = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name}: {error}") from error
+    if unknown := set(tables) - {"claim", "setting"}:
+        raise ValueError(f"{path.name}: unknown table {min(unknown)!r}; known: claim, setting.")
+    entries = tables.get("claim", [])
     claims = [
         _parse(entry, f"{path.name}: claim {entry.get('id', f'number {i}')!r}") for i, entry in enumerate(entries, 1)
     ]
@@ -173,6 +177,12 @@ def _parse(entry: dict[str, Any], place: str) -> Claim:
         for column, wanted in (entry.get(name) or {}).items():
             if isinstance(wanted, dict) and not (wanted and set(wanted) <= {"at_least", "at_most"}):
                 raise ValueError(f"{place}: field {name!r}: {column} takes at_least and at_most, got {wanted!r}.")
+    try:
+        groups = re.compile(claim.pattern).groups
+    except re.error as error:
+        raise ValueError(f"{place}: field 'pattern' is {claim.pattern!r}: {error}.") from error
+    if claim.pattern and groups != 1:
+        raise ValueError(f"{place}: field 'pattern' must have one group, the number, got {claim.pattern!r}.")
     if claim.tolerance < 0:
         raise ValueError(f"{place}: field 'tolerance' cannot be {claim.tolerance!r}.")
     if not claim.bound and not any("{measured}" in text for text in claim.says.values()):
@@ -203,7 +213,7 @@ def judge(claim: Claim, results: Path, profile: str) -> Judged:
     REPRODUCED is at or beyond the value claimed (``equals``: the same when rounded to its digits); WITHIN TOLERANCE is
     short of it by no more than the tolerance; DIFFERS is further off. A claim without a bound is REPRODUCED where it
     could be measured: whether its text has that number is for `softlms.verify`. NOT COMPARABLE: other rows than the
-    claim is about, by its profile or by what it needs. NOT RUN: no rows.
+    claim is about, by its profile or by what it needs. NOT RUN: no rows, or a number is missing in them.
 
     Parameters
     ----------
@@ -250,6 +260,8 @@ def _choose(table: pd.DataFrame, claim: Claim, name: str) -> pd.DataFrame:
 
 def _matches(values: pd.Series, wanted: Any) -> pd.Series:
     if isinstance(wanted, dict):
+        if not pd.api.types.is_numeric_dtype(values):
+            raise ValueError(f"column {values.name!r} holds no numbers: at_least and at_most mean nothing there.")
         return values.between(wanted.get("at_least", -float("inf")), wanted.get("at_most", float("inf")))
     return values.isin(wanted) if isinstance(wanted, list) else values == wanted
 
@@ -267,7 +279,8 @@ def _aggregate(rows: pd.DataFrame, claim: Claim) -> float:
     if claim.pattern:
         values = values.str.extract(claim.pattern)[0]
     try:
-        return float(values.astype(float).agg(claim.aggregate))
+        values = values.astype(float)
+        return float(values.agg(claim.aggregate)) if values.notna().all() else float("nan")
     except ValueError as error:
         raise ValueError(f"claim {claim.id!r}: field 'column': {claim.column!r} of {claim.file}: {error}.") from error
 

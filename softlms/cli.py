@@ -154,6 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compress(Compression(**options), out)
             return 0
         return _call(FUNCTIONS[command], **options)
+    except KeyboardInterrupt:
+        print(f"softlms {command}: stopped.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"softlms {command}: {error}", file=sys.stderr)
         return 2

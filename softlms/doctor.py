@@ -123,16 +123,35 @@ def _checkout() -> Iterator[Finding]:
     text += f"; not installed: {', '.join(missing)}" if missing else ""
     unlike = bool(others or missing)
     yield Finding("pinned versions", "note" if unlike else "ok", text, INSTALL if unlike else "")
+    yield _writable(root)
     free = shutil.disk_usage(root).free / 1e9
     state, fix = ("ok", "") if free > LEAST_DISK else ("problem", f"free {LEAST_DISK} GB, or move the checkout")
     yield Finding("disk", state, f"{free:.1f} GB free where runs/ is kept", fix)
+
+
+def _writable(root: Path) -> Finding:
+    """The folders of ``make figures``, or what they will stand in."""
+    from softlms.folders import Folders, check_writable
+
+    folders = Folders(root, "quick")
+    for folder in (folders.figures, folders.results, folders.executed, folders.runs):
+        place = next(place for place in (folder, *folder.parents) if place.exists())
+        try:
+            check_writable([place])
+        except OSError as error:
+            return Finding("folders", "problem", str(error), "make it a folder that you may write")
+    return Finding("folders", "ok", "figures/, results/, executed/ and runs/ can be written")
 
 
 def _kernel() -> Finding:
     """Does the kernel python3, which every notebook names, start this Python? One of the user's may hide it."""
     from jupyter_client.kernelspec import KernelSpecManager
 
-    spec = KernelSpecManager().get_kernel_spec("python3")
+    try:
+        spec = KernelSpecManager().get_kernel_spec("python3")
+    except (ValueError, KeyError) as error:
+        text = f"its kernel.json cannot be read: {error}"
+        return Finding("kernel python3", "problem", text, "jupyter kernelspec list says where: remove it")
     command = spec.argv[0]
     # jupyter puts its own Python in place of a bare name
     if (
@@ -176,6 +195,10 @@ def _data() -> Finding:
     if folder in ("", "hub"):
         text = f"{DATA_VARIABLE} is {folder or 'not set'}: quick needs none, laptop and paper take GLUE from the hub"
         return Finding("data", "ok", text)
+    if not Path(folder).expanduser().is_dir():
+        return Finding(
+            "data", "problem", f"{DATA_VARIABLE} is {folder}: there is no such folder", f"unset {DATA_VARIABLE}"
+        )
     if (Path(folder) / "train.tsv").is_file():
         return Finding(
             "data", "ok", f"{DATA_VARIABLE} is {folder}: the files of one task, taken for whichever is asked"

@@ -114,18 +114,26 @@ def check_drawing(name: str, figures: Path, results: Path) -> list[str]:
     name, figures, results
         See `draw`.
     """
-    beside = figures / f"{name}.json"
+    beside, parts = figures / f"{name}.json", ((results, "tables"), (figures, "files"))
     if not beside.is_file():
         return [f"{name}: {beside} is missing"]
-    note: dict[str, Any] = json.loads(beside.read_text())
+    if name not in DRAWINGS:
+        return [f"{name}: {beside} is of no figure that is known"]
+    try:
+        note: dict[str, Any] = json.loads(beside.read_text())
+        hashes = {folder / entry["file"]: entry["sha256"] for folder, key in parts for entry in note[key]}
+    except (ValueError, KeyError, TypeError):
+        return [f"{name}: {beside} cannot be read: draw it again"]
+    due = {results / f"{table}.csv" for table in DRAWINGS[name].tables}
+    due |= {figures / f"{name}.{kind}" for kind in ("png", "pdf")}
+    if note.get("figure") != name or set(hashes) != due:
+        return [f"{name}: {beside} does not name its figure, tables and files: draw it again"]
     wrong = []
-    for folder, entries in ((results, note["tables"]), (figures, note["files"])):
-        for entry in entries:
-            path = folder / entry["file"]
-            if not path.is_file():
-                wrong.append(f"{name}: {path} is missing")
-            elif _sha256(path) != entry["sha256"]:
-                wrong.append(f"{name}: {path} is not the file that the note names: draw it again")
+    for path, expected in hashes.items():
+        if not path.is_file():
+            wrong.append(f"{name}: {path} is missing")
+        elif _sha256(path) != expected:
+            wrong.append(f"{name}: {path} is not the file that the note names: draw it again")
     return wrong
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import logging
 import tempfile
 import warnings
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softlms.costs import random_rows
+from softlms.layers import SoftLinear
+from softlms.masks import MaskedLinear
 from softlms.scan import fast_scan
 
 __all__ = ["export_onnx", "onnx_logits"]
@@ -32,8 +35,10 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        options = {"use_cache": False} if self.model.can_generate() else {}
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        options: dict[str, Any] = {"use_cache": False} if self.model.can_generate() else {}
+        if token_type_ids is not None:
+            options["token_type_ids"] = token_type_ids
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
         return logits
 
@@ -41,10 +46,12 @@ class _Logits(nn.Module):
 def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False) -> Path:
     """Write a model with inputs ``input_ids`` and ``attention_mask``, (batch, length), and output ``logits``.
 
+    A model that tells two sentences apart, like BERT, has ``token_type_ids`` as a third.
+
     Parameters
     ----------
     model : PreTrainedModel
-        With a head; in eval mode, float32, deployed or dense; not changed.
+        With logits; in eval mode, float32, deployed or dense; not changed.
     path : str or Path
         The ``.onnx`` file; it appears whole or not at all.
     int8 : bool
@@ -61,7 +68,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
     ImportError
         onnx, onnxscript or onnxruntime is missing: ``pip install softlms[export]``.
     ValueError
-        The model is in training mode, in another precision, or too large for int8 (2 GB).
+        The model is in training mode, in another precision, not deployed, without logits, or too large for int8 (2 GB).
     RuntimeError
         onnxruntime's logits differ from torch's by more than 1e-4 of the largest.
     """
@@ -72,6 +79,8 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
         raise ValueError("The model is in training mode: call model.eval() first.")
     if model.dtype != torch.float32:
         raise ValueError(f"The model is in {model.dtype}: onnxruntime's CPU kernels want model.float().")
+    if any(isinstance(module, (SoftLinear, MaskedLinear)) for module in model.modules()):
+        raise ValueError("The model still learns its ranks: call softlms.deploy(model) first.")
     large = sum(p.nbytes for p in model.parameters()) > PROTOBUF
     if int8 and large:
         raise ValueError("int8 is for models below 2 GB: onnxruntime's quantization loads the whole graph.")
@@ -80,19 +89,23 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
     network = copy.deepcopy(model).cpu().requires_grad_(False)
     network.set_attn_implementation("eager")
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
-    inputs = random_rows(model.config.vocab_size, 2, 11)
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]), fast_scan():
+        inputs = example_rows(network, 2, 11)
+        if "logits" not in network(**inputs):
+            raise ValueError(f"{type(model).__name__} gives no logits: export a model with a head that does.")
     quiet = _without_notices()
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as folder, fast_scan(), quiet:
+    exporting = tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent)
+    with exporting as folder, torch.random.fork_rng(devices=[]), fast_scan(), quiet:
         file = Path(folder) / path.name
         torch.onnx.export(
             _Logits(network).eval(),
-            (inputs["input_ids"], inputs["attention_mask"]),
+            tuple(inputs.values()),
             str(file),
             dynamo=True,
             verbose=False,
-            input_names=["input_ids", "attention_mask"],
+            input_names=list(inputs),
             output_names=["logits"],
-            dynamic_shapes={"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}},
+            dynamic_shapes={name: {0: batch, 1: length} for name in inputs},
             external_data=large,
         )
         _check(network, file)
@@ -112,11 +125,24 @@ def onnx_logits(path: str | Path, inputs: dict[str, Tensor], *, threads: int = 1
     ----------
     path : str or Path
     inputs : dict
-        ``input_ids`` and ``attention_mask``, (batch, length).
+        ``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids`` (0 if not given), all
+        (batch, length).
     threads : int
     """
-    logits = onnx_session(path, threads).run(["logits"], {name: values.numpy() for name, values in inputs.items()})[0]
+    session = onnx_session(path, threads)
+    if any(node.name == "token_type_ids" for node in session.get_inputs()):  # as transformers does without them
+        inputs = {"token_type_ids": torch.zeros_like(inputs["input_ids"])} | inputs
+    logits = session.run(["logits"], {name: values.numpy() for name, values in inputs.items()})[0]
     return torch.from_numpy(np.asarray(logits))
+
+
+def example_rows(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
+    """Random rows with every input of the exported model, in its order."""
+    rows = random_rows(model.config.vocab_size, batch, length)
+    segments = getattr(model.config, "type_vocab_size", 1)
+    if segments > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
+        rows["token_type_ids"] = torch.randint(segments, (batch, length))
+    return rows
 
 
 def onnx_session(path: str | Path, threads: int = 1) -> Any:
@@ -144,7 +170,7 @@ def _without_notices() -> Iterator[None]:
 
 def _check(network: PreTrainedModel, file: Path) -> None:
     for batch, length in SHAPES:
-        inputs = random_rows(network.config.vocab_size, batch, length)
+        inputs = example_rows(network, batch, length)
         inputs["attention_mask"][0, :2] = 0  # padding on the left, as generation has it
         with torch.inference_mode():
             expected = network(**inputs).logits

@@ -20,6 +20,7 @@ import nbformat
 import pandas as pd
 import pdoc.doc
 import pdoc.render
+import psutil
 from markupsafe import Markup
 from PIL import Image
 
@@ -153,7 +154,8 @@ def _inline(text: str) -> Markup:
 
 def _read_chapters(root: Path, profile: str) -> list[Chapter]:
     figures, results = root / "figures" / profile, root / "results" / profile
-    left = sorted(path.stem for path in figures.glob("*.png"))
+    # by any of its files: one that lacks another is told
+    left = sorted({path.stem for path in figures.glob("[0-9]*.*") if path.suffix in (".png", ".pdf", ".json")})
     if not left:
         raise FileNotFoundError(f"{figures} has no figures: run softlms figures --profile {profile}.")
     wrong = [line for name in left for line in check_drawing(name, figures, results)]
@@ -209,9 +211,22 @@ def _check_replaceable(out: Path) -> None:
         raise ValueError(f"{out} holds something else than a gallery: choose an empty folder or a new one.")
 
 
+def _recover(out: Path) -> None:
+    """Take away what killed builds left beside the site; put back an older one that stood aside when it was killed."""
+    for kind in ("old", "partial"):
+        for left in out.parent.glob(f".{out.name}.{kind}-*"):
+            pid = left.name.rpartition("-")[2]
+            if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+                if kind == "old" and not out.exists():
+                    left.rename(out)
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
     """A folder to build in; it takes the place of `out` when the block ends well, and is gone when not."""
+    _recover(out)
     partial, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
     partial.mkdir(parents=True)
     try:

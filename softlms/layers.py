@@ -185,6 +185,18 @@ class SoftLinear(Factored):
         left, V = self._live_factors()
         return left @ V.T
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``model.bfloat16()`` and its like move sigma and the threshold to another device, but round neither."""
+        before = [values.data for values in self._precise()]
+        super()._apply(fn, recurse)
+        for now, was in zip(self._precise(), before, strict=True):
+            if now.dtype.itemsize < min(4, was.dtype.itemsize):
+                now.data = was.to(now.device)
+        return self
+
+    def _precise(self) -> list[Tensor]:
+        return [self.sigma, *self.threshold.parameters(), *self.threshold.buffers()]
+
     def _live_factors(self) -> tuple[Tensor, Tensor]:
         """U diag(T(sigma)) and V without the dead components: (m, rank), (n, rank)."""
         U: Tensor = self.U

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from softlms.budget import count_parameters
 from softlms.layers import Factored, LowRankLinear, SoftLinear
 
-__all__ = ["is_ours", "write_card"]
+__all__ = ["class_name", "is_ours", "write_card"]
 
 TAGS = ("softlms", "low-rank", "model-compression")
 MARK = "compressed by softlms"
@@ -45,16 +45,21 @@ def write_card(model: PreTrainedModel, folder: Path, tags: Sequence[str] = ()) -
         "---",
         "",
     ]
-    lines += [f"# {type(model).__name__}, {MARK}", ""]
+    lines += [f"# {class_name(model)}, {MARK}", ""]
     lines += [f"{len(layers)} linear layers are low rank ({_forms(model)}). {_size(model, layers)}", ""]
     lines += ["```python", "import softlms  # from_pretrained needs it, and fails without", ""]
-    lines += [f"from transformers import {type(model).__name__}", ""]
-    lines += [f"model = {type(model).__name__}.from_pretrained(...)", "```", ""]
+    lines += [f"from transformers import {class_name(model)}", ""]
+    lines += [f"model = {class_name(model)}.from_pretrained(...)", "```", ""]
     if notes := getattr(model.config, "softlms", None):
         lines += ["## How it was made", "", "| | |", "|---|---|", *_rows(notes), ""]
     lines += ["## Ranks", "", "| layer | outputs | inputs | rank |", "|---|---|---|---|"]
     lines += [f"| {n} | {m.out_features} | {m.in_features} | {m.rank} |" for n, m in layers.items()]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def class_name(model: PreTrainedModel) -> str:
+    """Of the model's own class: FSDP2 puts one of its own before it."""
+    return type(model).__name__.removeprefix("FSDP")
 
 
 def _size(model: PreTrainedModel, layers: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ def replot(notebooks: Sequence[str], folders: Folders, console: Console, *, name
     """
     mpl.use("agg")
     use_style()
-    wrong = []
+    wrong, drawn = [], 0
     for notebook in notebooks:
         figures = [name for name in DRAWINGS if name.startswith(notebook)]
         tables = {table for name in figures for table in DRAWINGS[name].tables}
@@ -47,9 +47,12 @@ def replot(notebooks: Sequence[str], folders: Folders, console: Console, *, name
             try:
                 draw(name, folders.figures, folders.results)
                 say(console, f"{name}: drawn")
+                drawn += 1
             except Exception as error:  # one figure that fails does not stop the others
                 wrong.append(f"{name}: {error if isinstance(error, OSError) else f'{type(error).__name__}: {error}'}")
                 say(console, f"{name}: not drawn")
             finally:
                 plt.close("all")
+    if not drawn and not wrong:
+        wrong.append(f"nothing to draw: {folders.results.relative_to(folders.root)} holds no tables yet.")
     return wrong

@@ -126,8 +126,8 @@ class Report:
 def soft_verdicts(rows: pd.DataFrame, leading: Mapping[str, str]) -> pd.DataFrame:
     """The better SoftLMs row against the best other one and, where that is another, the best with uniform ranks.
 
-    All chosen on dev, among the methods that were run at all seeds; paired over seeds on test, or on dev where a task has
-    no test rows.
+    All chosen on dev, among the methods that were run at all seeds; paired over seeds on test, or on dev where a task
+    has no test rows.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ from softlms.allocator import keep_memory
 from softlms.architectures import find_targets
 from softlms.budget import Costs, count_parameters
 from softlms.costs import count_flops, interleaved, measure_latency, random_rows
-from softlms.export import export_onnx, onnx_session
+from softlms.export import example_rows, export_onnx, onnx_session
 from softlms.full_size import FULL_SIZE, find_full_size
 from softlms.jobs import use_threads
 from softlms.latency import check_numbers
@@ -195,7 +195,7 @@ def compare_onnx(
     """
     check_numbers(tokens=tokens, rounds=rounds)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
-    inputs = {n: v.numpy() for n, v in random_rows(forms["dense"].config.vocab_size, 1, tokens).items()}
+    inputs = {name: values.numpy() for name, values in example_rows(forms["dense"], 1, tokens).items()}
     calls, sizes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for (form, network), int8 in product(forms.items(), (False, True)):

@@ -100,14 +100,15 @@ def truncate(
     Raises
     ------
     ValueError
-        As in `decompose`; or `ranks` misses a layer, names one that is no target, or a rank is out of range.
-        Nothing has been changed then.
+        As in `decompose`; or `ranks` misses a layer, names one that is no target, or a rank is out of range; or
+        `costs` are of another model. Nothing has been changed then.
     """
     linears = linear_targets(model, targets)
     _check_ranks(linears, ranks)
     make = _maker(linears, factors, statistics)
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     prices = costs or parameter_costs(shapes)
+    prices.check(shapes)
     for name, linear in linears.items():
         if not prices.keeps_dense(name, ranks[name]):
             f = make(name)
@@ -175,14 +176,16 @@ def deploy(
     ------
     ValueError
         The model was never decomposed, only one of `keep` and `count` is given, the budget cannot be met, or it is
-        not below what the model keeps already. Nothing has been changed then.
+        not below what the model keeps already, or `costs` are of another model. Nothing has been changed then.
     """
     layers = soft_layers(model)
     kept = {name: layer.rank for name, layer in layers.items()}
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    if costs is not None:
+        costs.check(shapes)
     if keep is not None or count is not None:
         if keep is None or count is None:
             raise ValueError("keep and count belong together: deploy(model, keep=0.4, count='linear').")
-        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
         parameters = count_parameters(model, lambda name, module: name in shapes)
         budget = Budget(keep, count, multiple)
         costs = budget.costs(shapes, parameters.rest, costs)

@@ -24,6 +24,7 @@ from softlms.claims import (
     judge,
     load_claims,
 )
+from softlms.derived import check_derived
 from softlms.profiles import PROFILES, project_root
 from softlms.readme_tables import BLOCK, check_tables, write_tables
 
@@ -33,7 +34,8 @@ COLOURS = {REPRODUCED: "green", WITHIN: "cyan", DIFFERS: "bold red", NOT_COMPARA
 COMMITTED = "laptop"  # whose rows README tells of
 NUMBER = r"([+-]?\d+(?:\.\d+)?)"
 # what looks like a result: a decimal point, or a unit behind it
-RESULT = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+|(?=\s*(?:%|(?:GB|s|times|points)\b)))")
+UNITS = r"\\?%|\u00d7|(?:x(?!\s*\d)|GB|MB|ms|s|seconds?|minutes?|hours?|times|points?|percent|perplexity)\b"
+RESULT = re.compile(rf"(?<![\w.])[+-]?\d+(?:\.\d+|(?=\s*(?:\*\*\s*)?(?:{UNITS})))")
 # no prose: generated blocks, code, links, the numbers of papers
 NO_PROSE = re.compile(
     rf"{BLOCK.pattern.replace('?P<name>', '').replace('?P<text>', '')}|```.*?```|`[^`\n]*`|\]\([^)]*\)|arXiv\s[\d.]+",
@@ -85,7 +87,8 @@ def verify(
     judged = [judge(claim, results, profile) for claim in claims]
     if write:
         write_tables(readme, results)
-    wrong = check_tables(readme.read_text(), results) + check_prose(root, claims, settings)
+    wrong = check_derived(results / COMMITTED)
+    wrong += check_tables(readme.read_text(), results) + check_prose(root, claims, settings)
     console.print(_table(judged, profile))
     failed = failures(judged, profile)
     for line in (*failed, *wrong):
@@ -164,6 +167,8 @@ def _result_numbers(name: str, text: str) -> Iterator[tuple[int, int]]:
     """Where in a text's prose results seem to stand; of README, its Results sections."""
     first, last = 0, len(text)
     if name == "README.md":
+        if "\n## Results\n" not in text or "\n## " not in text.partition("\n## Results\n")[2]:
+            raise ValueError("README.md has no section '## Results' with another behind it: its numbers stand there.")
         first = text.index("\n## Results\n")
         last = text.index("\n## ", first + 1)
     prose = NO_PROSE.sub(lambda match: " " * len(match[0]), text)

@@ -44,13 +44,12 @@ def run_nbclient(clone, notebooks, environment):
 
 
 def run_jupyterlab(clone, notebooks, environment):
-    with serve_lab(clone, **environment) as address:
-        for path in notebooks:
-            with open_browser() as browser:
-                page = NotebookPage(browser, address, clone / path)
-                page.run_all(1800)
-                if errors := page.errors():
-                    raise RuntimeError(f"{path.name}: {errors[0]}")
+    for path in notebooks:  # a server each: kernels, some of 2 GB, would live as long as it does
+        with serve_lab(clone, **environment) as address, open_browser() as browser:
+            page = NotebookPage(browser, address, clone / path)
+            page.run_all(1800)
+            if errors := page.errors():
+                raise RuntimeError(f"{path.name}: {errors[0]}")
 
 
 WAYS = {"papermill": run_papermill, "nbval": run_nbval, "nbclient": run_nbclient, "jupyterlab": run_jupyterlab}

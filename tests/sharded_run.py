@@ -1,4 +1,4 @@
-"""Three steps of a Llama under FSDP2, started by torchrun: prints its distance to training in one piece."""
+"""Three steps of a Llama under FSDP2, by torchrun; saved and loaded: prints its distance to training in one piece."""
 
 import copy
 import sys
@@ -12,7 +12,7 @@ import softlms
 from softlms.architectures import find_targets
 
 
-def main(form: str) -> None:
+def main(form: str, folder: str = "") -> None:
     distributed.init_process_group("gloo")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -37,10 +37,15 @@ def main(form: str) -> None:
             optimizer.zero_grad()
     sharded = {name: values.full_tensor() for name, values in model.named_parameters()}
     distance = max((sharded[name] - values).abs().max().item() for name, values in whole.named_parameters())
+    if folder:
+        model.save_pretrained(folder, is_main_process=distributed.get_rank() == 0, state_dict=sharded)
+        distributed.barrier()
+        again = LlamaForCausalLM.from_pretrained(folder)
+        assert all(torch.equal(values, sharded[name]) for name, values in again.named_parameters())
     if distributed.get_rank() == 0:
         print(f"distance {distance:.1e}")
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

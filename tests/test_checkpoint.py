@@ -1,8 +1,10 @@
 """Saved and loaded by transformers itself: the same logits to the last bit, or a refusal."""
 
 import json
+import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -283,11 +285,13 @@ def test_only_the_folders_own_weights_are_replaced(tiny_bert, tmp_path):
     model = softlms.deploy(soft(tiny_bert()))
     (tmp_path / "model_of_somebody.safetensors").write_text("mine")
     (tmp_path / "README.md").write_text("my words")
-    (tmp_path / ".saving-killed").mkdir()
+    (tmp_path / f".saving-{socket.gethostname()}-{2**22 + 1}-x").mkdir()  # of a process that is no more
+    (tmp_path / f".saving-{socket.gethostname()}-{os.getppid()}-x").mkdir()  # of another that saves now
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my words"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f".saving-{socket.gethostname()}-{os.getppid()}-x",
         "README.md", "config.json", "model.safetensors", "model_of_somebody.safetensors",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"has no variants in one folder"):

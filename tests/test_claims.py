@@ -96,6 +96,17 @@ def test_quick_rows_are_never_judged(results):
     assert (quick.measured, quick.verdict) == (3, NOT_COMPARABLE)
 
 
+def test_a_missing_number_is_not_left_out(results):
+    claim = made(results, where={"method": ["a", "c"]}, aggregate="min", at_least=1)
+    assert judge(claim, results, "laptop").verdict == NOT_RUN
+
+
+def test_unknown_tables_are_refused(results):
+    (results / "claims.toml").write_text("[[claims]]\nid = 'x'\n")
+    with pytest.raises(ValueError, match="unknown table 'claims'"):
+        load_claims(results / "claims.toml")
+
+
 def test_a_number_in_text_is_found(results):
     table = pd.DataFrame({"setting": ["gamma 0.1 (untrained: 0.8885)"]})
     table.to_csv(results / "laptop/scores.csv", index=False)
@@ -246,6 +257,39 @@ def test_numbers_that_nothing_stands_for(tree):
         readme, "RTE is near chance", "`keep 0.5`, in [a file](results/0.5.csv) of arXiv 2411.10543: RTE is near chance"
     )
     assert run(tree)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "said", ["7x as fast", "in 12 minutes", "300 MB", "23 ms", "40 percent", "31 perplexity", "9\\%"]
+)
+def test_a_number_with_any_unit_is_a_result(tree, said):
+    change(tree / "README.md", "RTE is near chance", f"It is {said} here. RTE is near chance")
+    status, output = run(tree)
+    assert status == 1 and f"README.md: {re.match('[0-9]+', said)[0]} in" in output
+
+
+def test_a_readme_without_results(tree):
+    change(tree / "README.md", "\n## Results\n", "\n## Result\n")
+    with pytest.raises(ValueError, match="no section '## Results'"):
+        run(tree)
+
+
+@pytest.mark.parametrize("spoil", ["rows", "summary", "verdicts", "fewer"])
+def test_tables_that_follow_from_rows_are_made_again(tree, spoil):
+    laptop = tree / "results/laptop"
+    laptop.unlink()
+    shutil.copytree(ROOT / "results/laptop", laptop)
+    path = laptop / f"05_bert_table{'' if spoil == 'rows' else '_verdicts' if spoil == 'verdicts' else '_summary'}.csv"
+    table = pd.read_csv(path)
+    if spoil == "rows":
+        table.loc[table.recovered & (table.method == "whitened+soft"), "value"] -= 0.05
+    elif spoil == "fewer":
+        table = table[table.method != "svd+mask"]
+    else:
+        table["mean" if spoil == "summary" else "difference"] += 1
+    table.to_csv(path, index=False)
+    status, output = run(tree, write=True)
+    assert status == 1 and f"05_bert_table_{'verdicts' if spoil == 'verdicts' else 'summary'}.csv" in output
 
 
 def test_numbers_in_notebooks(tree):

@@ -116,6 +116,12 @@ def test_training_meets_a_budget_of_flops_or_time(tiny_bert, tmp_path, count):
         assert isinstance(target.module, LowRankLinear) != costs.keeps_dense(target.name, ranks[target.name])
 
 
+def test_a_layer_that_is_never_called_costs_nothing():
+    shapes = {"a": (8, 8), "unused": (8, 8)}
+    costs = Costs("flops", shapes, {"a": lambda rank: 16.0 * rank if rank < 4 else 64.0, "unused": lambda rank: 0.0})
+    assert uniform_ranks(costs, 32.0) == {"a": 2, "unused": 8}
+
+
 def test_every_verb_takes_them(tiny_bert):
     model = tiny_bert()
     factors = softlms.factorize(model)
@@ -143,6 +149,15 @@ def test_bad_costs_are_refused(tiny_bert):
         softlms.allocate(model, factors, "greedy", keep=0.5, count="flops", costs=slow_thin(shapes))
     with pytest.raises(ValueError, match="costs are of another model"):
         softlms.allocate(model, factors, "greedy", keep=0.5, count="linear", costs=slow_thin(SHAPES))
+    soft = softlms.decompose(copy.deepcopy(model))
+    other = slow_thin({name: (m, n + 1) for name, (m, n) in shapes.items()})
+    for verb in (
+        lambda: softlms.truncate(model, dict.fromkeys(shapes, 4), costs=other),
+        lambda: softlms.deploy(soft, costs=other),
+    ):
+        with pytest.raises(ValueError, match="costs are of another model"):
+            verb()
+    assert len(softlms.ranks(soft)) == len(shapes) and not any("down" in name for name, _ in model.named_modules())
     with pytest.raises(ValueError, match="all that is not a target linear takes 90% of it"):
         whole = sum(m * n for m, n in shapes.values())
         softlms.allocate(model, factors, "greedy", keep=0.5, count="latency", costs=slow_thin(shapes, 9.0 * whole, 0.1))

@@ -45,9 +45,9 @@ def test_processes_that_measured_other_times_learn_the_same_ranks(tmp_path):
     assert two[0]["frozen_at"] == two[1]["frozen_at"]
 
 
-def test_a_deployed_model_trains_sharded_and_a_soft_one_cannot():
+def test_a_deployed_model_trains_sharded_and_a_soft_one_cannot(tmp_path):
     """What README's FSDP configuration does on GPUs, by the same function on two CPU processes."""
-    done = torchrun(2, "sharded_run.py", "deployed")
+    done = torchrun(2, "sharded_run.py", "deployed", tmp_path / "saved")
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout.split("distance ")[1]) < 1e-4
     done = torchrun(2, "sharded_run.py", "soft")

@@ -92,6 +92,23 @@ def test_data_folder(tmp_path, monkeypatch):
     assert "one task" in found("data").text
 
 
+def test_what_stops_make_figures_is_a_problem(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOFTLMS_DATA", str(tmp_path / "nowhere"))
+    assert found("data").state == "problem" and "no such folder" in found("data").text
+    for name in ("notebooks", "kernels/python3"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("pyproject.toml", "requirements.txt", "runs"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    finding = found("folders")
+    assert finding.state == "problem" and "runs cannot be written: there is a file" in finding.text
+    (tmp_path / "runs").unlink()
+    assert found("folders").state == "ok" and not (tmp_path / "runs").exists()
+    (tmp_path / "kernels/python3/kernel.json").write_text("{")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    assert found("kernel python3").state == "problem" and "cannot be read" in found("kernel python3").text
+
+
 def test_the_encoder_is_the_one_that_make_installs():
     from softlms.doctor import INSTALL, INSTALL_ENCODER
 

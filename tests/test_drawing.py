@@ -46,6 +46,14 @@ def test_a_figure_whose_rows_changed_is_found(tmp_path):
     assert "03_block_sensitivity.json is missing" in check_drawing("03_block_sensitivity", tmp_path, results)[0]
 
 
+@pytest.mark.parametrize("spoil", [{"tables": []}, {"files": []}, {"figure": "09_speedup"}, None])
+def test_a_note_that_names_less_is_found(tmp_path, spoil):
+    *_, note = draw("03_block_sensitivity", tmp_path, RESULTS)
+    note.write_text(json.dumps(json.loads(note.read_text()) | spoil) if spoil else "{}")
+    (wrong,) = check_drawing("03_block_sensitivity", tmp_path, RESULTS)
+    assert "draw it again" in wrong
+
+
 def test_nothing_is_written_where_a_table_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="Run the notebook that writes it"):
         draw("09_speedup", tmp_path / "figures", tmp_path)

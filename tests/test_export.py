@@ -57,6 +57,19 @@ def test_onnx_is_torch_at_any_batch_and_length(tiny_bert, tmp_path, family, spli
     assert path.stat().st_size < 1.6 * sum(p.nbytes for p in model.parameters()) + 400_000
 
 
+def test_segments_of_sentence_pairs_are_exported(tiny_bert, tmp_path):
+    model = compressed(tiny_bert, "bert", False)
+    torch.nn.init.normal_(model.bert.embeddings.token_type_embeddings.weight)
+    path = export_onnx(model, tmp_path / "pairs.onnx")
+    inputs = rows(model, 3, 12)
+    inputs["token_type_ids"] = (torch.arange(12) > 5).long().expand(3, 12)
+    with torch.inference_mode():
+        pairs = model(**inputs).logits
+    torch.testing.assert_close(onnx_logits(path, inputs), pairs, rtol=1e-4, atol=1e-4)
+    del inputs["token_type_ids"]
+    assert (onnx_logits(path, inputs) - pairs).norm() > 0.01 * pairs.norm()
+
+
 def test_int8_composes(tiny_bert, tmp_path):
     model = tiny_bert(hidden_size=128, intermediate_size=512, num_hidden_layers=2, initializer_range=0.05)
     softlms.truncate(model, {target.name: 32 for target in find_targets(model)})
@@ -75,6 +88,13 @@ def test_bad_exports_are_refused(tiny_bert, tmp_path, monkeypatch):
         export_onnx(copy.deepcopy(model).train(), tmp_path / "x.onnx")
     with pytest.raises(ValueError, match=r"torch.bfloat16: .* want model.float"):
         export_onnx(copy.deepcopy(model).bfloat16(), tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match=r"still learns its ranks: call softlms.deploy"):
+        export_onnx(softlms.decompose(tiny_bert()), tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match=r"BertModel gives no logits"):
+        export_onnx(model.bert, tmp_path / "x.onnx")
+    state = torch.random.get_rng_state()
+    export_onnx(model, tmp_path / "y.onnx").unlink()
+    assert torch.equal(state, torch.random.get_rng_state())
     monkeypatch.setattr("softlms.export.onnx_logits", lambda path, inputs: torch.zeros(len(inputs["input_ids"]), 2))
     with pytest.raises(RuntimeError, match=r"differ from torch's by 1.0e\+00 of the largest: not kept"):
         export_onnx(model, tmp_path / "x.onnx")

@@ -317,6 +317,8 @@ def test_replot(checkout, capsys):
     broken, missing = capsys.readouterr().err.splitlines()
     assert status == 1 and "03_block_sensitivity: " in broken and "Error: " in broken
     assert "09_speedup.csv is missing: 09_speedup is drawn from it" in missing
+    assert run(profile="paper", command=replot_figures)[0] == 1
+    assert "nothing to draw: results/paper holds no tables yet" in capsys.readouterr().err
 
 
 def slow_notebooks(folder):

@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -170,6 +171,24 @@ def test_a_failed_build_leaves_the_old_site(checkout, monkeypatch):
     assert sorted(checkout.rglob("*")) == before
     build_gallery()
     assert not (checkout / "site" / "mine.txt").exists() and not list(checkout.glob(".site*"))
+
+
+def test_what_killed_builds_left_is_put_right(checkout):
+    build_gallery()
+    dead = 2**22 + 1  # above Linux's largest process number
+    (checkout / "site").rename(checkout / f".site.old-{dead}")  # killed between the two
+    (checkout / f".site.partial-{dead}").mkdir()
+    (checkout / f".site.partial-{os.getpid()}x").mkdir()
+    gallery._recover(checkout / "site")
+    assert (checkout / "site" / "index.html").is_file()
+    assert [path.name for path in checkout.glob(".site*")] == [f".site.partial-{os.getpid()}x"]
+
+
+def test_a_figure_that_lacks_a_file_is_not_left_out(checkout, capsys):
+    figure = checkout / "figures/laptop/03_block_sensitivity.png"
+    figure.rename(checkout / "away")
+    assert cli.main(["gallery"]) == 2
+    assert "03_block_sensitivity.png is missing" in capsys.readouterr().err
 
 
 def test_bad_input_stops_before_anything_is_built(checkout, capsys):

@@ -150,6 +150,20 @@ def test_half_precision_compares_as_it_computes():
     assert hard_threshold(sigma, 0.999).item() == soft_threshold(sigma, 0.999, 1e6).item() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casting_a_model_moves_no_rank(dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(SoftLinear.from_linear(torch.nn.Linear(64, 64), unit="mean") for _ in range(12)))
+    for rank, layer in enumerate(model, 30):
+        layer.set_rank_(rank)
+    sigma = [layer.sigma.detach().clone() for layer in model]
+    model.to(dtype)
+    assert [layer.rank for layer in model] == list(range(30, 42))
+    assert all(torch.equal(layer.sigma, before) for layer, before in zip(model, sigma, strict=True))
+    assert model[0].U.dtype == dtype and model(torch.ones(2, 64, dtype=dtype)).dtype == dtype
+    assert model.double()[0].sigma.dtype == torch.float64
+
+
 def test_a_component_of_zeros_is_no_nan():
     U, V = torch.linalg.qr(torch.randn(4, 3))[0], torch.randn(5, 3)
     V[:, 2] = 0

@@ -137,6 +137,16 @@ def test_shared_and_quantized_layers_are_refused(tiny_bert):
         decompose(model)
 
 
+def test_a_layer_inside_an_adapter_is_refused(tiny_bert):
+    """PEFT keeps the dense layer as base_layer of its own; left out, the budget would be that of fewer layers."""
+    model = tiny_bert()
+    adapter = torch.nn.Module()
+    adapter.base_layer = model.get_submodule("bert.encoder.layer.0.attention.self.query")
+    model.set_submodule("bert.encoder.layer.0.attention.self.query", adapter)
+    with pytest.raises(ValueError, match=r"layer.0.attention.self.query is wrapped by an adapter.* merge_and_unload"):
+        decompose(model)
+
+
 def test_unknown_family_and_no_match():
     with pytest.raises(ValueError, match="Unknown model family None; known: bert"):
         decompose(nn.Linear(2, 2))
