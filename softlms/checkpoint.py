@@ -15,12 +15,10 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
@@ -36,6 +34,7 @@ from softlms.fused import SplitLinear
 from softlms.layers import Factored, LowRankLinear, SoftLinear
 from softlms.masks import MaskedLinear
 from softlms.model_card import class_name, is_ours, write_card
+from softlms.provenance import is_orphaned, process_mark
 
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer"]
 
@@ -178,7 +177,7 @@ def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, opti
     _remove_leftovers(target)
     # names as they are in this model: what is checked is what is read
     options["save_original_format"] = False
-    staging = Path(tempfile.mkdtemp(prefix=f".saving-{socket.gethostname()}-{os.getpid()}-", dir=target))
+    staging = Path(tempfile.mkdtemp(prefix=f".saving-{process_mark()}-", dir=target))
     config = model.config
     try:
         config.quantization_config = SoftLMsConfig(attention=config._attn_implementation)
@@ -216,11 +215,8 @@ def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, opti
 
 def _remove_leftovers(target: Path) -> None:
     """Hidden folders of saves that were killed on this machine; another rank's save, which goes on, is let alone."""
-    mine = re.compile(rf"\.saving-{re.escape(socket.gethostname())}-(\d+)-.*")
-    for left in target.glob(".saving-*"):
-        match = mine.fullmatch(left.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in filter(is_orphaned, target.glob(".saving-*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _check(model: PreTrainedModel, options: dict[str, Any], *, pushed_state: bool) -> None:
@@ -248,6 +244,7 @@ def _register() -> None:
     ) -> None:
         adapters = getattr(self, "_hf_peft_config_loaded", False)  # then only these are written
         if adapters or not any(isinstance(module, Factored) for module in self.modules()):
+            _forget(self.config)
             original(self, save_directory, is_main_process, **options)
         elif is_main_process:
             _save(original, self, save_directory, options)
@@ -255,6 +252,13 @@ def _register() -> None:
     save_pretrained.before_softlms = original  # type: ignore[attr-defined]
     PreTrainedModel.save_pretrained = save_pretrained
     PreTrainedModel._upload_modified_files = _upload
+
+
+def _forget(config: PreTrainedConfig) -> None:
+    """A dense model made from a compressed one's configuration is not compressed."""
+    of_ours = getattr(config, "quantization_config", None)
+    if isinstance(of_ours, dict) and of_ours.get("quant_method") == METHOD:
+        del config.quantization_config
 
 
 def _upload(self: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:

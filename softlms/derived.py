@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from softlms.comparison import summarize
-from softlms.evaluation import paired_difference
-from softlms.report import soft_verdicts
+from softlms.report import adaptive_differences, soft_verdicts
 from softlms.tasks import TASKS
 
 __all__ = ["check_derived"]
@@ -33,27 +32,17 @@ def check_derived(results: Path) -> list[str]:
         leading = {task: TASKS[task].metrics[0] if task in TASKS else "perplexity" for task in rows.task.unique()}
         for kind, made in (("summary", summarize(rows)), ("verdicts", soft_verdicts(rows, leading))):
             wrong += _compare(made, results / f"{book}_{kind}.csv")
-    return wrong + _compare(_differences(results), results / f"{PAIRED}_differences.csv")
-
-
-def _differences(results: Path) -> pd.DataFrame:
-    """What notebook 04 makes of its rows."""
     rows = pd.read_csv(results / f"{PAIRED}.csv")
-    made = []
-    for (split, metric), group in rows.groupby(["split", "metric"]):
-        values = 100 * group.pivot_table(index="seed", columns="method", values="value")
-        for a, b in (("adaptive", "static"), ("adaptive", "dense")):
-            mean, low, high = paired_difference(values[a], values[b])
-            line = {"split": split, "metric": metric, "difference": f"{a} - {b}"}
-            made.append(line | {"mean": mean, "low95": low, "high95": high, "seeds": len(values)})
-    return pd.DataFrame(made)
+    return wrong + _compare(adaptive_differences(rows), results / f"{PAIRED}_differences.csv")
 
 
 def _compare(made: pd.DataFrame, path: Path) -> list[str]:
     if not path.is_file():
         return [f"{path.name} is missing: it follows from rows that are there"]
     stored = pd.read_csv(path)
-    if len(made) != len(stored) or not set(made) <= set(stored):
+    if lacking := [column for column in made if column not in stored]:
+        return [f"{path.name} has no column {lacking[0]}: run its notebook again"]
+    if len(made) != len(stored):
         return [f"{path.name} has {len(stored)} rows, its own rows give {len(made)}: run its notebook again"]
     for column in made:
         was, now = stored[column], made[column].reset_index(drop=True)

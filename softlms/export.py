@@ -79,8 +79,10 @@ def export_onnx(model: PreTrainedModel, path: str | Path, *, int8: bool = False)
         raise ValueError("The model is in training mode: call model.eval() first.")
     if model.dtype != torch.float32:
         raise ValueError(f"The model is in {model.dtype}: onnxruntime's CPU kernels want model.float().")
-    if any(isinstance(module, (SoftLinear, MaskedLinear)) for module in model.modules()):
+    if any(isinstance(module, SoftLinear) for module in model.modules()):
         raise ValueError("The model still learns its ranks: call softlms.deploy(model) first.")
+    if any(isinstance(module, MaskedLinear) for module in model.modules()):
+        raise ValueError("The model still learns its masks: cut the dense one to their ranks with softlms.truncate.")
     large = sum(p.nbytes for p in model.parameters()) > PROTOBUF
     if int8 and large:
         raise ValueError("int8 is for models below 2 GB: onnxruntime's quantization loads the whole graph.")

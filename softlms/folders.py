@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import socket
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import psutil
+from softlms.provenance import is_orphaned
 
 __all__ = ["Folders", "check_writable", "folder_state", "remove_leftovers"]
 
@@ -62,14 +60,9 @@ def remove_leftovers(folders: Iterable[Path]) -> list[Path]:
     list of Path
         The files removed.
     """
-    mine = re.compile(rf"\..+\.partial-{re.escape(socket.gethostname())}-(\d+)(\.ipynb)?")
-    removed = []
-    for folder in folders:
-        for file in folder.iterdir():
-            match = mine.fullmatch(file.name)
-            if match and not psutil.pid_exists(int(match[1])):
-                file.unlink(missing_ok=True)
-                removed.append(file)
+    removed = [file for folder in folders for file in folder.glob(".*.partial-*") if is_orphaned(file)]
+    for file in removed:
+        file.unlink(missing_ok=True)
     return removed
 
 

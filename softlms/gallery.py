@@ -6,7 +6,6 @@ It opens from disk: no server, no script, nothing loaded from elsewhere.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ import nbformat
 import pandas as pd
 import pdoc.doc
 import pdoc.render
-import psutil
 from markupsafe import Markup
 from PIL import Image
 
@@ -28,7 +26,7 @@ import softlms
 from softlms.drawing import check_drawing
 from softlms.notebook_pages import Section, code_style, markdown, notebook_body, plain, sections
 from softlms.profiles import PROFILES, project_root
-from softlms.provenance import commit
+from softlms.provenance import commit, is_orphaned, process_mark
 
 __all__ = ["build_gallery", "print_gallery"]
 
@@ -215,8 +213,7 @@ def _recover(out: Path) -> None:
     """Take away what killed builds left beside the site; put back an older one that stood aside when it was killed."""
     for kind in ("old", "partial"):
         for left in out.parent.glob(f".{out.name}.{kind}-*"):
-            pid = left.name.rpartition("-")[2]
-            if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            if is_orphaned(left):
                 if kind == "old" and not out.exists():
                     left.rename(out)
                 else:
@@ -227,7 +224,7 @@ def _recover(out: Path) -> None:
 def _whole_folder(out: Path) -> Iterator[Path]:
     """A folder to build in; it takes the place of `out` when the block ends well, and is gone when not."""
     _recover(out)
-    partial, old = (out.with_name(f".{out.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
+    partial, old = (out.with_name(f".{out.name}.{kind}-{process_mark()}") for kind in ("partial", "old"))
     partial.mkdir(parents=True)
     try:
         yield partial

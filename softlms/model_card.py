@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,15 @@ def write_card(model: PreTrainedModel, folder: Path, tags: Sequence[str] = ()) -
         "",
     ]
     lines += [f"# {class_name(model)}, {MARK}", ""]
-    lines += [f"{len(layers)} linear layers are low rank ({_forms(model)}). {_size(model, layers)}", ""]
+    lines += [f"{_forms(model)}. {_size(model, layers)}".rstrip(), ""]
     lines += ["```python", "import softlms  # from_pretrained needs it, and fails without", ""]
     lines += [f"from transformers import {class_name(model)}", ""]
     lines += [f"model = {class_name(model)}.from_pretrained(...)", "```", ""]
     if notes := getattr(model.config, "softlms", None):
         lines += ["## How it was made", "", "| | |", "|---|---|", *_rows(notes), ""]
-    lines += ["## Ranks", "", "| layer | outputs | inputs | rank |", "|---|---|---|---|"]
-    lines += [f"| {n} | {m.out_features} | {m.in_features} | {m.rank} |" for n, m in layers.items()]
+    if layers:
+        lines += ["## Ranks", "", "| layer | outputs | inputs | rank |", "|---|---|---|---|"]
+        lines += [f"| {n} | {m.out_features} | {m.in_features} | {m.rank} |" for n, m in layers.items()]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -67,13 +69,14 @@ def _size(model: PreTrainedModel, layers: Mapping[str, Any]) -> str:
         return ""
     counted = count_parameters(model, lambda name, module: name in layers)
     return (
-        f"They keep {counted.kept('linear'):.1%} of their dense weights; the model has {counted.total:,} of "
-        f"{counted.total_dense:,} parameters, {counted.kept('total'):.1%}."
+        f"The low-rank ones keep {counted.kept('linear'):.1%} of their dense weights; the model has "
+        f"{counted.total:,} of {counted.total_dense:,} parameters, {counted.kept('total'):.1%}."
     )
 
 
 def _forms(model: PreTrainedModel) -> str:
-    return ", ".join(sorted({m.form for m in model.modules() if isinstance(m, Factored)}))
+    counts = Counter(module.form for module in model.modules() if isinstance(module, Factored))
+    return "Layers by form: " + ", ".join(f"{number} {form}" for form, number in sorted(counts.items()))
 
 
 def _rows(notes: Mapping[str, Any], prefix: str = "") -> list[str]:

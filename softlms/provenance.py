@@ -6,6 +6,7 @@ import ast
 import hashlib
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -14,12 +15,16 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 import transformers
 
 from softlms.precision import fast_bf16
 
-__all__ = ["append_rows", "code_hash", "commit", "hardware", "library_hash", "versions", "weights_hash", "whole_file"]
+__all__ = [
+    "append_rows", "code_hash", "commit", "hardware", "is_orphaned", "library_hash", "process_mark", "versions",
+    "weights_hash", "whole_file",
+]  # fmt: skip
 
 
 def hardware(threads: int | None = None) -> str:
@@ -101,6 +106,17 @@ def weights_hash(location: str) -> str:
     return digest.hexdigest()
 
 
+def process_mark() -> str:
+    """Host and process, for the name of what this process has not finished; `is_orphaned` reads it."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def is_orphaned(path: Path) -> bool:
+    """Whether a name holds a `process_mark` of this machine whose process is no more; others may still be at work."""
+    match = re.fullmatch(rf"\..+-{re.escape(socket.gethostname())}-(\d+)([-.]\w+)?", path.name)
+    return match is not None and not psutil.pid_exists(int(match[1]))
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to; the file takes its place when the block ends well, and leaves nothing behind when not.
@@ -116,7 +132,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         As the block raises it, with the file's name where it has none: a full disk is met in a write, which has none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{process_mark()}")
     try:
         yield partial
         partial.replace(path)

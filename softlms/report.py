@@ -1,4 +1,4 @@
-"""Tables of a grid's cells: what notebooks 05 to 08 show, made in one place."""
+"""Tables that follow from scores: what notebooks 04 to 08 show, made in one place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from softlms.comparison import CUT_FROM, UNSCALED, Cell, costs, grid_rows, middl
 from softlms.evaluation import paired_difference
 from softlms.experiments import Bench
 
-__all__ = ["Report", "soft_verdicts"]
+__all__ = ["Report", "adaptive_differences", "soft_verdicts"]
 
 VERDICT = (
     "task", "keep", "split", "soft", "soft_mean", "rival", "rival_mean", "seeds", "difference", "low95", "high95",
@@ -36,8 +36,6 @@ class Report:
         See `softlms.comparison.grid_rows`, `rank_rows` and `summarize`.
     leading : dict
         Each task's first metric.
-    reported : dict
-        "test" where a task has one with public labels, else "dev".
 
     Raises
     ------
@@ -50,8 +48,6 @@ class Report:
         self.rows, self.ranks = grid_rows(cells), rank_rows(cells)
         self.summary = summarize(self.rows)
         self.leading = {task: bench.data.task.metrics[0] for task, bench in benches.items()}
-        with_test = set(self.rows[self.rows.split == "test"].task)
-        self.reported = {task: "test" if task in with_test else "dev" for task in benches}
         self.compressed = _compressed(self.rows)
         self.methods = list(self.compressed.method.unique())
         if (mixed := self.rows.groupby("task").hardware.nunique()).gt(1).any():
@@ -164,6 +160,30 @@ def soft_verdicts(rows: pd.DataFrame, leading: Mapping[str, str]) -> pd.DataFram
                 _, line["low95"], line["high95"] = paired_difference(pair[larger], pair[smaller])
             lines.append(line)
     return pd.DataFrame(lines, columns=VERDICT)
+
+
+def adaptive_differences(scores: pd.DataFrame) -> pd.DataFrame:
+    """Adaptive ranks against static ones, and against the dense model: the comparison of notebook 04.
+
+    Parameters
+    ----------
+    scores : DataFrame
+        Columns method, seed, split, metric, value.
+
+    Returns
+    -------
+    DataFrame
+        A row for each split, metric and difference, in points (100 times the metric), paired over seeds with its 95 %
+        interval.
+    """
+    lines = []
+    for (split, metric), group in scores.groupby(["split", "metric"]):
+        by_seed = 100 * group.pivot_table(index="seed", columns="method", values="value")
+        for a, b in (("adaptive", "static"), ("adaptive", "dense")):
+            mean, low, high = paired_difference(by_seed[a], by_seed[b])
+            line = {"split": split, "metric": metric, "difference": f"{a} - {b}"}
+            lines.append(line | {"mean": mean, "low95": low, "high95": high, "seeds": len(by_seed)})
+    return pd.DataFrame(lines)
 
 
 def _compressed(rows: pd.DataFrame) -> pd.DataFrame:

@@ -44,7 +44,7 @@ def run_nbclient(clone, notebooks, environment):
 
 
 def run_jupyterlab(clone, notebooks, environment):
-    for path in notebooks:  # a server each: kernels, some of 2 GB, would live as long as it does
+    for path in notebooks:  # a server each: kernels, some of more than 2 GB, would live as long as it does
         with serve_lab(clone, **environment) as address, open_browser() as browser:
             page = NotebookPage(browser, address, clone / path)
             page.run_all(1800)

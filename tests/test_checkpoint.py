@@ -29,8 +29,10 @@ import softlms
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
 from softlms.checkpoint import verify
+from softlms.factorize import factorize_weight
 from softlms.language_models import SmallModel
 from softlms.layers import SoftLinear
+from softlms.masks import MaskedLinear
 
 IDS = torch.arange(20)[None]
 FAMILIES = [("bert", False), ("gpt2", False), ("gpt2", True), ("llama", False), ("mamba", False)]
@@ -419,3 +421,21 @@ def test_dense_models_are_saved_as_ever(tiny_bert, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert not any(isinstance(module, SoftLinear) for module in again.modules())
+
+
+def test_a_dense_model_with_a_compressed_ones_configuration_is_dense(tiny_bert, tmp_path):
+    softlms.deploy(soft(tiny_bert())).save_pretrained(tmp_path / "thin")
+    config = AutoConfig.from_pretrained(tmp_path / "thin")
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    assert_equal(AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense"), model)
+
+
+def test_card_of_learned_masks(tiny_bert, tmp_path):
+    model = tiny_bert()
+    for target in find_targets(model):
+        factors = factorize_weight(target.module.weight)
+        model.set_submodule(target.name, MaskedLinear(factors, target.module.bias))
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "Layers by form: 12 masked." in card and "low-rank ones" not in card and "## Ranks" not in card

@@ -14,7 +14,9 @@ import softlms
 from softlms.architectures import find_targets
 from softlms.costs import random_rows
 from softlms.export import export_onnx, onnx_logits
+from softlms.factorize import factorize_weight
 from softlms.language_models import SmallModel
+from softlms.masks import MaskedLinear
 
 pytest.importorskip("onnxruntime")
 FAMILIES = [("bert", False), ("gpt2", False), ("gpt2", True), ("llama", False), ("mamba", False)]
@@ -90,6 +92,11 @@ def test_bad_exports_are_refused(tiny_bert, tmp_path, monkeypatch):
         export_onnx(copy.deepcopy(model).bfloat16(), tmp_path / "x.onnx")
     with pytest.raises(ValueError, match=r"still learns its ranks: call softlms.deploy"):
         export_onnx(softlms.decompose(tiny_bert()), tmp_path / "x.onnx")
+    masked = tiny_bert()
+    target = find_targets(masked)[0]
+    masked.set_submodule(target.name, MaskedLinear(factorize_weight(target.module.weight), target.module.bias))
+    with pytest.raises(ValueError, match=r"still learns its masks: .* softlms.truncate"):
+        export_onnx(masked, tmp_path / "x.onnx")
     with pytest.raises(ValueError, match=r"BertModel gives no logits"):
         export_onnx(model.bert, tmp_path / "x.onnx")
     state = torch.random.get_rng_state()

@@ -1,6 +1,7 @@
 import os
 import re
 import shutil
+import socket
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
@@ -175,13 +176,15 @@ def test_a_failed_build_leaves_the_old_site(checkout, monkeypatch):
 
 def test_what_killed_builds_left_is_put_right(checkout):
     build_gallery()
-    dead = 2**22 + 1  # above Linux's largest process number
-    (checkout / "site").rename(checkout / f".site.old-{dead}")  # killed between the two
-    (checkout / f".site.partial-{dead}").mkdir()
-    (checkout / f".site.partial-{os.getpid()}x").mkdir()
+    here, dead = socket.gethostname(), 2**22 + 1  # above Linux's largest process number
+    (checkout / "site").rename(checkout / f".site.old-{here}-{dead}")  # killed between the two
+    (checkout / f".site.partial-{here}-{dead}").mkdir()
+    others = {f".site.partial-{here}-{os.getppid()}", f".site.partial-elsewhere-{dead}"}
+    for name in others:
+        (checkout / name).mkdir()
     gallery._recover(checkout / "site")
     assert (checkout / "site" / "index.html").is_file()
-    assert [path.name for path in checkout.glob(".site*")] == [f".site.partial-{os.getpid()}x"]
+    assert {path.name for path in checkout.glob(".site*")} == others
 
 
 def test_a_figure_that_lacks_a_file_is_not_left_out(checkout, capsys):
