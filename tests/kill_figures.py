@@ -4,11 +4,11 @@
     python tests/kill_figures.py --kills 1 01 --profile quick     # some minutes
 
 It clones this checkout's last commit twice into a temporary folder. In one clone all notebooks run undisturbed. In the
-other the command and all that is in its process group get SIGKILL, at moments drawn so that they spread over one run,
-and it is started again with ``--resume``. After each kill nothing may live on, and every file must be whole. Where a
-run comes to its end, its tables are compared, all columns but those of measured times, and it begins from nothing. Exit
-status 1 when something differs. Not part of the test suite; `test_figures` does the same with notebooks that take
-seconds.
+other the command and all that is in its process group get SIGKILL, and it is started again with ``--resume``. The
+moments are random ones of the undisturbed run, each met at the same place of its notebook: by the clock, kills that
+come faster than a notebook's longest cell would never let it reach the next. After each kill nothing may live on, and
+every file must be whole. In the end its tables are compared, all columns but those of measured times. Exit status 1
+when something differs. Not part of the test suite; `test_figures` does the same with notebooks that take seconds.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +120,40 @@ def differences(folder, reference):
     return [str(path) for path in ours | theirs if path not in ours or not ours[path].equals(theirs.get(path))]
 
 
+def draw_moments(executed, kills, random):
+    """When to kill, in the order of the run: notebooks, and seconds after the start of each."""
+    books = [(path.stem, json.loads(path.read_text())) for path in sorted(executed.glob("[!.]*.ipynb"))]
+    starts, began = {}, 0.0
+    for name, book in books:
+        starts[name] = began
+        began += book["metadata"]["papermill"]["duration"]
+    moments = sorted(random.uniform(0, began) for _ in range(kills))
+    struck = [[name for name in starts if starts[name] <= moment][-1] for moment in moments]
+    return [(name, moment - starts[name]) for name, moment in zip(struck, moments, strict=True)]
+
+
+def reach(process, notebook):
+    """Read what the command says until a notebook, or a later one, has started; its name, or None where none does."""
+    started = (line.split(":")[0].strip() for line in process.stdout if ": started" in line)
+    return next((name for name in started if name >= notebook), None)
+
+
+def disturb(killed, arguments, moments):
+    """Kill at these moments, then let it end; what is wrong."""
+    wrong = []
+    for i, (notebook, delay) in enumerate(moments):
+        process = start_figures(killed, *arguments, code=killed)
+        struck = reach(process, notebook)
+        if struck is None or not stop_figures(process, delay):
+            return [*wrong, f"ended before kill {i + 1}"]
+        print(f"kill {i + 1}: {struck} after {delay:.1f} s; half-written: {len(half_files(killed))}", flush=True)
+        wrong += [f"lives on: {process}" for process in survivors(killed)]
+        wrong += [f"not whole: {path}" for path in broken_files(killed)]
+    process = start_figures(killed, *arguments, code=killed)
+    print(*process.communicate(), f"status {process.returncode}", flush=True)
+    return [*wrong, *(f"left over: {path}" for path in half_files(killed))]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*")
@@ -128,35 +161,16 @@ def main():
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    moments = random.Random(options.seed)
     arguments = [*options.notebooks, "--profile", options.profile, "--resume"]
-    wrong = []
     with tempfile.TemporaryDirectory() as place:
         reference, killed = Path(place) / "reference", Path(place) / "killed"
         for clone in (reference, killed):
             subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        began = time.monotonic()
-        output, errors = start_figures(reference, *arguments, code=reference).communicate()
-        length = time.monotonic() - began
-        print(output, errors, f"undisturbed: {length:.0f} s", flush=True)
-        kills = 0
-        while True:
-            process = start_figures(killed, *arguments, code=killed)
-            delay = moments.uniform(0, 2 * length / options.kills) if kills < options.kills else 10 * length
-            if stop_figures(process, delay):
-                kills += 1
-                print(f"kill {kills} after {delay:.1f} s; half-written: {len(half_files(killed))}", flush=True)
-                wrong += [f"lives on: {process}" for process in survivors(killed)]
-                wrong += [f"not whole: {path}" for path in broken_files(killed)]
-                continue
-            print(process.stdout.read(), process.stderr.read(), f"status {process.returncode}", flush=True)
-            wrong += [f"differs: {name}" for name in differences(killed, reference)]
-            wrong += [f"left over: {path}" for path in half_files(killed)]
-            if kills >= options.kills:
-                break
-            for kind in (*FOLDERS, "runs"):
-                shutil.rmtree(killed / kind / options.profile if kind != "runs" else killed / kind, ignore_errors=True)
-    print(f"{kills} kills:", "\n".join(wrong) or "no process lived on, no file was half-written, all tables are equal")
+        print(*start_figures(reference, *arguments, code=reference).communicate(), flush=True)
+        executed = reference / "executed" / options.profile
+        wrong = disturb(killed, arguments, draw_moments(executed, options.kills, random.Random(options.seed)))
+        wrong += [f"differs: {name}" for name in differences(killed, reference)]
+    print("\n".join(wrong) or f"{options.kills} kills: nothing lived on or was half-written, all tables are equal")
     return int(bool(wrong))
 
 
