@@ -120,15 +120,15 @@ def differences(folder, reference):
     return [str(path) for path in ours | theirs if path not in ours or not ours[path].equals(theirs.get(path))]
 
 
-def draw_moments(executed, kills, random):
+def draw_moments(executed, kills, seed):
     """When to kill, in the order of the run: notebooks, and seconds after the start of each."""
-    books = [(path.stem, json.loads(path.read_text())) for path in sorted(executed.glob("[!.]*.ipynb"))]
-    starts, began = {}, 0.0
-    for name, book in books:
-        starts[name] = began
-        began += book["metadata"]["papermill"]["duration"]
-    moments = sorted(random.uniform(0, began) for _ in range(kills))
-    struck = [[name for name in starts if starts[name] <= moment][-1] for moment in moments]
+    starts, end = {}, 0.0
+    for path in sorted(executed.glob("[!.]*.ipynb")):
+        starts[path.stem] = end
+        end += json.loads(path.read_text())["metadata"]["papermill"]["duration"]
+    generator = random.Random(seed)
+    moments = sorted(generator.uniform(0, end) for _ in range(kills))
+    struck = [max(name for name in starts if starts[name] <= moment) for moment in moments]
     return [(name, moment - starts[name]) for name, moment in zip(struck, moments, strict=True)]
 
 
@@ -150,8 +150,14 @@ def disturb(killed, arguments, moments):
         wrong += [f"lives on: {process}" for process in survivors(killed)]
         wrong += [f"not whole: {path}" for path in broken_files(killed)]
     process = start_figures(killed, *arguments, code=killed)
-    print(*process.communicate(), f"status {process.returncode}", flush=True)
+    wrong += finish(process)
     return [*wrong, *(f"left over: {path}" for path in half_files(killed))]
+
+
+def finish(process):
+    """Let the command end and print what it says; what is wrong where it fails: two runs that fail alike are equal."""
+    print(*process.communicate(), flush=True)
+    return [f"a run ended with status {process.returncode}"] if process.returncode else []
 
 
 def main():
@@ -166,9 +172,9 @@ def main():
         reference, killed = Path(place) / "reference", Path(place) / "killed"
         for clone in (reference, killed):
             subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        print(*start_figures(reference, *arguments, code=reference).communicate(), flush=True)
-        executed = reference / "executed" / options.profile
-        wrong = disturb(killed, arguments, draw_moments(executed, options.kills, random.Random(options.seed)))
+        wrong = finish(start_figures(reference, *arguments, code=reference))
+        moments = draw_moments(reference / "executed" / options.profile, options.kills, options.seed)
+        wrong += disturb(killed, arguments, moments)
         wrong += [f"differs: {name}" for name in differences(killed, reference)]
     print("\n".join(wrong) or f"{options.kills} kills: nothing lived on or was half-written, all tables are equal")
     return int(bool(wrong))
