@@ -6,10 +6,20 @@ Three verbs: `decompose` a model, train it with `SoftTrainer` until it meets its
 from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.allocator import keep_memory
 from softlms.architectures import ARCHITECTURES, find_targets
-from softlms.budget import Budget, Costs, ParameterCount, count_parameters, parameter_costs, refill, uniform_ranks
+from softlms.budget import (
+    Budget,
+    BudgetNotMet,
+    Costs,
+    ParameterCount,
+    count_parameters,
+    parameter_costs,
+    refill,
+    uniform_ranks,
+)
 from softlms.calibration import LayerStatistics, calibrate
 from softlms.checkpoint import SoftLMsConfig  # teaches transformers to save and load factored layers
 from softlms.costs import count_flops, measure_latency
+from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.export import export_onnx
 from softlms.factorize import FACTORIZATIONS, Factors, factorize
@@ -23,7 +33,7 @@ from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy, ranks, truncate
 from softlms.tasks import TASKS, encode, load_task
 from softlms.thresholds import SoftThreshold, hard_threshold, shifted_tanh, soft_threshold
-from softlms.training import BudgetNotMet, DistillingTrainer, SoftTrainer
+from softlms.training import SoftTrainer
 
 __version__ = "0.1.0"
 

@@ -13,12 +13,25 @@ from torch import Tensor, nn
 from softlms.architectures import Predicate, find_targets
 from softlms.layers import LowRankLinear, SoftLinear, kept_parameters
 
-__all__ = ["Budget", "Costs", "ParameterCount", "count_parameters", "parameter_costs", "refill", "uniform_ranks"]
+__all__ = [
+    "Budget",
+    "BudgetNotMet",
+    "Costs",
+    "ParameterCount",
+    "count_parameters",
+    "parameter_costs",
+    "refill",
+    "uniform_ranks",
+]
 
 PARAMETERS = ("linear", "total")
 COUNTS = (*PARAMETERS, "flops", "latency")
 Shapes = Mapping[str, tuple[int, int]]
 Price = Callable[[int], float]
+
+
+class BudgetNotMet(RuntimeError):
+    """Training ended before the thresholds had cut the model down to its budget."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,7 @@ class Budget:
     """
 
     keep: float
-    count: str
+    count: str = "linear"
     multiple: int = 1
 
     def __post_init__(self) -> None:

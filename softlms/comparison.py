@@ -154,9 +154,11 @@ def _say(name: str, changes: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {', '.join(f'{key}={value!r}' for key, value in changes.items())}"] if changes else []
 
 
-# sigma of whitened factors fall so steeply that their largest says nothing: their mean is the scale. And a push of 0.1
-# drowns what the task says: all thresholds rise alike, and the ranks are those of one threshold for all
-WHITENED_SOFT = {"unit": "mean", "s": 12.5, "alpha_learning_rate": 3.2e-2, "gamma": 0.03}
+# settings of the committed rows: tuned by hand, before a push that adapts was the default. Sigma of whitened factors
+# fall so steeply that their largest says nothing, and a push of 0.1 drowned what the task says
+SVD_SOFT: dict[str, Any] = {"unit": "max", "s": 50.0, "alpha_learning_rate": 8e-3, "gamma": 0.1}
+WHITENED_SOFT: dict[str, Any] = {"unit": "mean", "s": 12.5, "alpha_learning_rate": 3.2e-2, "gamma": 0.03}
+TUNED = {"svd+soft": SVD_SOFT, "whitened+soft": WHITENED_SOFT}
 
 # settings were chosen on MRPC's dev split and on rows of SST-2's training split that no run trains on (notebook 05)
 GRIDS = {
@@ -166,8 +168,6 @@ GRIDS = {
             epochs=0.75,
             static_learning_rate=1e-4,
             distillation=0.9,
-            alpha_learning_rate=8e-3,
-            deadline=0.6,
             calibration_rows=64,
             further_keeps=(0.35,),
             bf16=fast_bf16(),
@@ -182,7 +182,6 @@ GRIDS = {
                 recover=False,
             ),
         ),
-        {"whitened+soft": WHITENED_SOFT},
     ),
     "laptop": Grid(
         Recipe(
@@ -190,8 +189,6 @@ GRIDS = {
             epochs=1,
             learning_rate=5e-5,
             static_learning_rate=5e-5,
-            alpha_learning_rate=8e-3,
-            deadline=0.6,
             further_keeps=(0.5, 0.35),
             bf16=fast_bf16(),
         ),
@@ -208,7 +205,7 @@ GRIDS = {
             Pass(UNTUNED, (0.5, 0.35, 0.75), recover=False),
             Pass(OTHERS, (0.35, 0.75)),
         ),
-        {"whitened+soft": WHITENED_SOFT},
+        TUNED,
     ),
 }
 GRIDS["paper"] = Grid(
@@ -222,7 +219,6 @@ GRIDS["paper"] = Grid(
     },
     (0, 1, 2, 3, 4),
     GRIDS["laptop"].passes,
-    GRIDS["laptop"].changes,
 )
 
 

@@ -19,12 +19,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from softlms.budget import Budget, count_parameters, parameter_costs
 from softlms.calibration import calibrate
+from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorize import FACTORIZATIONS, linear_targets
 from softlms.precision import fast_bf16
 from softlms.surgery import decompose, deploy, ranks
 from softlms.tasks import TaskData, encode, load_task
-from softlms.training import DistillingTrainer, SoftTrainer
+from softlms.training import SoftTrainer
 from softlms.zoo import find_encoder, load_classifier
 
 __all__ = ["Compression", "compress"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from softlms import corpus
-from softlms.comparison import WHITENED_SOFT, Grid, Pass, Setting
+from softlms.comparison import TUNED, Grid, Pass, Setting
 from softlms.language_models import FAMILIES, LanguageBench, SmallModel
 from softlms.precision import fast_bf16
 from softlms.profiles import Book, make_book, project_root
@@ -58,8 +58,6 @@ LAPTOP = Grid(
         epochs=0.1,
         learning_rate=1e-4,
         static_learning_rate=3e-4,
-        alpha_learning_rate=8e-3,
-        deadline=0.6,
         weigh_by_size=True,
         further_keeps=(0.5, 0.35),
         bf16=fast_bf16(),
@@ -75,7 +73,7 @@ LAPTOP = Grid(
     },
     (0, 1, 2),
     (Pass(METHODS, (0.5,)), Pass(METHODS, (0.35, 0.75))),
-    {"whitened+soft": WHITENED_SOFT, "whitened+mask": {"static_learning_rate": 1e-4}},
+    {**TUNED, "whitened+mask": {"static_learning_rate": 1e-4}},
 )
 
 LANGUAGE_PROFILES = {
@@ -94,8 +92,6 @@ LANGUAGE_PROFILES = {
                     epochs=0.1,
                     learning_rate=5e-4,
                     static_learning_rate=5e-4,
-                    alpha_learning_rate=8e-3,
-                    deadline=0.6,
                     calibration_rows=128,
                     further_keeps=(0.2,),
                     bf16=fast_bf16(),
@@ -103,7 +99,6 @@ LANGUAGE_PROFILES = {
                 dict.fromkeys(FAMILIES, Setting()) | {"mamba": Setting({"dense_epochs": 0.5, "epochs": 0.06})},
                 (0, 1),
                 (Pass(METHODS, (0.35,)),),
-                {"whitened+soft": WHITENED_SOFT},
             ),
             window=64,
             train_tokens=800_000,
@@ -137,7 +132,7 @@ LANGUAGE_PROFILES = {
                     bf16=False,
                 ),
                 tasks=dict.fromkeys(FAMILIES, Setting()),
-                changes={"whitened+soft": WHITENED_SOFT},
+                changes={},
             ),
             window=1024,
         ),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softlms.thresholds import SoftThreshold, inverse_soft_threshold
+from softlms.thresholds import SHARPNESS, SoftThreshold, inverse_soft_threshold
 
 __all__ = ["Factored", "LowRankLinear", "SoftLinear", "kept_parameters", "make_linear", "svd"]
 
@@ -23,6 +23,8 @@ UNITS: dict[str, Callable[[Tensor], float]] = {
     "max": lambda sigma: sigma.max().item(),
     "mean": lambda sigma: sigma.mean().item(),
 }
+# where none is given: sigma of data-aware factors fall so steeply that their largest says nothing of the others
+UNIT = "mean"
 
 
 def kept_parameters(m: int, n: int, rank: int) -> int:
@@ -120,8 +122,8 @@ class SoftLinear(Factored):
         factors: tuple[Tensor, Tensor, Tensor] | None = None,
         *,
         alpha: float = 0.0,
-        s: float = 50.0,
-        unit: str = "raw",
+        s: float = SHARPNESS,
+        unit: str = UNIT,
         transposed: bool = False,
     ) -> SoftLinear:
         """Decompose `linear` so that the output does not change.

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from softlms.budget import Budget, Costs, count_parameters, refill
+from softlms.budget import Budget, BudgetNotMet, Costs, count_parameters, refill
+from softlms.distillation import DistillingTrainer
 from softlms.factorize import Factors, linear_targets
 from softlms.layers import Factored
-from softlms.training import BudgetNotMet, DistillingTrainer
 
 __all__ = ["MaskTrainer", "MaskedLinear"]
 

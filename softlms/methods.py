@@ -13,11 +13,12 @@ from transformers.trainer_callback import PrinterCallback
 from softlms.allocate import allocate
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
+from softlms.distillation import DistillingTrainer
 from softlms.factorize import Factors
 from softlms.masks import MaskTrainer
 from softlms.recipe import Recipe, parse_method
 from softlms.surgery import decompose, deploy, truncate
-from softlms.training import DistillingTrainer, SoftTrainer
+from softlms.training import SoftTrainer
 
 if TYPE_CHECKING:
     from softlms.experiments import Bench

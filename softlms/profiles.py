@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from softlms import plotting
-from softlms.comparison import Setting
+from softlms.comparison import SVD_SOFT, Setting
 from softlms.drawing import draw
 from softlms.experiments import Bench
 from softlms.jobs import be_quiet
@@ -83,7 +83,6 @@ PROFILES = {
                 epochs=1.25,
                 static_learning_rate=1e-4,  # 2e-4 does not always hold on so few rows
                 distillation=0.9,
-                alpha_learning_rate=8e-3,
                 bf16=fast_bf16(),
             ),
             loss_seeds=(0,),
@@ -96,7 +95,7 @@ PROFILES = {
             task="mrpc",
             data="hub",
             seeds=(0, 1, 2, 3, 4),
-            recipe=Recipe(distillation=0.9, bf16=fast_bf16()),
+            recipe=Recipe(distillation=0.9, bf16=fast_bf16(), deadline=1.0, **SVD_SOFT | {"alpha_learning_rate": 2e-3}),
             loss_seeds=(1,),
             ablation={"raw sigma, alpha rate x 10": (0,), "linear loss": (1,)},
         ),

@@ -9,6 +9,9 @@ from typing import Any
 from softlms.allocate import ALLOCATIONS
 from softlms.budget import Budget
 from softlms.factorize import FACTORIZATIONS
+from softlms.layers import UNIT
+from softlms.thresholds import SHARPNESS
+from softlms.training import DEADLINE
 
 __all__ = ["PAPER_NAMES", "Recipe", "parse_method"]
 
@@ -65,7 +68,7 @@ class Recipe:
     keep, count
         The budget; see `softlms.budget.Budget`.
     gamma, alpha_learning_rate, deadline, s, unit, compression_loss, weigh_by_size
-        See `softlms.training.SoftTrainer` and `softlms.surgery.decompose`.
+        See `softlms.training.SoftTrainer` and `softlms.surgery.decompose`, whose defaults these are.
     start : {"fine-tuned", "pretrained"}
         The weights that are decomposed.
     calibration_rows : int
@@ -87,11 +90,11 @@ class Recipe:
     distillation: float = 0.0
     keep: float = 0.5
     count: str = "linear"
-    gamma: float = 0.1
-    alpha_learning_rate: float = 2e-3
-    deadline: float = 1.0
-    s: float = 50.0
-    unit: str = "max"
+    gamma: float | None = None
+    alpha_learning_rate: float | None = None
+    deadline: float = DEADLINE
+    s: float = SHARPNESS
+    unit: str = UNIT
     compression_loss: str = "adaptive"
     weigh_by_size: bool = False
     start: str = "fine-tuned"

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Budget, Costs, count_parameters, parameter_costs, refill
 from softlms.factorize import Factors, Statistics, as_conv1d, as_linear, check_method, factorize_weight, linear_targets
-from softlms.layers import UNITS, LowRankLinear, SoftLinear, kept_parameters
-from softlms.thresholds import SoftThreshold
+from softlms.layers import UNIT, UNITS, LowRankLinear, SoftLinear, kept_parameters
+from softlms.thresholds import SHARPNESS, SoftThreshold
 
 __all__ = ["decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]
 
@@ -25,8 +25,8 @@ def decompose(
     statistics: Statistics | None = None,
     *,
     alpha: float = 0.0,
-    s: float = 50.0,
-    unit: str = "raw",
+    s: float = SHARPNESS,
+    unit: str = UNIT,
     targets: Predicate | None = None,
 ) -> M:
     """Replace every target linear by its factors with a learnable threshold; the outputs stay the same.

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "SHARPNESS",
     "SoftThreshold",
     "hard_threshold",
     "inverse_soft_threshold",
     "shifted_tanh",
     "soft_threshold",
 ]
+
+SHARPNESS = 12.5  # s where none is given, in multiples of 1 / unit
 
 
 def hard_threshold(sigma: Tensor, alpha: Tensor | float) -> Tensor:
@@ -189,7 +192,7 @@ class SoftThreshold(nn.Module):
 
     unit: Tensor
 
-    def __init__(self, alpha: float = 0.0, s: float = 50.0, unit: float = 1.0) -> None:
+    def __init__(self, alpha: float = 0.0, s: float = SHARPNESS, unit: float = 1.0) -> None:
         super().__init__()
         _check_alpha(alpha)
         _check_s(s)

@@ -9,7 +9,7 @@ import datasets
 import hypothesis
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from softlms.zoo import find_encoder
 
@@ -40,6 +40,25 @@ def tiny_bert():
             "initializer_range": 0.2,  # singular values of the size that real models have
         }
         return BertForSequenceClassification(BertConfig(**(config | changes))).eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_llama():
+    """Factory of random Llamas with a language model's head: 2 blocks, hidden 32, in eval mode."""
+
+    def build(**changes):
+        config = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "vocab_size": 200,
+            "initializer_range": 0.2,
+        }
+        return LlamaForCausalLM(LlamaConfig(**(config | changes))).eval()
 
     return build
 

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from softlms import experiments
+from softlms.budget import BudgetNotMet
+from softlms.distillation import DistillingTrainer
 from softlms.experiments import Bench
 from softlms.recipe import Recipe
 from softlms.tasks import TaskData, load_task
-from softlms.training import BudgetNotMet, DistillingTrainer
 from softlms.zoo import Encoder, find_encoder
 
 

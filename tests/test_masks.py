@@ -6,13 +6,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, DataCollatorWithPadding, TrainingArguments, default_data_collator
 
 from softlms.architectures import find_targets
-from softlms.budget import count_parameters
+from softlms.budget import BudgetNotMet, count_parameters
 from softlms.factorize import factorize
 from softlms.language_models import FAMILIES, SmallModel
 from softlms.masks import MaskedLinear, MaskTrainer
 from softlms.surgery import truncate
 from softlms.text import blocks
-from softlms.training import BudgetNotMet
 from softlms.zoo import find_encoder
 
 

@@ -5,13 +5,14 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from softlms.architectures import find_targets
-from softlms.budget import count_parameters
+from softlms.budget import BudgetNotMet, count_parameters
+from softlms.distillation import DistillingTrainer
 from softlms.layers import kept_parameters
 from softlms.surgery import decompose, deploy, ranks, soft_layers
-from softlms.training import BudgetNotMet, DistillingTrainer, SoftTrainer
+from softlms.training import SoftTrainer
 
 
 @pytest.fixture
@@ -151,9 +152,54 @@ def test_resumed_run_equals_uninterrupted(tiny_bert, rows, tmp_path, stop_at):
     assert losses[0] == losses[1]
 
 
+def test_a_run_resumed_after_the_cut_says_the_same_in_the_model_card(tiny_bert, rows, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 1}
+    whole = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments)
+    whole.train()
+    resumed = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert whole.schedule.frozen_at < 20
+    assert resumed.model.config.softlms == whole.model.config.softlms
+    assert resumed.model.config.softlms["ranks_fixed_at_step"] == whole.schedule.frozen_at
+
+
+def test_resuming_with_another_budget_is_refused_once_the_ranks_are_fixed(
+    tiny_bert, rows, tmp_path, caplog, monkeypatch
+):
+    arguments = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments)
+    run.train()
+    cut = run.schedule.frozen_at
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for changes, named in (
+        ({"keep": 0.4}, "were fixed at step .* with keep=0.5, and this run has keep=0.4"),
+        ({"count": "total", "keep": 0.8}, "with count='linear', keep=0.5, and this run has count='total', keep=0.8"),
+        ({"multiple": 4}, "with multiple=1, and this run has multiple=4"),
+    ):
+        model = decompose(tiny_bert())
+        before = {name: values.clone() for name, values in model.state_dict().items()}
+        changed = trainer(model, rows, tmp_path, deadline=0.5, arguments=arguments, **changes)
+        with pytest.raises(ValueError, match=named):
+            changed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{cut}"))
+        assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+    # before the cut nothing is fixed: the new budget is met, and what changed is said
+    early = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments, keep=0.4)
+    early.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{cut - 1}"))
+    assert early.cost() <= early.limit and count_parameters(early.model).kept("linear") <= 0.4
+    assert "was made with keep=0.5; from here on it is keep=0.4" in caplog.text
+
+
+def test_a_deployed_model_is_sent_to_transformers_trainer(tiny_bert, rows, tmp_path):
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5)
+    run.train()
+    deploy(run.model)
+    with pytest.raises(ValueError, match="was deployed.*recover with transformers' Trainer"):
+        run.train()
+
+
 def test_unmet_budget_is_an_error_that_says_what_to_do(tiny_bert, rows, tmp_path):
-    run = trainer(decompose(tiny_bert()), rows, tmp_path, steps=3, alpha_learning_rate=1e-6)
-    with pytest.raises(BudgetNotMet, match=r"After 3 steps .* raise gamma"):
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, steps=3, alpha_learning_rate=1e-6, deadline=1.0)
+    with pytest.raises(BudgetNotMet, match=r"After 3 steps 1.000 .* allows 0.500. .* a deadline below 1.0"):
         run.train()
 
 
@@ -197,8 +243,9 @@ def test_a_deadline_forces_the_budget_and_leaves_steps_to_recover(tiny_bert, row
 
 
 def test_stall_is_warned_about(tiny_bert, rows, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("softlms.training.STALL_STEPS", 5)
-    run = trainer(decompose(tiny_bert()), rows, tmp_path, steps=8, alpha_learning_rate=1e-6)
+    monkeypatch.setattr("softlms.schedule.STALL_STEPS", 5)
+    options = {"gamma": 0.1, "alpha_learning_rate": 1e-6, "deadline": 1.0}
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, steps=8, **options)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with pytest.raises(BudgetNotMet):
         run.train()
@@ -220,15 +267,47 @@ def test_gradient_accumulation_is_one_batch_in_parts(tiny_bert, rows, tmp_path):
         model = decompose(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
         arguments = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.0}
         recorder = Gradients()
-        options = {"distillation": 0.5, "callbacks": [recorder], "arguments": arguments, "batch": batch}
+        options = {"distillation": 0.5, "callbacks": [recorder], "arguments": arguments, "batch": batch, "gamma": 0.1}
         run = trainer(model, taught, tmp_path, steps=1, **options)
-        with pytest.raises(BudgetNotMet):
-            run.train()
+        run.train()
         seen.append(recorder.seen)
     for other in seen[1:]:
         for a, b in zip(seen[0], other, strict=True):
             assert a.abs().max() > 0
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainer_class", [SoftTrainer, DistillingTrainer])
+def test_accumulated_rows_count_by_their_labels(tiny_llama, tmp_path, trainer_class):
+    """Rows of a language model differ in length: 4 x 2 accumulated are 8 x 1, as with transformers' own Trainer."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(5, 120, (n,), generator=generator).tolist() for n in (4, 30, 6, 28, 5, 25, 7, 31)]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
+
+    def collate_text(features):
+        batch = collate(features)
+        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    class Gradient(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.seen = model.model.embed_tokens.weight.grad.clone()
+
+    def gradient(build, batch, accumulate, **options):
+        seen = Gradient()
+        args = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+            max_grad_norm=0, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = tiny_llama()
+        model = decompose(model) if build is SoftTrainer else model
+        build(model, args=args, train_dataset=rows, data_collator=collate_text, callbacks=[seen], **options).train()
+        return seen.seen
+
+    options = {"keep": 0.5, "gamma": 0.1} if trainer_class is SoftTrainer else {}
+    own = gradient(Trainer, 8, 1)
+    for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
+        torch.testing.assert_close(gradient(trainer_class, batch, accumulate, **options), own, rtol=1e-3, atol=1e-6)
 
 
 def test_distillation_pulls_towards_the_teacher(tiny_bert, rows, tmp_path):

@@ -1,0 +1,125 @@
+"""`DistillingTrainer`: a transformers Trainer with a teacher; how rows fall into batches does not change its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from softlms.losses import distillation_loss
+
+__all__ = ["DistillingTrainer"]
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """Length-grouped order that depends on seed and epoch alone, so that a resumed run sees the same batches.
+
+    The epoch is asked for rather than set: accelerate's wrappers do not pass ``set_epoch`` on to here.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed())
+        return super().__iter__()
+
+
+class DistillingTrainer(Trainer):
+    """A Trainer whose task loss may be mixed with distillation from a dense model's stored logits.
+
+    Parameters
+    ----------
+    distillation : float
+        Share of the distillation loss, 0 to 1: L_task = (1 - d) L_labels + d KL. Above 0 the data set needs a
+        column ``teacher_logits`` (see `softlms.evaluation.add_teacher_logits`).
+    **kwargs
+        As for ``transformers.Trainer``.
+
+    Raises
+    ------
+    ValueError
+        `distillation` is out of range, or the column is missing.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+    _signature_columns: list[str]
+
+    def __init__(self, model: nn.Module, *, distillation: float = 0.0, **kwargs: Any) -> None:
+        if not 0 <= distillation <= 1:
+            raise ValueError(f"distillation is a share, 0 to 1; got {distillation!r}.")
+        columns = getattr(kwargs.get("train_dataset"), "column_names", ())
+        if distillation and "teacher_logits" not in columns:
+            raise ValueError("distillation needs a column 'teacher_logits': use softlms.add_teacher_logits first.")
+        super().__init__(model, **kwargs)
+        self.distillation = distillation
+        # the model's loss is the mean over its batch, for classifiers do not heed a count; see `_weight`
+        self.model_accepts_loss_kwargs = False
+        self._mean_items: Tensor | None = None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.distillation and "teacher_logits" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "teacher_logits"]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return EpochLengthGroupedSampler(
+                sampler.batch_size, sampler.lengths, lambda: seed + int(self.state.epoch or 0)
+            )
+        return sampler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's train; afterwards the model computes in its own precision again, whatever it was trained in."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # accelerate replaces forward by one under autocast, for good
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            for name in ("forward", "_is_accelerate_prepared"):
+                self.model.__dict__.pop(name, None)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss, mixed with distillation where the batch carries the teacher's logits."""
+        teacher = inputs.pop("teacher_logits", None)
+        weight = self._weight(inputs) if model.training else 1.0
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.distillation and model.training:
+            loss = (1 - self.distillation) * loss + self.distillation * distillation_loss(outputs.logits, teacher)
+        return (weight * loss, outputs) if return_outputs else weight * loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The batches of one optimizer step; remembers how many labels one of them has on average, all processes'."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._mean_items = None
+        if batches and all("labels" in batch for batch in batches):
+            items = torch.stack([self._items(batch).to(device) for batch in batches])
+            self._mean_items = self.accelerator.gather(items).float().mean()
+        return batches, None
+
+    def _items(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Labels of a batch that its loss is a mean over."""
+        labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
+        return labels.ne(-100).sum()
+
+    def _weight(self, batch: Mapping[str, Tensor]) -> Tensor | float:
+        """What a batch's mean loss counts in the accumulated step: its labels, over their mean number in a batch.
+
+        Accumulated batches and processes are so weighed like the rows of one large batch.
+        """
+        return 1.0 if self._mean_items is None else self._items(batch) / self._mean_items

@@ -1,0 +1,161 @@
+"""When a `SoftTrainer` fixes its ranks, and how hard it pushes its thresholds until then."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from softlms.budget import BudgetNotMet
+
+if TYPE_CHECKING:
+    from softlms.training import SoftTrainer
+
+__all__ = ["SoftSchedule"]
+
+logger = logging.get_logger(__name__)
+
+AIM = 0.5  # of the deadline: when the push would have the budget met
+DECADES = 8.0  # that the push can grow or fall by until the deadline
+SMALLEST_PUSH = 1e-8  # where the task says nothing of the thresholds at first
+STALL_STEPS = 100  # without movement before a warning
+STALL_SHARE = 1e-3  # of all components: what counts as movement
+
+
+class SoftSchedule(TrainerCallback):
+    """Watches the budget and sets the push; what it knows travels in the checkpoint's trainer state.
+
+    Attributes
+    ----------
+    gamma : float
+        Weight of the compression loss now.
+    frozen_at : int or None
+        The step at which the ranks were fixed.
+    note : dict
+        What the model card says of this training, once the ranks are fixed.
+    """
+
+    # not as an ExportableState: the Trainer would build a new one of those without its trainer
+    KEY = "softlms"
+
+    def __init__(self, trainer: SoftTrainer) -> None:
+        self.trainer = trainer
+        self.gamma = trainer.gamma or 0.0  # where it adapts, the first step's gradients in alpha are the task's alone
+        self.frozen_at: int | None = None
+        self.note: dict[str, Any] = {}
+        self.last_move = (0, self.components())  # step, components
+        self._before: list[Tensor] = []  # alphas
+
+    def components(self) -> int:
+        """Live components of all layers. Weights would not do: down to break-even a layer keeps them all."""
+        return sum(layer.rank for layer in self.trainer.soft_layers.values())
+
+    def restore(self, state: TrainerState) -> None:
+        """Take over what a checkpoint holds; without one, only alpha's phase is set."""
+        stored = state.stateful_callbacks.get(self.KEY)
+        if stored is not None:
+            self.frozen_at, self.last_move = stored["frozen_at"], tuple(stored["last_move"])
+            if self.trainer.gamma is None:
+                self.gamma = stored.get("gamma", self.gamma)
+            if self.frozen_at is not None:
+                self.note = stored.get("note", {})
+                self.trainer._write_note()
+        for alpha in self.trainer.alphas:
+            alpha.requires_grad_(self.frozen_at is None)
+
+    def check_finite(self, state: TrainerState) -> None:
+        """An error that names the layer where training has diverged."""
+        for name, layer in self.trainer.soft_layers.items():
+            if not torch.isfinite(layer.sigma).all() or layer.rank == 0:
+                raise RuntimeError(f"Training diverged by step {state.global_step} in {name}: lower learning_rate.")
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._before = [alpha.detach().clone() for alpha in self.trainer.alphas]
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.gamma is None and self.gamma == 0 and self.frozen_at is None:
+            gradients = [alpha.grad.abs() for alpha in self.trainer.alphas if alpha.grad is not None]
+            self.gamma = max(torch.stack(gradients).mean().item(), SMALLEST_PUSH) if gradients else SMALLEST_PUSH
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for layer in self.trainer.soft_layers.values():
+            layer.project_()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.frozen_at is None:
+            self._compress(state)
+        state.stateful_callbacks[self.KEY] = {
+            "frozen_at": self.frozen_at,
+            "last_move": self.last_move,
+            "gamma": self.gamma,
+            "note": self.note,
+            "settings": self.trainer.settings,
+        }
+
+    def _compress(self, state: TrainerState) -> None:
+        trainer = self.trainer
+        kept = trainer.cost()
+        late = trainer.deadline < 1 and state.global_step >= trainer.deadline * state.max_steps
+        if kept <= trainer.limit or late:
+            self.check_finite(state)
+            self.frozen_at = state.global_step
+            trainer.freeze()
+            at = f"step {state.global_step} of {state.max_steps}"
+            if kept <= trainer.limit:
+                logger.info(f"Budget met at {at}; ranks are fixed from here.")
+            else:
+                share, allowed = self._shares(kept)
+                logger.warning(
+                    f"By the deadline, {at}, {share:.3f} of the linears' cost was kept: all thresholds were raised "
+                    f"together to the budget of {allowed:.3f}."
+                )
+            if state.global_step >= state.max_steps:
+                logger.warning("The budget was met at the very last step: none is left to recover. Train longer.")
+            return
+        if trainer.gamma is None:
+            self._adapt(state)
+        else:
+            self._watch_stall(state, kept)
+
+    def _adapt(self, state: TrainerState) -> None:
+        """Push harder where the thresholds, at the pace of this step, would miss the budget, and less where not."""
+        trainer = self.trainer
+        end = trainer.deadline * state.max_steps
+        left = max(0.0, AIM * end - state.global_step)
+        ahead = [alpha + left * (alpha - before) for alpha, before in zip(trainer.alphas, self._before, strict=True)]
+        late = trainer.cost(ahead) > trainer.limit
+        self.gamma *= 10 ** ((DECADES if late else -DECADES) / end)
+
+    def _watch_stall(self, state: TrainerState, kept: float) -> None:
+        """Warn where a constant push does not move the thresholds."""
+        trainer = self.trainer
+        step, before = self.last_move
+        now = self.components()
+        if abs(before - now) > STALL_SHARE * sum(min(shape) for shape in trainer.shapes.values()):
+            self.last_move = (state.global_step, now)
+        elif state.global_step - step == STALL_STEPS:
+            share, allowed = self._shares(kept)
+            logger.warning(
+                f"The ranks have not moved for {STALL_STEPS} steps, with {share:.3f} of the linears kept and "
+                f"a budget of {allowed:.3f}: leave gamma ({trainer.gamma}) out, so that it adapts, or raise it or "
+                "alpha_learning_rate."
+            )
+
+    def _shares(self, kept: float) -> tuple[float, float]:
+        """Of the dense linears' cost: what is kept, and what the budget allows."""
+        whole = self.trainer.costs.dense - self.trainer.costs.rest
+        return kept / whole, self.trainer.limit / whole
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept = self.trainer.cost()
+        if self.frozen_at is None and kept > self.trainer.limit:
+            share, allowed = self._shares(kept)
+            raise BudgetNotMet(
+                f"After {state.global_step} steps {share:.3f} of the linears' cost is kept, the budget allows "
+                f"{allowed:.3f}. Train longer, or give a deadline below {self.trainer.deadline}: it forces the budget."
+            )
