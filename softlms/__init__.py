@@ -3,6 +3,7 @@
 Three verbs: `decompose` a model, train it with `SoftTrainer` until it meets its budget, `deploy` it.
 """
 
+import softlms.adapters  # noqa: F401 (teaches PEFT to put LoRA around thin layers)
 from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.allocator import keep_memory
 from softlms.architectures import ARCHITECTURES, find_targets
