@@ -37,6 +37,9 @@ if is_peft_available():
                 raise ValueError("lora_bias=True cannot be merged into a thin layer: leave it at False.")
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **options)
 
+        def _get_in_out_features(self, module: LowRankLinear) -> tuple[int, int]:
+            return module.in_features, module.out_features
+
         @property
         def lora_variants(self) -> dict[tuple[str, ...], None]:
             return {(): None}
