@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from softlms.budget import Budget, count_parameters, parameter_costs
 from softlms.calibration import calibrate
 from softlms.evaluation import add_teacher_logits, evaluate
-from softlms.factorize import FACTORIZATIONS, linear_targets
+from softlms.factorization import FACTORIZATIONS, linear_targets
 from softlms.precision import fast_bf16
 from softlms.surgery import decompose, deploy, ranks
 from softlms.tasks import TaskData, encode, load_task

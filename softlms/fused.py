@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softlms.factorize import as_linear
+from softlms.factorization import as_linear
 from softlms.layers import Factored, make_linear, replace
 
 __all__ = ["SplitLinear", "split_fused"]

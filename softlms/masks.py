@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from softlms.budget import Budget, Costs, count_parameters, refill
-from softlms.factorize import Factors, linear_targets
+from softlms.factorization import Factors, linear_targets
 from softlms.layers import Ranked, replace
 from softlms.lazy import lazy_product
 from softlms.training import BudgetNotMet, DistillingTrainer

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from softlms.architectures import find_targets
 from softlms.costs import random_rows
-from softlms.factorize import as_linear
+from softlms.factorization import as_linear
 from softlms.full_size import find_full_size
 from softlms.layers import SoftLinear, replace
 from softlms.provenance import append_rows, hardware, versions

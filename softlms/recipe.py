@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from softlms.allocate import ALLOCATIONS
+from softlms.allocation import ALLOCATIONS
 from softlms.budget import Budget
-from softlms.factorize import FACTORIZATIONS
+from softlms.factorization import FACTORIZATIONS
 
 __all__ = ["PAPER_NAMES", "Recipe", "parse_method"]
 

@@ -11,7 +11,15 @@ from transformers.pytorch_utils import Conv1D
 
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Budget, Costs, count_parameters, parameter_costs, refill
-from softlms.factorize import Factors, Statistics, as_conv1d, as_linear, check_method, factorize_weight, linear_targets
+from softlms.factorization import (
+    Factors,
+    Statistics,
+    as_conv1d,
+    as_linear,
+    check_method,
+    factorize_weight,
+    linear_targets,
+)
 from softlms.layers import UNITS, LowRankLinear, Ranked, SoftLinear, kept_parameters, replace
 from softlms.thresholds import SoftThreshold
 

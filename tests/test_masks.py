@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, DataCollatorWithPadding, Training
 
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
-from softlms.factorize import factorize
+from softlms.factorization import factorize
 from softlms.language_models import FAMILIES, SmallModel
 from softlms.masks import MaskedLinear, MaskTrainer
 from softlms.surgery import ranks, truncate

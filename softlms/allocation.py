@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from softlms.budget import Budget, Costs, count_parameters, refill, uniform_ranks
-from softlms.factorize import Factors
+from softlms.factorization import Factors
 from softlms.layers import LowRankLinear, replace
 
 __all__ = ["ALLOCATIONS", "allocate", "sensitivity_curves"]
