@@ -3,7 +3,8 @@
 Three verbs: `decompose` a model, train it with `SoftTrainer` until it meets its budget, `deploy` it.
 """
 
-from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
+import softlms.adapters  # noqa: F401 (teaches PEFT to put LoRA around thin layers)
+from softlms.allocation import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.allocator import keep_memory
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import (
@@ -22,13 +23,13 @@ from softlms.costs import count_flops, measure_latency
 from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.export import export_onnx
-from softlms.factorize import FACTORIZATIONS, Factors, factorize
+from softlms.factorization import FACTORIZATIONS, Factors, factorize
 from softlms.fused import split_fused
 from softlms.language import load_text
 from softlms.layers import LowRankLinear, SoftLinear
+from softlms.likelihood import perplexity
 from softlms.losses import adaptive_compression_loss, distillation_loss, linear_compression_loss
 from softlms.masks import MaskTrainer
-from softlms.perplexity import perplexity
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy, ranks, truncate
 from softlms.tasks import TASKS, encode, load_task

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softlms.layers import LowRankLinear, SoftLinear
+from softlms.layers import Factored, LowRankLinear, Ranked
 
-__all__ = ["ARCHITECTURES", "Architecture", "Predicate", "Target", "find_targets"]
+__all__ = ["ARCHITECTURES", "Architecture", "Predicate", "Target", "check_factorable", "find_targets"]
 
 Predicate = Callable[[str, nn.Module], bool]
+LINEAR = (nn.Linear, Conv1D, Ranked)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+STATE_HOOKS = (  # they know the names of weight and bias
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 @dataclass(frozen=True)
@@ -105,14 +115,14 @@ class Target:
         Index of its block; None where a predicate chose it.
     symbol : str
         The paper's symbol, or the name where there is none.
-    module : nn.Linear, Conv1D, SoftLinear or LowRankLinear
+    module : nn.Linear, Conv1D, SoftLinear, LowRankLinear or MaskedLinear
         The layer, in its present form.
     """
 
     name: str
     block: int | None
     symbol: str
-    module: nn.Linear | Conv1D | SoftLinear | LowRankLinear
+    module: nn.Linear | Conv1D | Ranked
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,29 +149,90 @@ def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Tar
     Raises
     ------
     ValueError
-        The family is unknown, no layer matches, or an adapter (PEFT's) wraps one.
+        The family is unknown, no layer matches, an adapter (PEFT's) wraps one, or the table names one that is no linear
+        layer (any more).
     """
-    kinds = (nn.Linear, Conv1D, SoftLinear, LowRankLinear)
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
-    inside = {f"{n}.{part}" for n, m in linears if isinstance(m, LowRankLinear) for part in ("down", "up")}
-    linears = [(n, m) for n, m in linears if n not in inside]
-    if targets is not None:
-        found = [Target(n, None, n, m) for n, m in linears if targets(n, m)]
-    else:
-        family = getattr(getattr(model, "config", None), "model_type", None)
-        if family not in ARCHITECTURES:
-            raise ValueError(
-                f"Unknown model family {family!r}; known: {', '.join(ARCHITECTURES)}. "
-                "For another model pass targets=lambda name, module: ..., true for each linear layer to factor."
-            )
-        architecture = ARCHITECTURES[family]
-        suffixes = "|".join(re.escape(suffix) for suffix in architecture.targets)
-        pattern = re.compile(rf"(?:^|\.){architecture.block}\.({suffixes})$")
-        for name, module in model.named_modules():
-            if pattern.search(name) and hasattr(module, "base_layer"):
-                raise ValueError(f"{name} is wrapped by an adapter, {type(module)}: call merge_and_unload() first.")
-        matches = ((n, m, pattern.search(n)) for n, m in linears)
-        found = [Target(n, int(hit[1]), architecture.targets[hit[2]], m) for n, m, hit in matches if hit]
+    named = list(model.named_modules())
+    thin = tuple(f"{name}." for name, module in named if isinstance(module, LowRankLinear))
+    adapters = [name for name, module in named if _wrapped(module) is not module]
+    choose = _by_table(model) if targets is None else _by_predicate(targets)
+    found = []
+    for name, module in named:
+        # a thin layer's factors are no layers of their own, and a split one's parts are named for themselves
+        if name.startswith(thin) or (isinstance(module, Factored) and not isinstance(module, Ranked)):
+            continue
+        target = choose(name, _wrapped(module))
+        if target is None:
+            continue
+        for adapter in adapters:  # around the layer, or around its factors
+            if f"{name}.".startswith(f"{adapter}.") or adapter.startswith(f"{name}."):
+                kind = type(model.get_submodule(adapter)).__name__
+                raise ValueError(f"{name} is wrapped by an adapter, a {kind}: call merge_and_unload() first.")
+        if not isinstance(target.module, LINEAR):
+            kind = type(module).__name__
+            raise ValueError(f"{name} is a {kind}, no linear layer that can be factored: load the model unquantized.")
+        found.append(target)
     if not found:
         raise ValueError("No linear layer of this model matches the targets: nothing to factor.")
     return found
+
+
+def check_factorable(targets: Iterable[Target]) -> None:
+    """ValueError, by name, for a dense layer whose weight cannot be factored, or that is more than weight and bias.
+
+    Quantized, sharded and offloaded weights, parametrizations and pruning, a forward of its own.
+    """
+    for target in targets:
+        name, layer = target.name, target.module
+        if isinstance(layer, Ranked):
+            continue
+        others = {n for n, _ in (*layer.named_parameters(), *layer.named_buffers())} - {"weight", "bias"}
+        hooks = [hook for hook in STATE_HOOKS if getattr(layer, hook, None)]
+        own = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+        if type(layer.weight) not in (Tensor, nn.Parameter) or layer.weight.dtype not in FLOATS:
+            kind = f"{type(layer.weight).__name__}, {layer.weight.dtype}"
+            raise ValueError(f"{name}.weight is quantized or sharded ({kind}): load the model unquantized and whole.")
+        if layer.weight.is_meta or not layer.weight.numel():
+            raise ValueError(f"{name}.weight is offloaded, its values are not here: load the model without device_map.")
+        if others:
+            raise ValueError(f"{name} holds {min(others)}: make its parametrization or pruning permanent first.")
+        if own or hooks or type(layer).forward not in (nn.Linear.forward, Conv1D.forward):
+            what = hooks[0] if hooks else "a forward of its own"
+            raise ValueError(f"{name}, a {type(layer).__name__}, has {what}, which would be lost: leave it out.")
+
+
+Choice = Callable[[str, nn.Module], Target | None]
+
+
+def _wrapped(module: nn.Module) -> nn.Module:
+    """The layer that an adapter of PEFT's wraps; any other module itself."""
+    for wrapper in ("base_layer", "original_module"):
+        if isinstance(inner := getattr(module, wrapper, None), nn.Module):
+            return inner
+    return module
+
+
+def _by_predicate(targets: Predicate) -> Choice:
+    def choose(name: str, module: nn.Module) -> Target | None:
+        chosen = isinstance(module, LINEAR) and targets(name, module)
+        return Target(name, None, name, module) if chosen else None
+
+    return choose
+
+
+def _by_table(model: nn.Module) -> Choice:
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family not in ARCHITECTURES:
+        raise ValueError(
+            f"Unknown model family {family!r}; known: {', '.join(ARCHITECTURES)}. "
+            "For another model pass targets=lambda name, module: ..., true for each linear layer to factor."
+        )
+    architecture = ARCHITECTURES[family]
+    suffixes = "|".join(re.escape(suffix) for suffix in architecture.targets)
+    pattern = re.compile(rf"(?:^|\.){architecture.block}\.({suffixes})$")
+
+    def choose(name: str, module: Any) -> Target | None:
+        hit = pattern.search(name)
+        return Target(name, int(hit[1]), architecture.targets[hit[2]], module) if hit else None
+
+    return choose

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from softlms.architectures import Predicate, find_targets
-from softlms.layers import LowRankLinear, SoftLinear, kept_parameters
+from softlms.layers import Ranked, kept_parameters
 
 __all__ = [
     "Budget",
@@ -66,7 +66,7 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module, targets: Predicate | None = None) -> ParameterCount:
-    """Count `model` in its dense, soft or deployed form; a soft layer counts as it would be deployed.
+    """Count `model` in its dense, soft, masked or deployed form; what learns its rank counts as if cut to it now.
 
     Raises
     ------
@@ -74,13 +74,14 @@ def count_parameters(model: nn.Module, targets: Predicate | None = None) -> Para
         The family is unknown and `targets` is not given (see `find_targets`).
     """
     found = find_targets(model, targets)
-    soft = [t.module for t in found if isinstance(t.module, (SoftLinear, LowRankLinear))]
-    inside = {id(p) for t in found for n, p in t.module.named_parameters() if not n.endswith("bias")}
     linear_dense = sum(m * n for m, n in (t.shape for t in found))
-    linear = sum(kept_parameters(layer.out_features, layer.in_features, layer.rank) for layer in soft)
-    linear += sum(m * n for m, n in (t.shape for t in found if t.module not in soft))
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    return ParameterCount(linear, linear_dense, rest)
+    linear = sum(
+        kept_parameters(*t.shape, t.module.rank if isinstance(t.module, Ranked) else min(t.shape)) for t in found
+    )
+    inside = {id(p) for t in found for p in t.module.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    biases = {id(t.module.bias): t.module.bias for t in found if t.module.bias is not None}  # masks hold no parameter
+    return ParameterCount(linear, linear_dense, sum(p.numel() for p in (*rest, *biases.values())))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel
 
-from softlms.architectures import Predicate, Target, find_targets
+from softlms.architectures import Predicate, Target, check_factorable, find_targets
 
 __all__ = ["LayerStatistics", "calibrate"]
 
@@ -78,8 +78,8 @@ def calibrate(
     Raises
     ------
     ValueError
-        `rows` is below 1 or more than the data set has, labels are missing, or an input is not finite (the layer is
-        named).
+        `rows` is below 1 or more than the data set has, labels are missing, a layer could not be factored anyway (a
+        quantized one, say), or an input is not finite (the layer is named).
     """
     if rows < 1:
         raise ValueError(f"Calibration needs at least one row, got rows={rows}.")
@@ -88,6 +88,7 @@ def calibrate(
     if fisher and "labels" not in dataset.column_names:
         raise ValueError("The Fisher information needs a column 'labels': use softlms.encode, or fisher=False.")
     found = find_targets(model, targets)
+    check_factorable(found)
     layers = {target.name: target.module for target in found}
     used = dataset.select(range(rows))
     inputs = used.select_columns([c for c in used.column_names if c in MODEL_INPUTS])
@@ -145,13 +146,14 @@ def _watching(layers: dict[str, Any], moments: dict[str, _Moments]) -> Iterator[
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model has no dropout; afterwards, and after an error, it is in the mode it was in."""
-    training = model.training
+    """Inside, the model has no dropout; afterwards, and after an error, each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _fisher(

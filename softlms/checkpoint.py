@@ -29,7 +29,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import PushToHubMixin
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from softlms.factorize import as_linear
+from softlms.factorization import as_linear
 from softlms.fused import SplitLinear
 from softlms.layers import Factored, LowRankLinear, SoftLinear
 from softlms.masks import MaskedLinear

@@ -21,7 +21,7 @@ from softlms.budget import Budget, count_parameters, parameter_costs
 from softlms.calibration import calibrate
 from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, evaluate
-from softlms.factorize import FACTORIZATIONS, linear_targets
+from softlms.factorization import FACTORIZATIONS, linear_targets
 from softlms.precision import fast_bf16
 from softlms.surgery import decompose, deploy, ranks
 from softlms.tasks import TaskData, encode, load_task

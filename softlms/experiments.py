@@ -35,11 +35,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from softlms.allocate import sensitivity_curves
+from softlms.allocation import sensitivity_curves
 from softlms.architectures import find_targets
 from softlms.calibration import LayerStatistics, calibrate
 from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
-from softlms.factorize import Factors, factorize
+from softlms.factorization import Factors, factorize
 from softlms.jobs import Job, available_processes, run_jobs, tell_stored, use_threads
 from softlms.methods import cut_and_recover, learn_ranks, train_dense
 from softlms.provenance import code_hash, commit, hardware, versions, weights_hash
@@ -53,9 +53,9 @@ __all__ = ["Bench", "Run"]
 
 # what a run's numbers depend on; plotting and the workbook are not among them
 _SOURCES = (
-    "thresholds", "losses", "layers", "architectures", "calibration", "factorize", "allocate", "masks", "surgery",
-    "budget", "distillation", "schedule", "training", "evaluation", "tasks", "glue", "corpus", "zoo", "recipe",
-    "methods", "experiments",
+    "thresholds", "losses", "lazy", "layers", "architectures", "calibration", "factorization", "allocation", "masks",
+    "surgery", "budget", "distillation", "schedule", "training", "evaluation", "tasks", "glue", "corpus", "zoo",
+    "recipe", "methods", "experiments",
 )  # fmt: skip
 
 # a run's numbers do not depend on how many cores are free, nor on whether others run beside it

@@ -26,7 +26,7 @@ from softlms.budget import Budget, count_parameters, parameter_costs
 from softlms.costs import random_rows
 from softlms.fused import split_fused
 from softlms.jobs import use_threads
-from softlms.layers import LowRankLinear, make_linear
+from softlms.layers import LowRankLinear, make_linear, replace
 from softlms.provenance import append_rows, hardware, versions
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy
@@ -211,5 +211,5 @@ def _recomposed(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model that a deployed one stands for."""
     dense = copy.deepcopy(model)
     for name, layer in [(n, m) for n, m in dense.named_modules() if isinstance(m, LowRankLinear)]:
-        dense.set_submodule(name, make_linear(layer.weight, layer.bias))
+        replace(dense, name, make_linear(layer.weight, layer.bias))
     return dense

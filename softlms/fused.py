@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softlms.factorize import as_linear
-from softlms.layers import Factored, make_linear
+from softlms.factorization import as_linear
+from softlms.layers import Factored, make_linear, replace
 
 __all__ = ["SplitLinear", "split_fused"]
 
@@ -65,8 +65,7 @@ def split_fused(model: M) -> M:
     if not fused:
         raise ValueError("This model has no dense attn.c_attn (GPT-2's fused projection): there is nothing to split.")
     for name, conv in fused.items():
-        parts = [part.requires_grad_(conv.weight.requires_grad) for part in _thirds(as_linear(conv))]
-        model.set_submodule(name, SplitLinear(*parts).train(conv.training))
+        replace(model, name, SplitLinear(*_thirds(as_linear(conv))))
     return model
 
 

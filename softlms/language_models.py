@@ -24,7 +24,7 @@ from transformers import (
 from softlms.calibration import in_eval_mode
 from softlms.experiments import Bench, Run
 from softlms.fused import split_fused
-from softlms.perplexity import Trigram, perplexity
+from softlms.likelihood import Trigram, perplexity
 from softlms.provenance import weights_hash
 from softlms.recipe import Recipe
 from softlms.tasks import Task, TaskData
@@ -121,7 +121,7 @@ class LanguageBench(Bench):
         A window that the model cannot read, or longer than a split.
     """
 
-    sources = ("language_models", "perplexity", "text", "scan", "scan_kernel", "fused")
+    sources = ("language_models", "likelihood", "text", "scan", "scan_kernel", "fused")
 
     def __init__(
         self,

@@ -7,15 +7,27 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
+from softlms.lazy import lazy_product
 from softlms.thresholds import SHARPNESS, SoftThreshold, inverse_soft_threshold
 
-__all__ = ["Factored", "LowRankLinear", "SoftLinear", "kept_parameters", "make_linear", "svd"]
+__all__ = [
+    "Factored",
+    "LowRankLinear",
+    "Ranked",
+    "SoftLinear",
+    "kept_parameters",
+    "make_linear",
+    "replace",
+    "stand_in",
+    "svd",
+]
 
 
 UNITS: dict[str, Callable[[Tensor], float]] = {
@@ -72,7 +84,33 @@ class Factored(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class SoftLinear(Factored):
+class Ranked(Factored):
+    """One linear layer, m outputs and n inputs, of some rank."""
+
+    bias: Any
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int:
+        """m."""
+
+    @property
+    @abstractmethod
+    def in_features(self) -> int:
+        """n."""
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Components that live."""
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The recomposed W, shape (m, n), differentiable in every factor, multiplied when it is used."""
+
+
+class SoftLinear(Ranked):
     """Training form of a linear layer: y = x (U diag(T(sigma)) V^T)^T + bias, all factors and alpha trained.
 
     Components at or below alpha are not multiplied, and the cheaper of two equal computations is taken at each
@@ -128,6 +166,10 @@ class SoftLinear(Factored):
     ) -> SoftLinear:
         """Decompose `linear` so that the output does not change.
 
+        What is frozen stays frozen: U, sigma and V learn where the weight does, the bias where it does. Alpha learns in
+        any case: it chooses a rank, and a frozen layer may be cut too. What survives of it stays as it was (`hard` of
+        `SoftThreshold`), and its alpha starts low enough for all of it to survive.
+
         Parameters
         ----------
         linear : nn.Linear
@@ -145,23 +187,34 @@ class SoftLinear(Factored):
         U, sigma, V = svd(weight) if factors is None else factors
         # a zero matrix has no scale of its own
         scale = UNITS[unit](sigma) if sigma[0] > 0 else 1.0
-        sigma = inverse_soft_threshold(sigma / scale, alpha, s) * scale
-        threshold = SoftThreshold(alpha, s, scale).to(weight.device)
+        frozen = not weight.requires_grad
+        if frozen:
+            alpha = min(alpha, sigma.min().item() / scale * (1 - 1e-3))
+        else:
+            sigma = inverse_soft_threshold(sigma / scale, alpha, s) * scale
+        threshold = SoftThreshold(alpha, s, scale, hard=frozen).to(weight.device)
         dtype = weight.dtype
         bias = None if linear.bias is None else linear.bias.detach().clone()
         # copies: what is given may be used again, and a parameter changes in place
         U, V = (factor.to(dtype).clone(memory_format=torch.contiguous_format) for factor in (U, V))
-        return cls(U, sigma.to(torch.promote_types(dtype, torch.float32)), V, bias, threshold, transposed=transposed)
+        sigma = sigma.to(torch.promote_types(dtype, torch.float32))
+        return stand_in(cls(U, sigma, V, bias, threshold, transposed=transposed), linear)
 
     def description(self) -> dict[str, Any]:
-        learns = self.threshold.alpha.requires_grad
-        return {"components": len(self.sigma), "s": self.threshold.s, "learns": learns, "transposed": self.transposed}
+        return {
+            "components": len(self.sigma),
+            "s": self.threshold.s,
+            "hard": self.threshold.hard,
+            "learns": self.threshold.alpha.requires_grad,
+            "transposed": self.transposed,
+        }
 
     @classmethod
     def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
         m, n = linear.weight.shape
         r = description["components"]
-        threshold = SoftThreshold(0.0, description["s"]).to(linear.weight.device)
+        hard = description.get("hard", False)  # older files have none
+        threshold = SoftThreshold(0.0, description["s"], hard=hard).to(linear.weight.device)
         threshold.alpha.requires_grad_(description["learns"])
         new = linear.weight.new_empty
         sigma = new(r, dtype=torch.promote_types(linear.weight.dtype, torch.float32))
@@ -183,9 +236,8 @@ class SoftLinear(Factored):
 
     @property
     def weight(self) -> Tensor:
-        """The recomposed W, shape (m, n), differentiable in every factor."""
         left, V = self._live_factors()
-        return left @ V.T
+        return lazy_product(left, V.T)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``model.bfloat16()`` and its like move sigma and the threshold to another device, but round neither."""
@@ -223,6 +275,8 @@ class SoftLinear(Factored):
     def set_rank_(self, rank: int) -> None:
         """Move alpha so that just the `rank` largest sigma survive; where they already do, nothing moves.
 
+        No threshold lies between equal sigma: those that have to go then become exactly zero.
+
         Parameters
         ----------
         rank : int
@@ -231,18 +285,23 @@ class SoftLinear(Factored):
         Raises
         ------
         ValueError
-            `rank` is outside that range, or equal sigma make it impossible.
+            `rank` is outside that range, or more than there are positive sigma.
         """
         if not 1 <= rank <= len(self.sigma):
             raise ValueError(f"rank must be between 1 and {len(self.sigma)}, got {rank}.")
         if rank == self.rank:
             return
-        ordered = self.sigma.sort(descending=True).values
-        smallest_kept = ordered[rank - 1]
-        largest_cut = ordered[rank].clamp(min=0) if rank < len(ordered) else torch.zeros_like(smallest_kept)
-        self.threshold.alpha.fill_((smallest_kept + largest_cut) / 2 / self.threshold.unit)
-        if self.rank != rank:
-            raise ValueError(f"rank {rank} cannot be cut out: sigma {rank} and {rank + 1} are equal.")
+        alpha, unit = self.threshold.alpha, self.threshold.unit
+        order = self.sigma.argsort(descending=True, stable=True)
+        smallest_kept = self.sigma[order[rank - 1]]
+        if not smallest_kept / unit > 0:
+            raise ValueError(f"rank must be at most {(self.sigma > 0).sum()}, got {rank}: the other sigma are zero.")
+        below = self.sigma[self.sigma < smallest_kept].clamp(min=0)
+        largest_below = below.max() if len(below) else torch.zeros_like(smallest_kept)
+        under = torch.nextafter((smallest_kept / unit).to(alpha.dtype), torch.zeros_like(alpha))
+        alpha.copy_(torch.minimum((smallest_kept + largest_below) / 2 / unit, under))
+        cut = order[rank:]
+        self.sigma[cut[self.threshold.is_live(self.sigma[cut])]] = 0
 
     @torch.no_grad()
     def freeze_(self) -> None:
@@ -255,12 +314,13 @@ class SoftLinear(Factored):
         """Back into range after an optimizer step.
 
         While alpha learns it stays at least 0 and below the largest sigma, so that one component always survives.
-        Once it is frozen, live sigma stay above it instead, so that the rank stays what the budget made it.
+        Once it is frozen, live sigma stay above it instead, so that the rank stays what the budget made it; sigma
+        that do not learn are there already.
         """
         alpha, unit = self.threshold.alpha, self.threshold.unit
         if alpha.requires_grad:
             alpha.clamp_(min=0).clamp_(max=self.sigma.max() / unit * (1 - 1e-3))
-        else:
+        elif self.sigma.requires_grad:
             lowest = alpha * unit * (1 + 1e-3) + torch.finfo(self.sigma.dtype).tiny
             self.sigma.copy_(torch.where(self.sigma != 0, self.sigma.clamp(min=lowest), self.sigma))
 
@@ -291,14 +351,14 @@ class SoftLinear(Factored):
             left, V = left[:, best], V[:, best]
         (m, rank), n = left.shape, V.shape[0]
         if dense or kept_parameters(m, n, rank) == m * n:
-            return make_linear(left @ V.T, self.bias)
-        return LowRankLinear(V.T, left, self.bias)
+            return stand_in(make_linear(left @ V.T, self.bias), self)
+        return stand_in(LowRankLinear(V.T, left, self.bias), self)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class LowRankLinear(Factored):
+class LowRankLinear(Ranked):
     """Deployed form: y = up(down(x)), two thin matmuls.
 
     Parameters
@@ -347,8 +407,12 @@ class LowRankLinear(Factored):
 
     @property
     def weight(self) -> Tensor:
-        """The recomposed W, shape (m, n): for code that reads it, such as Mamba's fused kernels."""
-        return self.up.weight @ self.down.weight
+        down, up = self.down, self.up
+        if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
+            return lazy_product(up.weight, down.weight)
+        # an adapter (PEFT's) around a factor: what it adds shows in what it does
+        one = torch.eye(self.in_features, dtype=down.weight.dtype, device=down.weight.device)
+        return (up(down(one)) - up(down(torch.zeros_like(one[:1])))).T
 
     @property
     def bias(self) -> Tensor | None:
@@ -367,3 +431,40 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias.data.copy_(bias)
     return linear
+
+
+N = TypeVar("N", bound=nn.Module)
+CHOICES = ("threshold.alpha", "score")  # they choose a rank, and are no part of what the layer computes
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def stand_in(layer: N, old: nn.Module) -> N:
+    """`layer` itself, in the mode of the old one, and as frozen: its weight, or the factors of it, and its bias."""
+    learns = {False: False, True: False}
+    for name, parameter in old.named_parameters():
+        if not name.endswith(CHOICES):
+            learns[name.endswith("bias")] |= parameter.requires_grad
+    for name, parameter in layer.named_parameters():
+        if not name.endswith(CHOICES):
+            parameter.requires_grad_(learns[name.endswith("bias")])
+    return layer.train(old.training)
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer into another one's place: in its mode, as frozen, and with its hooks, whose handles stay valid."""
+    old = model.get_submodule(name)
+    stand_in(layer, old)
+    for hooks in HOOKS:
+        setattr(layer, hooks, getattr(old, hooks))
+    if hasattr(old, "_hf_hook"):  # of accelerate's: brings the input to the layer's device
+        add_hook_to_module(layer, old._hf_hook)
+    model.set_submodule(name, layer)

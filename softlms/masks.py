@@ -17,13 +17,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from softlms.budget import Budget, BudgetNotMet, Costs, count_parameters, refill
 from softlms.distillation import DistillingTrainer
-from softlms.factorize import Factors, linear_targets
-from softlms.layers import Factored
+from softlms.factorization import Factors, linear_targets
+from softlms.layers import Ranked, replace
+from softlms.lazy import lazy_product
 
 __all__ = ["MaskTrainer", "MaskedLinear"]
 
 
-class MaskedLinear(Factored):
+class MaskedLinear(Ranked):
     """y = x (U diag(sigma * gate) V^T)^T + bias with gate = 1 where score > 0; only the scores are trained.
 
     Parameters
@@ -53,7 +54,16 @@ class MaskedLinear(Factored):
         return cls(Factors(new(m, r), new(r), new(n, r)), linear.bias)
 
     @property
+    def out_features(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.V.shape[0]
+
+    @property
     def rank(self) -> int:
+        """Open gates."""
         return int((self.score > 0).sum())
 
     @property
@@ -64,8 +74,7 @@ class MaskedLinear(Factored):
 
     @property
     def weight(self) -> Tensor:
-        """The recomposed W, shape (m, n): for code that reads it, such as transformers' Mamba."""
-        return (self.left * self.gate) @ self.V.T
+        return lazy_product(self.left * self.gate, self.V.T)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
@@ -110,7 +119,7 @@ class MaskTrainer(DistillingTrainer):
         factors: Mapping[str, Factors],
         *,
         keep: float,
-        count: str,
+        count: str = "linear",
         multiple: int = 1,
         costs: Costs | None = None,
         l1: tuple[float, float] = (1e-6, 1.0),
@@ -134,7 +143,7 @@ class MaskTrainer(DistillingTrainer):
         self.masks: dict[str, MaskedLinear] = {}
         for name, linear in linears.items():
             self.masks[name] = MaskedLinear(factors[name], linear.bias).to(linear.weight)
-            model.set_submodule(name, self.masks[name])
+            replace(model, name, self.masks[name])
         self.l1 = l1
         prices = {name: float(m + n) for name, (m, n) in self.shapes.items()}
         self.prices = {name: price * len(prices) / sum(prices.values()) for name, price in prices.items()}

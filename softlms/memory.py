@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from softlms.architectures import find_targets
 from softlms.costs import random_rows
-from softlms.factorize import as_linear
+from softlms.factorization import as_linear
 from softlms.full_size import find_full_size
-from softlms.layers import SoftLinear
+from softlms.layers import SoftLinear, replace
 from softlms.provenance import append_rows, hardware, versions
 from softlms.scan import fast_scan
 from softlms.stretch import half_ranks
@@ -119,5 +119,5 @@ def _in_form(network: PreTrainedModel, model: str, form: str) -> PreTrainedModel
                 layer.sigma.fill_(1)
                 if layer.bias is not None:
                     layer.bias.zero_()
-            network.set_submodule(target.name, layer)
+            replace(network, target.name, layer)
     return network

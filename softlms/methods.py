@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
-from softlms.allocate import allocate
+from softlms.allocation import allocate
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
 from softlms.distillation import DistillingTrainer
-from softlms.factorize import Factors
+from softlms.factorization import Factors
 from softlms.masks import MaskTrainer
 from softlms.recipe import Recipe, parse_method
 from softlms.surgery import decompose, deploy, truncate

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from softlms.allocate import ALLOCATIONS
+from softlms.allocation import ALLOCATIONS
 from softlms.comparison import CUT_FROM
-from softlms.factorize import FACTORIZATIONS
+from softlms.factorization import FACTORIZATIONS
 from softlms.full_size import FULL_SIZE
 from softlms.provenance import whole_file
 from softlms.recipe import LEARNED, parse_method

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from softlms.allocate import ALLOCATIONS
+from softlms.allocation import ALLOCATIONS
 from softlms.budget import Budget
-from softlms.factorize import FACTORIZATIONS
+from softlms.factorization import FACTORIZATIONS
 from softlms.layers import UNIT
 from softlms.thresholds import SHARPNESS
 from softlms.training import DEADLINE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,8 +11,16 @@ from transformers.pytorch_utils import Conv1D
 
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Budget, Costs, count_parameters, parameter_costs, refill
-from softlms.factorize import Factors, Statistics, as_conv1d, as_linear, check_method, factorize_weight, linear_targets
-from softlms.layers import UNIT, UNITS, LowRankLinear, SoftLinear, kept_parameters
+from softlms.factorization import (
+    Factors,
+    Statistics,
+    as_conv1d,
+    as_linear,
+    check_method,
+    factorize_weight,
+    linear_targets,
+)
+from softlms.layers import UNIT, UNITS, LowRankLinear, Ranked, SoftLinear, kept_parameters, replace
 from softlms.thresholds import SHARPNESS, SoftThreshold
 
 __all__ = ["decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]
@@ -30,6 +39,10 @@ def decompose(
     targets: Predicate | None = None,
 ) -> M:
     """Replace every target linear by its factors with a learnable threshold; the outputs stay the same.
+
+    Each layer keeps its mode and its forward and backward hooks, and what is frozen stays frozen: where a weight does
+    not learn, U, sigma and V do not. Its threshold learns all the same, as a rank is a choice, and cuts without
+    shrinking what survives: leave the layer out with `targets` where it should not be cut.
 
     Parameters
     ----------
@@ -53,8 +66,9 @@ def decompose(
     Raises
     ------
     ValueError
-        The model is decomposed already, its family is unknown, a weight is NaN, infinite, all zeros, shared or
-        quantized, factors or statistics do not fit, or alpha, s or unit is out of range. Nothing has been changed then.
+        The model is decomposed already, its family is unknown, a weight is NaN, infinite, all zeros, shared,
+        quantized, offloaded or parametrized, a layer has an adapter or a forward of its own, factors or statistics do
+        not fit, or alpha, s or unit is out of range. Nothing has been changed then.
     """
     linears = linear_targets(model, targets)
     make = _maker(linears, factors, statistics)
@@ -65,7 +79,7 @@ def decompose(
         f = make(name)
         transposed = isinstance(model.get_submodule(name), Conv1D)
         soft = SoftLinear.from_linear(linear, (f.U, f.sigma, f.V), alpha=alpha, s=s, unit=unit, transposed=transposed)
-        model.set_submodule(name, soft.train(linear.training))
+        replace(model, name, soft)
     return model
 
 
@@ -79,6 +93,8 @@ def truncate(
     costs: Costs | None = None,
 ) -> M:
     """Replace every target linear by the leading components of its factors: the static baselines.
+
+    Each layer keeps its mode and its forward and backward hooks, and what is frozen stays frozen.
 
     Parameters
     ----------
@@ -100,9 +116,11 @@ def truncate(
     Raises
     ------
     ValueError
-        As in `decompose`; or `ranks` misses a layer, names one that is no target, or a rank is out of range; or
-        `costs` are of another model. Nothing has been changed then.
+        As in `decompose`; or `ranks` misses a layer, names one that is no target, or a rank is no whole number or out
+        of range; or `costs` are of another model. Nothing has been changed then.
     """
+    if isinstance(ranks, str) or any(isinstance(rank, Factors) for rank in ranks.values()):
+        raise ValueError("Ranks come before factors: softlms.truncate(model, ranks, factors).")
     linears = linear_targets(model, targets)
     _check_ranks(linears, ranks)
     make = _maker(linears, factors, statistics)
@@ -113,7 +131,7 @@ def truncate(
         if not prices.keeps_dense(name, ranks[name]):
             f = make(name)
             layer = LowRankLinear.from_factors(f.U, f.sigma, f.V, linear.bias, ranks[name]).to(linear.weight.dtype)
-            model.set_submodule(name, layer.train(linear.training))
+            replace(model, name, layer)
     return model
 
 
@@ -144,7 +162,7 @@ def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = No
         if kept_parameters(m, n, rank) < m * n:
             weight = linear.weight.detach()
             layer = LowRankLinear(weight.new_zeros(rank, n), weight.new_zeros(m, rank), linear.bias)
-            model.set_submodule(name, layer.train(linear.training))
+            replace(model, name, layer)
     return model
 
 
@@ -162,7 +180,7 @@ def deploy(
         the smallest sigma - alpha go first, as if all thresholds rose together. One trained model so gives
         any smaller size; train it again where quality matters.
     multiple : int
-        Of the ranks that are cut; see `softlms.Budget`.
+        Of the ranks that are cut to a budget; see `softlms.Budget`.
     costs : Costs, optional
         Of the dense model, from `softlms.measure_latency`: layers that would not be faster stay dense. Needed where
         `count` is "flops" or "latency".
@@ -175,24 +193,27 @@ def deploy(
     Raises
     ------
     ValueError
-        The model was never decomposed, only one of `keep` and `count` is given, the budget cannot be met, or it is
-        not below what the model keeps already, or `costs` are of another model. Nothing has been changed then.
+        The model was never decomposed or is deployed already, `count` or `multiple` is given without `keep`, the budget
+        cannot be met, or it is not below what the model keeps already, or `costs` are of another model. Nothing has
+        been changed then.
     """
     layers = soft_layers(model)
     kept = {name: layer.rank for name, layer in layers.items()}
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     if costs is not None:
         costs.check(shapes)
-    if keep is not None or count is not None:
-        if keep is None or count is None:
-            raise ValueError("keep and count belong together: deploy(model, keep=0.4, count='linear').")
+    if keep is None and (count is not None or multiple != 1):
+        raise ValueError("count and multiple are of a budget to cut to: give keep too, as in deploy(model, keep=0.4).")
+    if keep is not None:
         parameters = count_parameters(model, lambda name, module: name in shapes)
-        budget = Budget(keep, count, multiple)
+        budget = Budget(keep, count or "linear", multiple)
         costs = budget.costs(shapes, parameters.rest, costs)
         limit = budget.limit(costs)
         if limit > costs.of(kept):
             share = (costs.of(kept) + costs.rest) / costs.dense
-            raise ValueError(f"keep={keep} of {count} is more than this model keeps ({share:.3f}): it can only be cut.")
+            raise ValueError(
+                f"keep={keep} of {budget.count} is more than this model keeps ({share:.3f}): it can only be cut."
+            )
         margins = {name: layer.margins().tolist() for name, layer in layers.items()}
         for name, rank in kept.items():
             if multiple < rank < min(shapes[name]):
@@ -204,21 +225,41 @@ def deploy(
         deployed = layer.deployed(kept[name], dense=dense)
         if layer.transposed and isinstance(deployed, nn.Linear):
             deployed = as_conv1d(deployed)
-        model.set_submodule(name, deployed.train(layer.training))
+        replace(model, name, deployed)
     return model
 
 
 def soft_layers(model: nn.Module) -> dict[str, SoftLinear]:
     """The soft layers of a decomposed model by name; ValueError if there are none."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SoftLinear)}
+    factored = _factored(model)
+    layers = {name: layer for name, layer in factored.items() if isinstance(layer, SoftLinear)}
+    if not layers and any(isinstance(layer, LowRankLinear) for layer in factored.values()):
+        raise ValueError(
+            "This model is deployed already: it can be cut no further, and transformers' Trainer trains it."
+        )
     if not layers:
         raise ValueError("This model has no soft layers: call softlms.decompose(model) first.")
     return layers
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
-    """Live components of each soft layer by name; ValueError if there are none."""
-    return {name: layer.rank for name, layer in soft_layers(model).items()}
+    """Components of each factored layer by name: live ones of a soft or masked layer, all of a deployed one.
+
+    Layers that are stored dense are not among them.
+
+    Raises
+    ------
+    ValueError
+        There are none.
+    """
+    factored = _factored(model)
+    if not factored:
+        raise ValueError("This model has no factored layers: call softlms.decompose(model) first.")
+    return {name: layer.rank for name, layer in factored.items()}
+
+
+def _factored(model: nn.Module) -> dict[str, Ranked]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Ranked)}
 
 
 def _maker(
@@ -229,7 +270,8 @@ def _maker(
         check_method(factors, linears, statistics)
         return lambda name: factorize_weight(linears[name].weight, factors, statistics[name] if statistics else None)
     for name, linear in linears.items():
-        if name not in factors or (len(factors[name].U), len(factors[name].V)) != linear.weight.shape:
+        f = factors.get(name)
+        if not isinstance(f, Factors) or (len(f.U), len(f.V)) != linear.weight.shape:
             raise ValueError(f"factors miss {name}, or have another shape: factorize the same model and targets.")
     return factors.__getitem__
 
@@ -241,5 +283,7 @@ def _check_ranks(layers: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
         )
     for name, layer in layers.items():
         full = min(layer.out_features, layer.in_features)
+        if not isinstance(ranks[name], Integral):
+            raise ValueError(f"Rank of {name} must be a whole number, got {ranks[name]!r}.")
         if not 1 <= ranks[name] <= full:
             raise ValueError(f"Rank of {name} must be 1 to {full}, got {ranks[name]}.")

@@ -183,6 +183,9 @@ class SoftThreshold(nn.Module):
     unit : float
         What one unit of alpha is worth in units of sigma: 1 for the raw singular values, the layer's largest
         singular value, or their mean.
+    hard : bool
+        For sigma that do not learn and so cannot make up for what T takes from them: what survives stays as it is, as
+        with `hard_threshold`, and alpha alone has T's gradient.
 
     Raises
     ------
@@ -192,20 +195,25 @@ class SoftThreshold(nn.Module):
 
     unit: Tensor
 
-    def __init__(self, alpha: float = 0.0, s: float = SHARPNESS, unit: float = 1.0) -> None:
+    def __init__(self, alpha: float = 0.0, s: float = SHARPNESS, unit: float = 1.0, *, hard: bool = False) -> None:
         super().__init__()
         _check_alpha(alpha)
         _check_s(s)
         if not (math.isfinite(unit) and unit > 0):
             raise ValueError(f"unit must be a positive finite number, got {unit!r}.")
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        # whatever torch's default is: half precision would decide by rounding which components live
+        self.alpha = nn.Parameter(torch.tensor(float(alpha), dtype=torch.float32))
         self.s = float(s)
-        self.register_buffer("unit", torch.tensor(float(unit)))
+        self.hard = hard
+        self.register_buffer("unit", torch.tensor(float(unit), dtype=torch.float32))
 
     def forward(self, sigma: Tensor) -> Tensor:
         """T of `sigma` (shape (r,), units of sigma), same shape."""
         scaled = _wide(sigma) / self.unit
-        return (soft_threshold(scaled, self.alpha, self.s) * self.unit).to(sigma.dtype)
+        t = soft_threshold(scaled.detach() if self.hard else scaled, self.alpha, self.s)
+        if self.hard:
+            t = hard_threshold(scaled, self.alpha) + (t - t.detach())
+        return (t * self.unit).to(sigma.dtype)
 
     def is_live(self, sigma: Tensor) -> Tensor:
         """Which components survive: sigma > alpha, a bool tensor of the shape of `sigma`."""

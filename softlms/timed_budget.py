@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 from transformers import AutoModel, DataCollatorWithPadding
 
-from softlms.allocate import allocate
+from softlms.allocation import allocate
 from softlms.budget import parameter_costs
 from softlms.calibration import calibrate
 from softlms.costs import count_flops, interleaved, measure_latency, random_rows
-from softlms.factorize import factorize
+from softlms.factorization import factorize
 from softlms.jobs import use_threads
 from softlms.surgery import truncate
 from softlms.tasks import encode, load_task

@@ -4,7 +4,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
 import softlms
-from softlms.calibration import calibrate
+from softlms.calibration import calibrate, in_eval_mode
 from softlms.zoo import find_encoder
 
 
@@ -101,3 +101,24 @@ def test_frozen_weights_and_rows_without_a_mask(tiny_bert, collator):
     for name, statistics in found.items():
         torch.testing.assert_close(statistics.gram, expected[name].gram)
         torch.testing.assert_close(statistics.fisher, expected[name].fisher)
+
+
+def test_each_module_is_left_in_the_mode_that_it_had(tiny_bert, collator):
+    model = tiny_bert().train()
+    model.bert.embeddings.eval()  # as one freezes the dropout of a part
+    modes = {name: module.training for name, module in model.named_modules()}
+    calibrate(model, rows(2), collator, rows=2)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    with pytest.raises(ZeroDivisionError), in_eval_mode(model):
+        assert not any(module.training for module in model.modules())
+        1 / 0  # noqa: B018
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_a_layer_that_cannot_be_factored_is_refused_before_any_row_is_run(tiny_bert, collator):
+    model = tiny_bert()
+    layer = model.bert.encoder.layer[1].output.dense
+    layer.weight = torch.nn.Parameter(torch.ones(32, 64, dtype=torch.int8), requires_grad=False)
+    model.register_forward_pre_hook(lambda *args: pytest.fail("a row was run"))
+    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense\.weight is quantized"):
+        calibrate(model, rows(2), collator, rows=2)

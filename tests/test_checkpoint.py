@@ -29,7 +29,7 @@ import softlms
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
 from softlms.checkpoint import verify
-from softlms.factorize import factorize_weight
+from softlms.factorization import factorize_weight
 from softlms.language_models import SmallModel
 from softlms.layers import SoftLinear
 from softlms.masks import MaskedLinear

@@ -14,7 +14,7 @@ import softlms
 from softlms.architectures import find_targets
 from softlms.costs import random_rows
 from softlms.export import export_onnx, onnx_logits
-from softlms.factorize import factorize_weight
+from softlms.factorization import factorize_weight
 from softlms.language_models import SmallModel
 from softlms.masks import MaskedLinear
 

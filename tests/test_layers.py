@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from softlms.layers import UNITS, LowRankLinear, SoftLinear, kept_parameters
-from softlms.thresholds import SoftThreshold, hard_threshold, soft_threshold
+from softlms.thresholds import SHARPNESS, SoftThreshold, hard_threshold, soft_threshold
 
 sizes = st.integers(1, 20)
 units = st.sampled_from(sorted(UNITS))
@@ -26,7 +28,7 @@ def test_forward_is_the_formula_and_deploys_to_the_same(m, n, tokens, alpha):
     soft = SoftLinear.from_linear(nn.Linear(n, m), unit="max")
     soft.threshold.alpha.data.fill_(alpha)
     x = torch.randn(tokens, n)
-    t = soft_threshold(soft.sigma / soft.threshold.unit, alpha, 50.0) * soft.threshold.unit
+    t = soft_threshold(soft.sigma / soft.threshold.unit, alpha, SHARPNESS) * soft.threshold.unit
     expected = F.linear(x, soft.U @ torch.diag(t) @ soft.V.T, soft.bias)
     torch.testing.assert_close(soft(x), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(F.linear(x, soft.weight, soft.bias), expected, rtol=1e-4, atol=1e-5)
@@ -65,7 +67,7 @@ def test_the_cheaper_computation_is_taken():
 
 
 def test_all_factors_and_alpha_get_gradients_and_dead_ones_none():
-    soft = SoftLinear.from_linear(nn.Linear(16, 16))
+    soft = SoftLinear.from_linear(nn.Linear(16, 16), unit="raw")
     soft.set_rank_(5)
     soft.threshold.alpha.data.copy_(soft.sigma.sort(descending=True).values[4] * 0.99)  # inside the gate's slope
     soft(torch.randn(9, 16)).square().sum().backward()
@@ -170,3 +172,53 @@ def test_a_component_of_zeros_is_no_nan():
     layer = LowRankLinear.from_factors(U, torch.tensor([2.0, 1.0, 1e-6]), V, None, 3)
     assert all(p.isfinite().all() for p in layer.parameters())
     torch.testing.assert_close(layer.up.weight @ layer.down.weight, U * torch.tensor([2.0, 1.0, 0.0]) @ V.T)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 7, 9])
+@pytest.mark.parametrize("floor", [1.0, 1e-8, 1e-38])
+def test_equal_singular_values_are_cut_by_their_order(rank, floor):
+    """No threshold lies between them: a weight of random signs has many alike, a numerical floor makes them."""
+    layer = SoftLinear.from_linear(nn.Linear(9, 9))
+    layer.sigma.data = floor * torch.tensor([3.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0])
+    before = layer.sigma.detach().clone()
+    layer.set_rank_(rank)
+    assert layer.rank == rank and layer.threshold.alpha >= 0
+    assert torch.equal(layer.sigma[:rank], before[:rank])
+    assert len(layer.margins()) == rank and layer.deployed(dense=True).weight.isfinite().all()
+    layer.freeze_()
+    layer.project_()
+    assert layer.rank == rank and (layer.sigma[rank:] == 0).all()
+
+
+def test_neighbours_in_float32_are_told_apart():
+    layer = SoftLinear.from_linear(nn.Linear(4, 4), unit="mean")
+    one = torch.tensor(1.7)
+    layer.sigma.data = torch.stack([one, one, torch.nextafter(one, torch.tensor(0.0)), torch.tensor(0.3)])
+    for rank in (2, 3, 1):
+        copied = copy.deepcopy(layer)
+        copied.set_rank_(rank)
+        assert copied.rank == rank
+        copied.load_state_dict(copied.state_dict())
+        assert copied.rank == rank
+
+
+def test_sigma_that_were_cut_for_good_do_not_come_back():
+    layer = SoftLinear.from_linear(nn.Linear(6, 6))
+    layer.set_rank_(2)
+    layer.freeze_()
+    with pytest.raises(ValueError, match="rank must be at most 2, got 3: the other sigma are zero"):
+        layer.set_rank_(3)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_thresholds_do_not_depend_on_torchs_default(default):
+    linear = nn.Linear(24, 24)
+    torch.set_default_dtype(default)
+    try:
+        layer = SoftLinear.from_linear(linear, alpha=0.3, unit="mean")
+        again = SoftLinear.skeleton(linear, layer.description())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for made in (layer, again):
+        assert made.threshold.alpha.dtype == made.threshold.unit.dtype == made.sigma.dtype == torch.float32
+    assert layer.threshold.alpha == torch.tensor(0.3)

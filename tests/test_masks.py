@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, DataCollatorWithPadding, Training
 
 from softlms.architectures import find_targets
 from softlms.budget import BudgetNotMet, count_parameters
-from softlms.factorize import factorize
+from softlms.factorization import factorize
 from softlms.language_models import FAMILIES, SmallModel
 from softlms.masks import MaskedLinear, MaskTrainer
-from softlms.surgery import truncate
+from softlms.surgery import ranks, truncate
 from softlms.text import blocks
 from softlms.zoo import find_encoder
 
@@ -50,6 +50,9 @@ def test_masks_find_ranks_that_fill_the_budget(tiny_bert, tmp_path):
     search = trainer(model, factors, tmp_path)
     search.train()
     assert 0 < search.state.global_step < 60  # it stops when the budget is met
+    open_gates = {name: layer.rank for name, layer in search.masks.items()}
+    assert count_parameters(model) == count_parameters(truncate(copy.deepcopy(dense), open_gates))
+    assert ranks(model) == open_gates
     kept = count_parameters(truncate(copy.deepcopy(dense), search.ranks))
     assert 0.49 < kept.kept("linear") <= 0.5
     assert len(set(search.ranks.values())) > 2  # the masks have learned something: no uniform ranks

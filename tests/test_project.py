@@ -10,7 +10,9 @@ import nbformat
 import pandas as pd
 import yaml
 
+from softlms.experiments import _SOURCES
 from softlms.full_size import FULL_SIZE
+from softlms.language_models import LanguageBench
 from softlms.readme_tables import check_tables
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +98,15 @@ def test_public_names_have_docstrings():
         thing = getattr(softlms, name)
         if callable(thing):
             assert thing.__doc__ and len(thing.__doc__) > 40, name
+
+
+def test_no_public_name_hides_a_module():
+    """``import softlms.x as x`` would be the function."""
+    import softlms
+
+    modules = {path.stem for path in (ROOT / "softlms").glob("*.py")}
+    assert not modules & set(softlms.__all__)
+    assert modules.issuperset((*_SOURCES, *LanguageBench.sources))
 
 
 def test_tables_in_readme_are_those_of_the_runs():

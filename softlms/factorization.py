@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softlms.architectures import Predicate, find_targets
+from softlms.architectures import Predicate, check_factorable, find_targets
 from softlms.calibration import LayerStatistics
 from softlms.layers import svd
 
@@ -152,17 +152,17 @@ def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[s
     Raises
     ------
     ValueError
-        The family is unknown, or a layer is factored already, or its weight is quantized, shared with another layer,
-        not finite or all zeros.
+        The family is unknown, or a layer is factored already, or its weight is quantized, offloaded, parametrized,
+        shared with another layer, not finite or all zeros.
     """
     linears = {}
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for target in find_targets(model, targets):
+    found = find_targets(model, targets)
+    check_factorable(found)
+    for target in found:
         name, linear = target.name, target.module
         if not isinstance(linear, (nn.Linear, Conv1D)):
             raise ValueError(f"{name} is factored already (a {type(linear).__name__}): load the dense model again.")
-        if not linear.weight.is_floating_point():
-            raise ValueError(f"{name}.weight is quantized ({linear.weight.dtype}): load the model unquantized.")
         if uses[id(linear.weight)] > 1:
             raise ValueError(f"{name}.weight is shared with another layer, it cannot be factored alone: leave it out.")
         bad = [parameter for parameter, values in linear.named_parameters() if not torch.isfinite(values).all()]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from softlms.perplexity import Trigram, perplexity
+from softlms.likelihood import Trigram, perplexity
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from softlms.budget import Budget, Costs, count_parameters, refill, uniform_ranks
-from softlms.factorize import Factors
-from softlms.layers import LowRankLinear
+from softlms.factorization import Factors
+from softlms.layers import LowRankLinear, replace
 
 __all__ = ["ALLOCATIONS", "allocate", "sensitivity_curves"]
 
@@ -39,7 +39,7 @@ def allocate(
     method: str,
     *,
     keep: float,
-    count: str,
+    count: str = "linear",
     curves: Curves | None = None,
     multiple: int = 1,
     costs: Costs | None = None,
@@ -135,7 +135,7 @@ def sensitivity_curves(
         try:
             for rank in sorted({1, *(max(1, int(ratio * m * n / (m + n))) for ratio in RATIOS)}):
                 cut = LowRankLinear.from_factors(f.U, f.sigma, f.V, layer.bias, rank)
-                model.set_submodule(name, cut.to(layer.weight.dtype))
+                replace(model, name, cut.to(layer.weight.dtype))
                 points.append((rank, loss()))
         finally:
             model.set_submodule(name, layer)

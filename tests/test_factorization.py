@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from softlms.calibration import LayerStatistics
-from softlms.factorize import FACTORIZATIONS, factorize, factorize_weight
+from softlms.factorization import FACTORIZATIONS, factorize, factorize_weight
 from softlms.surgery import decompose, truncate
 
 SHAPES = [(12, 12), (24, 10), (10, 24)]

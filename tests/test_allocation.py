@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlms.allocate import ALLOCATIONS, allocate, sensitivity_curves
+from softlms.allocation import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, parameter_costs
-from softlms.factorize import factorize
+from softlms.factorization import factorize
 from softlms.layers import kept_parameters
 from softlms.surgery import truncate
 
