@@ -53,8 +53,8 @@ __all__ = ["Bench", "Run"]
 
 # what a run's numbers depend on; plotting and the workbook are not among them
 _SOURCES = (
-    "thresholds", "losses", "layers", "architectures", "calibration", "factorize", "allocate", "masks", "surgery",
-    "budget", "training", "evaluation", "tasks", "glue", "corpus", "zoo", "recipe", "methods", "experiments",
+    "thresholds", "losses", "layers", "architectures", "inputs", "calibration", "factorize", "allocate", "masks",
+    "surgery", "budget", "training", "evaluation", "tasks", "glue", "corpus", "zoo", "recipe", "methods", "experiments",
 )  # fmt: skip
 
 # a run's numbers do not depend on how many cores are free, nor on whether others run beside it
