@@ -10,14 +10,12 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel
 
 from softlms.architectures import Predicate, Target, check_factorable, find_targets
+from softlms.inputs import batches, token_mask
 
 __all__ = ["LayerStatistics", "calibrate"]
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,10 @@ def calibrate(
     model : PreTrainedModel
         Dense; it is not changed. Dropout is off.
     dataset : datasets.Dataset
-        Training rows as from `softlms.encode`; never those that a score is reported on.
+        Training rows as from `softlms.encode`; never those that a score is reported on. The model is given every column
+        that its forward takes.
     data_collator : callable
-        Pads a batch, as for ``transformers.Trainer``.
+        Pads a batch, as for ``transformers.Trainer``, on either side.
     rows : int
         Rows to use, at most ``len(dataset)``.
     batch_size : int
@@ -78,8 +77,8 @@ def calibrate(
     Raises
     ------
     ValueError
-        `rows` is below 1 or more than the data set has, labels are missing, a layer could not be factored anyway (a
-        quantized one, say), or an input is not finite (the layer is named).
+        `rows` is below 1 or more than the data set has, the model takes none of the columns, labels are missing, a layer
+        could not be factored anyway (a quantized one, say), or an input is not finite (the layer is named).
     """
     if rows < 1:
         raise ValueError(f"Calibration needs at least one row, got rows={rows}.")
@@ -91,15 +90,14 @@ def calibrate(
     check_factorable(found)
     layers = {target.name: target.module for target in found}
     used = dataset.select(range(rows))
-    inputs = used.select_columns([c for c in used.column_names if c in MODEL_INPUTS])
     moments = {target.name: _Moments(target.shape[1]) for target in found}
     with in_eval_mode(model):
         with torch.inference_mode(), _watching(layers, moments):
-            for batch in DataLoader(inputs, batch_size, collate_fn=data_collator):
-                mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(model.device)
+            for batch in batches(model, used, data_collator, batch_size):
+                mask = token_mask(batch)
                 for moment in moments.values():
                     moment.mask = mask
-                model(**_on(batch, model))
+                model(**batch)
         squares = _fisher(model, found, used, data_collator) if fisher else dict.fromkeys(layers)
     for name, square in squares.items():
         if square is not None and not torch.isfinite(square).all():
@@ -122,13 +120,15 @@ class _Moments:
         self.tokens = 0
         self.gram = torch.zeros(n, n, dtype=torch.float64)
         self.absolute = torch.zeros(n, dtype=torch.float64)
-        self.mask = torch.empty(0)
+        self.mask: Tensor | None = None  # without one every row counts
 
     def see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])
-        if len(x) != self.mask.numel():
-            raise ValueError(f"A layer sees {len(x)} rows, the batch has {self.mask.numel()} tokens: leave it out.")
-        x = x[self.mask.flatten()].double()
+        if self.mask is not None:
+            if len(x) != self.mask.numel():
+                raise ValueError(f"A layer sees {len(x)} rows, the batch has {self.mask.numel()} tokens: leave it out.")
+            x = x[self.mask.flatten()]
+        x = x.double()
         self.tokens += len(x)
         self.gram += (x.T @ x).cpu()
         self.absolute += x.abs().sum(0).cpu()
@@ -160,22 +160,17 @@ def _fisher(
     model: PreTrainedModel, targets: list[Target], dataset: datasets.Dataset, data_collator: DataCollator
 ) -> dict[str, Tensor]:
     """Row by row: the square of a batch's mean gradient is not the mean of the squares."""
-    rows = dataset.select_columns([c for c in dataset.column_names if c in (*MODEL_INPUTS, "labels")])
     squares = {target.name: torch.zeros(target.shape[1], dtype=torch.float64) for target in targets}
     weights: list[Any] = [target.module.weight for target in targets]
     frozen = [weight for weight in weights if not weight.requires_grad]
     for weight in frozen:
         weight.requires_grad_(True)
     try:
-        for batch in DataLoader(rows, 1, collate_fn=data_collator):
-            gradients = torch.autograd.grad(model(**_on(batch, model)).loss, weights)
+        for batch in batches(model, dataset, data_collator, 1, labels=True):
+            gradients = torch.autograd.grad(model(**batch).loss, weights)
             for target, gradient in zip(targets, gradients, strict=True):
                 squares[target.name] += target.as_weight(gradient).double().square().sum(0).cpu()
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
     return {name: square / len(dataset) for name, square in squares.items()}
-
-
-def _on(batch: Any, model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: values.to(model.device) for name, values in batch.items()}

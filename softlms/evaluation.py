@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import datasets
 import numpy as np
 import torch
 from scipy import stats
 from sklearn import metrics as sk
-from torch.utils.data import DataLoader
+from torch import Tensor
 from transformers import DataCollator, EvalPrediction, PreTrainedModel
 
-from softlms.calibration import MODEL_INPUTS, in_eval_mode
-from softlms.tasks import Task
+from softlms.calibration import in_eval_mode
+from softlms.inputs import IGNORED, batches, lengths
+from softlms.tasks import Task, TaskData
 
 __all__ = ["METRICS", "add_teacher_logits", "compute_metrics", "evaluate", "mean_loss", "paired_difference"]
 
@@ -27,8 +28,9 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
-def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
+def compute_metrics(task: Task | TaskData) -> Callable[[EvalPrediction], dict[str, float]]:
     """The task's metrics as ``transformers.Trainer`` wants them; shares from 0 to 1 (correlations -1 to 1)."""
+    task = task.task if isinstance(task, TaskData) else task
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         logits = np.asarray(prediction.predictions)
@@ -39,26 +41,39 @@ def compute_metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
 
 
 def evaluate(
-    model: PreTrainedModel, task: Task, dataset: datasets.Dataset, data_collator: DataCollator, batch_size: int = 64
+    model: PreTrainedModel,
+    task: Task | TaskData,
+    dataset: datasets.Dataset,
+    data_collator: DataCollator,
+    batch_size: int = 64,
 ) -> dict[str, float]:
     """The task's metrics of `model` on an encoded data set, without dropout, in the model's own dtype.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Any form: dense, soft or deployed.
-    task : Task
+        Any form: dense, soft or deployed. It runs where it is: move it to the accelerator first.
+    task : TaskData or Task
+        From `softlms.load_task`, or one of `softlms.TASKS`.
     dataset : datasets.Dataset
-        One split from `softlms.encode`.
+        One split from `softlms.encode`, or any with "labels" (class ids, or scores for regression). The model is given
+        every column that its forward takes.
     data_collator : callable
-        Pads a batch, as for ``transformers.Trainer``.
+        Pads a batch, as for ``transformers.Trainer``, on either side.
     batch_size : int
 
     Returns
     -------
     dict
         Metric name to value, as in `compute_metrics`.
+
+    Raises
+    ------
+    ValueError
+        There is no column "labels", or the model takes none of the columns.
     """
+    if "labels" not in dataset.column_names:
+        raise ValueError(f"Scores need a column 'labels', got {', '.join(dataset.column_names)}: use softlms.encode.")
     prediction = EvalPrediction(_logits(model, dataset, data_collator, batch_size), np.asarray(dataset["labels"]))
     return compute_metrics(task)(prediction)
 
@@ -68,7 +83,7 @@ def add_teacher_logits(
 ) -> datasets.Dataset:
     """`dataset` with a column "teacher_logits", the (classes,) outputs of `teacher` without dropout.
 
-    Computed once: during training the teacher then costs nothing. Parameters as in `evaluate`.
+    Computed once: during training the teacher then costs nothing. Parameters as in `evaluate`; no labels are needed.
     """
     return dataset.add_column("teacher_logits", _logits(teacher, dataset, data_collator, batch_size).tolist())
 
@@ -77,14 +92,31 @@ def add_teacher_logits(
 def mean_loss(
     model: PreTrainedModel, dataset: datasets.Dataset, data_collator: DataCollator, batch_size: int = 64
 ) -> float:
-    """Mean over the rows of the model's own loss, without dropout; parameters as in `evaluate`."""
-    rows = dataset.select_columns([c for c in dataset.column_names if c in (*MODEL_INPUTS, "labels")])
-    total = 0.0
+    """The model's own loss, without dropout: its mean over the labels, whatever the batches; see `evaluate`.
+
+    Raises
+    ------
+    ValueError
+        The model takes none of the columns, or gives no loss: the rows have no labels that count.
+    """
+    total, number = 0.0, 0
     with in_eval_mode(model):
-        for batch in DataLoader(rows, batch_size, collate_fn=data_collator):
-            loss = model(**{k: v.to(model.device) for k, v in batch.items()}).loss
-            total += loss.item() * len(batch["labels"])
-    return total / len(rows)
+        for batch in batches(model, dataset, data_collator, batch_size, labels=True):
+            loss, counted = getattr(model(**batch), "loss", None), _counted(batch)
+            if loss is not None and counted:
+                total += loss.item() * counted
+                number += counted
+    if not number:
+        raise ValueError(f"{type(model).__name__} gives no loss: the rows have no labels that count.")
+    return total / number
+
+
+def _counted(batch: Mapping[str, Tensor]) -> int:
+    """Over how many labels a batch's loss is a mean: tokens of a language model, else rows."""
+    labels = batch.get("labels")
+    if labels is None or labels.is_floating_point():
+        return len(next(iter(batch.values())))
+    return int((labels != IGNORED).sum())
 
 
 @torch.inference_mode()
@@ -93,11 +125,10 @@ def _logits(
 ) -> np.ndarray:
     """(rows, classes) in float32, in the order of `dataset`."""
     # not through a Trainer: precision is a process-wide state there, and would be that of the last training run
-    order = np.argsort(dataset["length"], kind="stable")  # batches of similar length pad little
-    rows = dataset.select(order).select_columns([c for c in dataset.column_names if c in MODEL_INPUTS])
-    batches = DataLoader(rows, batch_size, collate_fn=data_collator)
+    order = np.argsort(lengths(dataset), kind="stable")  # batches of similar length pad little
     with in_eval_mode(model):
-        logits = [model(**{k: v.to(model.device) for k, v in batch.items()}).logits.float().cpu() for batch in batches]
+        rows = batches(model, dataset.select(order), data_collator, batch_size)
+        logits = [model(**batch).logits.float().cpu() for batch in rows]
     return torch.cat(logits).numpy()[np.argsort(order)]
 
 

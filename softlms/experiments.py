@@ -53,9 +53,9 @@ __all__ = ["Bench", "Run"]
 
 # what a run's numbers depend on; plotting and the workbook are not among them
 _SOURCES = (
-    "thresholds", "losses", "lazy", "layers", "architectures", "calibration", "factorization", "allocation", "masks",
-    "surgery", "budget", "distillation", "schedule", "training", "evaluation", "tasks", "glue", "corpus", "zoo",
-    "recipe", "methods", "experiments",
+    "thresholds", "losses", "lazy", "layers", "architectures", "inputs", "calibration", "factorization", "allocation",
+    "masks", "surgery", "budget", "distillation", "schedule", "training", "evaluation", "tasks", "glue", "corpus",
+    "zoo", "recipe", "methods", "experiments",
 )  # fmt: skip
 
 # a run's numbers do not depend on how many cores are free, nor on whether others run beside it

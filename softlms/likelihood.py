@@ -28,6 +28,9 @@ def perplexity(
     last `stride` tokens, so that each of them has seen at least ``window - stride`` tokens of context. The smaller the
     stride, the lower the perplexity and the longer it takes: only numbers of the same window and stride compare.
 
+    With ``stride=window``, as most papers have it, windows do not overlap: the first token of each has none before it
+    and is not scored. The last window always reaches back to be as long as the others.
+
     Parameters
     ----------
     model : PreTrainedModel
@@ -35,9 +38,9 @@ def perplexity(
     tokens : sequence of int
         The text, tokenized as one piece.
     window : int
-        Tokens that the model sees at a time.
+        Tokens that the model sees at a time, 2 or more.
     stride : int
-        From 1 to ``window - 1``: a token needs one before it.
+        From 1 to `window`.
     batch_tokens : int
         About so many tokens a forward pass, one window at least; it takes three times the memory of their logits.
 
@@ -49,18 +52,20 @@ def perplexity(
     Raises
     ------
     ValueError
-        Fewer than two tokens, or a stride that skips tokens.
+        Fewer than two tokens, a window of one, or a stride that skips tokens.
     """
-    if not 1 <= stride < window:
-        raise ValueError(f"stride must be 1 to window - 1 ({window - 1}), got {stride}: a longer one skips tokens.")
+    if window < 2:
+        raise ValueError(f"window must be 2 or more, got {window}: a token needs one before it.")
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride must be 1 to window ({window}), got {stride}: a longer one skips tokens.")
     if len(tokens) < 2:
         raise ValueError(f"Perplexity needs two tokens or more, got {len(tokens)}.")
     text = torch.as_tensor(tokens).long()
-    # (start, first scored, end): every token but the first is scored once
+    # (start, first scored, end): every token with one before it in its window is scored once
     spans = [(0, 1, min(window, len(text)))]
     while spans[-1][2] < len(text):
         end = min(spans[-1][2] + stride, len(text))
-        spans.append((end - window, spans[-1][2], end))
+        spans.append((end - window, max(spans[-1][2], end - window + 1), end))
     total, windows = 0.0, max(1, batch_tokens // window)
     with in_eval_mode(model):
         for i in range(0, len(spans), windows):
@@ -69,7 +74,7 @@ def perplexity(
             logits = model(ids, use_cache=False).logits[:, :-1].float()
             losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu().double()
             total += sum(losses[row, first - start - 1 :].sum().item() for row, (start, first, _) in enumerate(batch))
-    mean = total / (len(text) - 1)
+    mean = total / sum(end - first for _, first, end in spans)
     return math.exp(mean) if mean < LARGEST else math.inf  # nan is not below anything
 
 

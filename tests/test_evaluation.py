@@ -5,7 +5,7 @@ import torch
 from transformers import DataCollatorWithPadding, EvalPrediction
 
 from softlms.evaluation import add_teacher_logits, compute_metrics, evaluate, paired_difference
-from softlms.tasks import TASKS
+from softlms.tasks import TASKS, TaskData
 from softlms.zoo import find_encoder
 
 
@@ -24,7 +24,7 @@ def test_metrics_by_hand():
 def rows():
     ids = [torch.randint(5, 200, (length,)).tolist() for length in (9, 3, 12, 5, 7)]
     columns = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
-    return datasets.Dataset.from_dict(columns | {"labels": [0, 1, 0, 1, 1], "length": [len(row) for row in ids]})
+    return datasets.Dataset.from_dict(columns | {"labels": [0, 1, 0, 1, 1]})
 
 
 @pytest.fixture
@@ -42,7 +42,8 @@ def test_batches_by_length_give_each_row_its_own_logits(tiny_bert, rows, collato
         torch.testing.assert_close(torch.tensor(row["teacher_logits"]), alone, rtol=1e-4, atol=1e-5)
     predicted = [int(np.argmax(row["teacher_logits"])) for row in taught]
     expected = np.mean(np.array(predicted) == np.array(rows["labels"]))
-    assert evaluate(model, TASKS["rte"], rows, collator, batch_size=2) == {"accuracy": pytest.approx(expected)}
+    for task in (TaskData(TASKS["rte"], {}, "as load_task gives it"), TASKS["rte"]):
+        assert evaluate(model, task, rows, collator, batch_size=2) == {"accuracy": pytest.approx(expected)}
 
 
 def test_paired_difference_is_students_interval():

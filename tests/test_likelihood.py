@@ -34,9 +34,28 @@ def test_every_token_is_scored_once_with_its_context(model, length, window, stri
     assert found == pytest.approx(math.exp(expected / (length - 1)), rel=1e-5)
 
 
+@pytest.mark.parametrize("length, window", [(32, 8), (33, 8), (29, 8), (5, 8), (8, 2)])
+def test_windows_that_do_not_overlap(model, length, window):
+    """As papers cut a text, each piece on its own; the rest at the end is scored in a whole window."""
+    text = torch.randint(50, (length,))
+    found = perplexity(model, text, window=window, stride=window, batch_tokens=2 * window)
+    model.eval()
+    losses = []
+    for begin in range(0, length, window):
+        piece = text[begin : begin + window]
+        seen = text[max(0, length - window) :] if len(piece) < window else piece
+        with torch.no_grad():
+            token = torch.nn.functional.cross_entropy(model(seen[None]).logits[0, :-1], seen[1:], reduction="none")
+        losses += token[-len(piece) :].tolist()  # of a whole piece all but the first token
+    assert found == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
 def test_wrong_windows(model):
-    with pytest.raises(ValueError, match=r"stride must be 1 to window - 1 \(7\), got 8"):
-        perplexity(model, [1, 2, 3], window=8, stride=8)
+    for stride in (0, 9):
+        with pytest.raises(ValueError, match=rf"stride must be 1 to window \(8\), got {stride}"):
+            perplexity(model, [1, 2, 3], window=8, stride=stride)
+    with pytest.raises(ValueError, match="window must be 2 or more, got 1"):
+        perplexity(model, [1, 2, 3], window=1, stride=1)
     with pytest.raises(ValueError, match="two tokens or more, got 1"):
         perplexity(model, [1])
 

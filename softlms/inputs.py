@@ -1,0 +1,148 @@
+"""What of a data set a model is given, and how: the columns that its forward takes, in batches that it reads right."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, DataCollator, PreTrainedModel
+
+__all__ = ["IGNORED", "batches", "lengths", "prepared", "token_mask"]
+
+IGNORED = -100  # a label that no loss counts
+ANSWERS = ("start_positions", "end_positions")  # labels that are not called so
+RENAMED = ("label", "label_ids")  # to labels, by transformers' collators
+
+
+def batches(
+    model: PreTrainedModel,
+    dataset: datasets.Dataset,
+    data_collator: DataCollator,
+    batch_size: int,
+    *,
+    labels: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """A data set in its order, as the keyword arguments of the model's forward.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Its forward says which columns it is given: all that it takes, as ``transformers.Trainer`` does.
+    dataset : datasets.Dataset
+    data_collator : callable
+        Pads a batch, on either side, as for ``transformers.Trainer``.
+    batch_size : int
+    labels : bool
+        Give the labels too.
+
+    Raises
+    ------
+    ValueError
+        The model takes none of the columns.
+    """
+    taken, columns = _parameters(model), dataset.column_names
+    inputs = [column for column in columns if column in taken and not _is_label(column)]
+    if not inputs:
+        raise ValueError(f"{_name(model)} takes none of the columns {', '.join(columns)}: use softlms.encode.")
+    if labels:
+        inputs += [column for column in columns if column in RENAMED or (column in taken and _is_label(column))]
+    for batch in DataLoader(dataset.select_columns(inputs), batch_size, collate_fn=data_collator):
+        yield {name: values.to(model.device) for name, values in prepared(model, batch).items()}
+
+
+def prepared(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch in which a row means what it means alone, whatever padding stands before it.
+
+    transformers numbers positions from the first column of a batch, padding or not, unless it is generating: rows that
+    are padded on the left get ``position_ids`` of their own. A causal language model does not see what comes before a
+    row's first token, and is not asked to predict that one from padding: its label is ignored.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Models that number tokens by themselves, padding left out (RoBERTa and its kin), or take no ``position_ids``,
+        are not given any.
+    batch : mapping
+        As a collator makes it.
+
+    Raises
+    ------
+    ValueError
+        The model classifies a row by its first column, and that is padding.
+    """
+    ready = dict(batch)
+    mask, labels = token_mask(ready), ready.get("labels")
+    if mask is None or mask.ndim != 2:
+        return ready
+    first = mask.long().argmax(1, keepdim=True)
+    if first.any():
+        if _reads_first_column(model):
+            raise ValueError(
+                f"{_name(model)} reads the first token of a row, and here padding stands before it: pad on the right "
+                "(tokenizer.padding_side = 'right')."
+            )
+        if "position_ids" not in ready and _wants_positions(model):
+            ready["position_ids"] = (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)
+    if labels is not None and labels.shape == mask.shape and _is_causal(model):
+        ready["labels"] = labels.scatter(1, first, IGNORED)
+    return ready
+
+
+def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens are no padding, shape (batch, length): all without an attention mask; None where there are none."""
+    if batch.get("attention_mask") is not None:
+        return batch["attention_mask"].bool()
+    if "input_ids" in batch:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    if "inputs_embeds" in batch:
+        return torch.ones_like(batch["inputs_embeds"][..., 0], dtype=torch.bool)
+    return None
+
+
+def lengths(dataset: datasets.Dataset) -> list[int]:
+    """Tokens of each row; 0 where rows hold none, such as images."""
+    column = next((c for c in ("input_ids", "inputs_embeds") if c in dataset.column_names), None)
+    return [len(tokens) for tokens in dataset[column]] if column else [0] * len(dataset)
+
+
+def _unwrapped(model: Any) -> Any:
+    """PEFT's wrappers take anything, and hand it on."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def _name(model: nn.Module) -> str:
+    return type(_unwrapped(model)).__name__
+
+
+def _parameters(model: nn.Module) -> Collection[str]:
+    return inspect.signature(_unwrapped(model).forward).parameters.keys()
+
+
+def _is_label(column: str) -> bool:
+    return "label" in column or column in ANSWERS
+
+
+def _reads_first_column(model: Any) -> bool:
+    """Classifiers on encoders do; XLNet and those on causal models read the last token, wherever it is."""
+    return "SequenceClassification" in _name(model) and type(model.config) in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def _wants_positions(model: nn.Module) -> bool:
+    """Whether it takes positions, and would number padding as well if it were given none."""
+    return "position_ids" in _parameters(model) and not any(
+        # RoBERTa's numbers begin after padding's own, Qwen-VL's have three dimensions
+        (name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None)
+        or hasattr(module, "get_rope_index")
+        for name, module in model.named_modules()
+    )
+
+
+def _is_causal(model: Any) -> bool:
+    """Whether its loss compares a token's label with what the token before says."""
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is not None and can_generate() and not model.config.is_encoder_decoder
