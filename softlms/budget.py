@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from softlms.architectures import Predicate, find_targets
 from softlms.layers import LowRankLinear, SoftLinear, kept_parameters
+from softlms.origin import check_rest
 
 __all__ = ["Budget", "Costs", "ParameterCount", "count_parameters", "parameter_costs", "refill", "uniform_ranks"]
 
@@ -58,9 +59,11 @@ def count_parameters(model: nn.Module, targets: Predicate | None = None) -> Para
     Raises
     ------
     ValueError
-        The family is unknown and `targets` is not given (see `find_targets`).
+        The family is unknown and `targets` is not given (see `find_targets`); or something outside the targets, such as
+        the embeddings, has another size than in the dense model.
     """
     found = find_targets(model, targets)
+    check_rest(model, {target.name for target in found})
     soft = [t.module for t in found if isinstance(t.module, (SoftLinear, LowRankLinear))]
     inside = {id(p) for t in found for n, p in t.module.named_parameters() if not n.endswith("bias")}
     linear_dense = sum(m * n for m, n in (t.shape for t in found))

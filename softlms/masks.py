@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from softlms.budget import Budget, Costs, count_parameters, refill
 from softlms.factorize import Factors, linear_targets
 from softlms.layers import Factored
+from softlms.origin import remember
 from softlms.training import BudgetNotMet, DistillingTrainer
 
 __all__ = ["MaskTrainer", "MaskedLinear"]
@@ -131,6 +132,7 @@ class MaskTrainer(DistillingTrainer):
         self.limit = self.budget.limit(self.costs)
         super().__init__(model, **kwargs)
         model.requires_grad_(False)
+        remember(model, linears)
         self.masks: dict[str, MaskedLinear] = {}
         for name, linear in linears.items():
             self.masks[name] = MaskedLinear(factors[name], linear.bias).to(linear.weight)
