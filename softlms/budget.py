@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from softlms.architectures import Predicate, find_targets
 from softlms.layers import Ranked, kept_parameters
+from softlms.origin import check_rest
 
 __all__ = [
     "Budget",
@@ -71,9 +72,11 @@ def count_parameters(model: nn.Module, targets: Predicate | None = None) -> Para
     Raises
     ------
     ValueError
-        The family is unknown and `targets` is not given (see `find_targets`).
+        The family is unknown and `targets` is not given (see `find_targets`); or something outside the targets, such as
+        the embeddings, has another size than in the dense model.
     """
     found = find_targets(model, targets)
+    check_rest(model, {target.name for target in found})
     linear_dense = sum(m * n for m, n in (t.shape for t in found))
     linear = sum(
         kept_parameters(*t.shape, t.module.rank if isinstance(t.module, Ranked) else min(t.shape)) for t in found

@@ -77,8 +77,8 @@ def calibrate(
     Raises
     ------
     ValueError
-        `rows` is below 1 or more than the data set has, the model takes none of the columns, labels are missing, a layer
-        could not be factored anyway (a quantized one, say), or an input is not finite (the layer is named).
+        `rows` is below 1 or more than the data set has, the model takes none of the columns, labels are missing, a
+        layer could not be factored anyway (a quantized one, say), or an input is not finite (the layer is named).
     """
     if rows < 1:
         raise ValueError(f"Calibration needs at least one row, got rows={rows}.")

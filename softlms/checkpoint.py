@@ -2,130 +2,46 @@
 
 ``import softlms`` is all it takes: ``model.save_pretrained(folder)`` writes a model with factored layers, in whatever
 form, at its own size, and ``AutoModel....from_pretrained(folder)`` (or ``pipeline``) builds the same layers again. The
-weights' header says what stands where, and holds a checksum of each tensor and of the configuration: a damaged or
-half-written folder is refused. For each factored layer the file also holds an empty tensor under the dense weight's
-name, so that transformers without softlms stops at its shape instead of filling the layer with random values.
+weights' header says what stands where, and holds a checksum of each tensor and the configuration: damaged or
+half-written weights are refused, a configuration that has changed since is told. For each factored layer the file also
+holds an empty tensor under the dense weight's name, so that transformers without softlms stops at its shape instead of
+filling the layer with random values.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-import hashlib
+import inspect
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
+from transformers.utils.generic import ContextManagers
 from transformers.utils.hub import PushToHubMixin
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from softlms.factorization import as_linear
-from softlms.fused import SplitLinear
-from softlms.layers import Factored, LowRankLinear, SoftLinear
-from softlms.masks import MaskedLinear
-from softlms.model_card import class_name, is_ours, write_card
+from softlms.layers import Factored
+from softlms.loading import FORMS, MARKER, SoftLMsQuantizer, digest, factor, make_quantizer, sha256, verify
+from softlms.model_card import class_name, is_ours, notes, write_card
+from softlms.origin import METHOD, REST, SoftLMsConfig, is_marked, mark
 from softlms.provenance import is_orphaned, process_mark
 
-__all__ = ["SoftLMsConfig", "SoftLMsQuantizer"]
+__all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "verify"]
 
-FORMAT = 1
-METHOD = "softlms"
-FORMS: dict[str, type[Factored]] = {c.form: c for c in (SoftLinear, LowRankLinear, SplitLinear, MaskedLinear)}
-MARKER = "weight"  # of no elements: where the dense layer has its matrix
-ATTENTION = ("eager", "sdpa")  # on every machine, and different in the last bits
-ALIGNMENT = 64  # bytes
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-
-
-class SoftLMsConfig(QuantizationConfigMixin):
-    """What ``config.json`` says of a compressed model: which library reads it, and the attention it computed with.
-
-    Parameters
-    ----------
-    format : int
-        Version of the layout; a newer one than this library knows is refused.
-    attention : str, optional
-        Taken up at loading unless ``attn_implementation`` asks for another.
-    """
-
-    def __init__(self, format: int = FORMAT, attention: str | None = None, **others: Any) -> None:
-        self.quant_method = METHOD
-        self.format = format
-        self.attention = attention
-
-
-class SoftLMsQuantizer(HfQuantizer):
-    """transformers' hook around the loading (and the writing) of weights."""
-
-    def __init__(self, quantization_config: SoftLMsConfig, **options: Any) -> None:
-        super().__init__(quantization_config, **options)
-        self.layers: dict[str, dict[str, Any]] = {}
-        self.state: dict[str, Tensor] = {}
-        self.metadata: dict[str, str] = {}
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what a newer version wrote."""
-        if self.quantization_config.format > FORMAT:
-            raise ValueError(
-                f"The model has softlms format {self.quantization_config.format}, this softlms knows {FORMAT}: "
-                "update softlms."
-            )
-
-    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The saved model's attention, where nobody asks for one."""
-        if config._attn_implementation_internal is None and self.quantization_config.attention in ATTENTION:
-            config._attn_implementation = self.quantization_config.attention
-        return config
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> None:
-        if not checkpoint_files:
-            raise ValueError("A state_dict alone does not say what layers a compressed model has: load its folder.")
-        description = verify([Path(file) for file in checkpoint_files])
-        self.layers = _localized(model, description["layers"])
-        for name, layer in self.layers.items():
-            dense = as_linear(model.get_submodule(name))
-            model.set_submodule(name, FORMS[layer["form"]].skeleton(dense, layer))
-        soft = [re.escape(name) for name, layer in self.layers.items() if layer["form"] == SoftLinear.form]
-        wide = {rf"{name}\.(?:sigma|threshold\.alpha|threshold\.unit)$" for name in soft}
-        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *wide}
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        names = "|".join(re.escape(name) for name in description["layers"])
-        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"(^|\.)({names})\.{MARKER}$"}
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # from here on it is a model like any other: to train, to change, and to save again
-        self.remove_quantization_config(model)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config.__dict__.pop("_is_quantized", None)
-        for name, layer in self.layers.items():
-            if layer["form"] == SoftLinear.form:  # loading makes new parameters
-                model.get_submodule(name).threshold.alpha.requires_grad_(layer["learns"])
-        _align(model)
-        return model
-
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What is written: see `_save`."""
-        return self.state, self.metadata
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
+REMEDY = "the folder cannot hold it. Undo it, or keep the model with torch.save."
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -134,66 +50,41 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: {"form": module.form, **module.description()} for name, module in layers}
 
 
-def verify(files: list[Path]) -> dict[str, Any]:
-    """The description in the headers of a folder's weights, after a check of every byte that matters.
-
-    Raises
-    ------
-    ValueError
-        Something is missing, damaged, or of another model.
-    """
-    seen: dict[str, Any] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            checksum, _, text = (tensors.metadata() or {}).get(METHOD, "").partition(" ")
-            if not text or _sha256(text.encode()) != checksum:
-                raise ValueError(f"{file} has no whole softlms description: it is damaged, or of another model.")
-            description = json.loads(text)
-            if seen and seen != description:
-                raise ValueError(f"{file} and {files[0].name} are parts of different models: save the model again.")
-            seen = description
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if _digest(tensors.get_tensor(name)) != description["tensors"].get(name):
-                    raise ValueError(f"{name} in {file} is damaged: its checksum differs. Save or copy it again.")
-    config = files[0].with_name("config.json")
-    if config.is_file() and _sha256(config.read_bytes()) != seen["config"]:
-        raise ValueError(
-            f"{config} is not the one that was saved with these weights: it is damaged, or was edited. "
-            "Restore it, and give what should differ to from_pretrained(..., name=value)."
-        )
-    return seen
-
-
-def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, options: dict[str, Any]) -> None:
+def _save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> None:
     """All of ``save_pretrained`` into a hidden folder beside its place, then file by file there, weights first."""
-    target = Path(folder)
+    target = Path(options.pop("save_directory"))
     if target.is_file():
         raise FileExistsError(f"{target} is a file: give a folder.")
-    target.mkdir(parents=True, exist_ok=True)
     push, state = options.pop("push_to_hub", False), options.pop("state_dict", None)
     hub = {name: options.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in options}
     _check(model, options, pushed_state=push and state is not None)
-    layers = describe(model)
+    config, layers = model.config, describe(model)
+    _check_rebuilds(model, layers)
+    if held := notes(config):
+        config.softlms = held
+    target.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     # names as they are in this model: what is checked is what is read
     options["save_original_format"] = False
     staging = Path(tempfile.mkdtemp(prefix=f".saving-{process_mark()}-", dir=target))
-    config = model.config
     try:
-        config.quantization_config = SoftLMsConfig(attention=config._attn_implementation)
+        mark(model)
         config.dtype, config.architectures = str(model.dtype).removeprefix("torch."), [class_name(model)]
         config.save_pretrained(staging)
+        written = (staging / "config.json").read_bytes()
         state = dict(model.state_dict() if state is None else state)
         state |= {f"{name}.{MARKER}": torch.empty(0) for name in layers}
         description = {
             "layers": layers,
-            "config": _sha256((staging / "config.json").read_bytes()),
-            "tensors": {name: _digest(values) for name, values in state.items()},
+            "config": sha256(written),
+            "configuration": json.loads(written),
+            "rest": vars(model).get(REST, {}),
+            "tensors": {name: digest(values) for name, values in state.items()},
         }
         text = json.dumps(description)
-        model.hf_quantizer = SoftLMsQuantizer(config.quantization_config)
+        model.hf_quantizer = SoftLMsQuantizer(SoftLMsConfig(**config.quantization_config))
         model.hf_quantizer.state = state
-        model.hf_quantizer.metadata = {METHOD: f"{_sha256(text.encode())} {text}"}
+        model.hf_quantizer.metadata = {METHOD: f"{sha256(text.encode())} {text}"}
         original(model, staging, **options)
         if is_ours(target / "README.md"):
             write_card(model, staging)
@@ -206,7 +97,6 @@ def _save(original: Any, model: PreTrainedModel, folder: str | os.PathLike, opti
             (target / name).unlink(missing_ok=True)  # another process may save the same
     finally:
         model.__dict__.pop("hf_quantizer", None)
-        del config.quantization_config
         shutil.rmtree(staging, ignore_errors=True)
     if push:
         shards = {"max_shard_size": options["max_shard_size"]} if "max_shard_size" in options else {}
@@ -223,42 +113,114 @@ def _check(model: PreTrainedModel, options: dict[str, Any], *, pushed_state: boo
     """Refuse what could not be loaded again."""
     if options.get("variant") is not None:
         raise ValueError("A compressed model has no variants in one folder (config.json is one): use another.")
+    if options.get("distributed_checkpoint"):
+        raise ValueError("A compressed model has no distributed checkpoints: save it without distributed_checkpoint.")
     if model.is_remote_code():
         raise ValueError("Models with code of their own (trust_remote_code) cannot be saved compressed yet.")
     if pushed_state:
         raise ValueError("push_to_hub saves the model itself: load the state_dict into it first.")
-    if any(values.is_meta for values in model.state_dict().values()):
-        raise ValueError("The model is offloaded: load it without device_map to save it.")
+    for name, values in model.state_dict().items():
+        if values.is_meta:
+            raise ValueError("The model is offloaded: load it without device_map to save it.")
+        if is_traceable_wrapper_subclass(values) and not hasattr(values, "full_tensor"):
+            raise ValueError(
+                f"{name} is quantized ({type(values).__name__}): save the model before, quantize it after loading."
+            )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("The model is quantized: save it before, and quantize it at loading or after.")
+
+
+def _check_rebuilds(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a model with anything in it that `from_pretrained` would not build: it would be lost.
+
+    Raises
+    ------
+    ValueError
+        A module is of another class, or a tensor of another name or shape, than the model's own class makes from its
+        configuration with the factored layers put in.
+    """
+    own = _own_class(model)
+    for name, layer in layers.items():
+        kind = _own_class(model.get_submodule(name))
+        if FORMS.get(layer["form"]) is not kind:
+            raise ValueError(f"{name} is a {kind.__name__}, which from_pretrained does not know: {REMEDY}")
+    try:
+        with ContextManagers(own.get_init_context(model.dtype, True, False, False)):
+            fresh = own(copy.deepcopy(model.config))
+    except TypeError:
+        return  # a class of the user's, with arguments that only they know
+    factor(fresh, layers)
+    known = dict(fresh.named_modules())
+    for name, module in model.named_modules():
+        if name not in known or _own_class(module) is not type(known[name]):
+            instead = f"has a {type(known[name]).__name__} there" if name in known else "has nothing there"
+            raise ValueError(f"{name} is a {type(module).__name__}, where {own.__name__} {instead}: {REMEDY}")
+    shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
+    expected = {name: tuple(values.shape) for name, values in fresh.state_dict().items()}
+    for name in [*shapes, *expected]:
+        if shapes.get(name) != expected.get(name):
+            raise ValueError(
+                f"{name} has the shape {shapes.get(name)}, where {own.__name__} of this configuration has "
+                f"{expected.get(name)}: {REMEDY}"
+            )
+
+
+def _own_class(module: nn.Module) -> type[Any]:
+    """FSDP2 puts classes of its own before a module's."""
+    return next(kind for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
 def _register() -> None:
     """Tell transformers; again after a reload of this module, as in a notebook."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SoftLMsConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = SoftLMsQuantizer
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = make_quantizer
     present: Any = PreTrainedModel.save_pretrained
     original = getattr(present, "before_softlms", present)
+    signature = inspect.signature(original)
 
+    # transformers' own hook writes in place, and over the state_dict it is given: hence this way around it
     @functools.wraps(original)
-    def save_pretrained(
-        self: PreTrainedModel, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any
-    ) -> None:
+    def save_pretrained(self: PreTrainedModel, *args: Any, **options: Any) -> None:
         adapters = getattr(self, "_hf_peft_config_loaded", False)  # then only these are written
         if adapters or not any(isinstance(module, Factored) for module in self.modules()):
-            _forget(self.config)
-            original(self, save_directory, is_main_process, **options)
-        elif is_main_process:
-            _save(original, self, save_directory, options)
+            with _unmarked(self.config):
+                original(self, *args, **options)
+            return
+        given = signature.bind(self, *args, **options).arguments
+        given |= given.pop("kwargs", {})
+        del given["self"]
+        if given.pop("is_main_process", True):
+            _save(original, self, given)
 
     save_pretrained.before_softlms = original  # type: ignore[attr-defined]
     PreTrainedModel.save_pretrained = save_pretrained
     PreTrainedModel._upload_modified_files = _upload
+    merge: Any = auto.AutoHfQuantizer.merge_quantization_configs
+    merge = getattr(merge, "before_softlms", merge)
+
+    @functools.wraps(merge)
+    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        asked = quantization_config_from_args
+        if asked is None or isinstance(asked, SoftLMsConfig) or not _is_ours(quantization_config):
+            return merge(quantization_config, asked)
+        return SoftLMsConfig(**dict(quantization_config), then=asked)
+
+    merge_quantization_configs.before_softlms = merge  # type: ignore[attr-defined]
+    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
 
 
-def _forget(config: PreTrainedConfig) -> None:
-    """A dense model made from a compressed one's configuration is not compressed."""
-    of_ours = getattr(config, "quantization_config", None)
-    if isinstance(of_ours, dict) and of_ours.get("quant_method") == METHOD:
-        del config.quantization_config
+@contextmanager
+def _unmarked(config: PreTrainedConfig) -> Iterator[None]:
+    """A dense model made from a compressed one's configuration, or sharing it, is not compressed."""
+    if not is_marked(config):
+        yield
+        return
+    before = config.quantization_config
+    del config.quantization_config
+    try:
+        yield
+    finally:
+        config.quantization_config = before
 
 
 def _upload(self: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
@@ -269,39 +231,8 @@ def _upload(self: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, *
     return PushToHubMixin._upload_modified_files(self, working_dir, *args, **kwargs)
 
 
-def _localized(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The layers' names in this class, which may have (or be) the saved one's base model."""
-    prefix = f"{model.base_model_prefix}."
-    own = {name for name, _ in model.named_modules()}
-    found: dict[str, dict[str, Any]] = {}
-    for name, layer in layers.items():
-        candidates = [name, name.removeprefix(prefix), prefix + name]
-        # a part of a split layer is there as soon as that one is built
-        here = [c for c in candidates if c in own or c.rpartition(".")[0] in found]
-        if here:  # a head may be another one, or none
-            found[here[0]] = layer
-    if not found:
-        raise ValueError(f"A {type(model).__name__} has none of the saved layers, such as {next(iter(layers))}.")
-    return found
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _digest(values: Tensor) -> str:
-    """Of type, shape and bytes."""
-    digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
-    digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def _align(model: nn.Module) -> None:
-    """Own memory for tensors that a mapped file left at odd addresses: there products differ in the last bits."""
-    for values in (*model.parameters(), *model.buffers()):
-        if values.device.type == "cpu" and values.data_ptr() % ALIGNMENT:
-            values.data = values.data.clone()
+def _is_ours(config: Any) -> bool:
+    return dict(config).get("quant_method") == METHOD
 
 
 _register()

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from softlms.factorization import as_linear
 from softlms.layers import Factored, make_linear, replace
+from softlms.origin import mark
 
 __all__ = ["SplitLinear", "split_fused"]
 
@@ -64,6 +65,7 @@ def split_fused(model: M) -> M:
     fused = {n: m for n, m in model.named_modules() if n.endswith("attn.c_attn") and isinstance(m, Conv1D)}
     if not fused:
         raise ValueError("This model has no dense attn.c_attn (GPT-2's fused projection): there is nothing to split.")
+    mark(model)
     for name, conv in fused.items():
         replace(model, name, SplitLinear(*_thirds(as_linear(conv))))
     return model

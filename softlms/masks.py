@@ -20,6 +20,7 @@ from softlms.distillation import DistillingTrainer
 from softlms.factorization import Factors, linear_targets
 from softlms.layers import Ranked, replace
 from softlms.lazy import lazy_product
+from softlms.origin import remember
 
 __all__ = ["MaskTrainer", "MaskedLinear"]
 
@@ -140,6 +141,7 @@ class MaskTrainer(DistillingTrainer):
         self.limit = self.budget.limit(self.costs)
         super().__init__(model, **kwargs)
         model.requires_grad_(False)
+        remember(model, linears)
         self.masks: dict[str, MaskedLinear] = {}
         for name, linear in linears.items():
             self.masks[name] = MaskedLinear(factors[name], linear.bias).to(linear.weight)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from transformers import PreTrainedModel
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from softlms.budget import count_parameters
 from softlms.layers import Factored, LowRankLinear, SoftLinear
 
-__all__ = ["class_name", "is_ours", "write_card"]
+__all__ = ["class_name", "is_ours", "notes", "write_card"]
 
 TAGS = ("softlms", "low-rank", "model-compression")
 MARK = "compressed by softlms"
@@ -25,13 +26,56 @@ def is_ours(card: Path) -> bool:
     return MARK in text or TEMPLATE in text
 
 
+def notes(config: PreTrainedConfig) -> dict[str, Any]:
+    """What ``config.softlms`` holds for the model card, as plain values: numpy's numbers and paths become such.
+
+    Returns
+    -------
+    dict
+        Empty where there is none.
+
+    Raises
+    ------
+    ValueError
+        It is no dict, or an entry is nothing that JSON can hold.
+    """
+    held = getattr(config, "softlms", None)
+    if held is None:
+        return {}
+    if not isinstance(held, Mapping):
+        raise ValueError(f"model.config.softlms is {held!r}: make it a dict, such as {{'note': {str(held)!r}}}.")
+    return dict(_plain(held, "model.config.softlms"))
+
+
+def _plain(value: Any, place: str) -> Any:
+    if isinstance(value, Mapping):
+        return {_key(name, place): _plain(entry, f"{place}[{name!r}]") for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, PurePath):
+        return str(value)
+    if value is not None and not isinstance(value, (str, int, float, bool)):
+        raise ValueError(
+            f"{place} is of {type(value)}, which JSON cannot hold: make it a number, a text, list or dict."
+        )
+    return value
+
+
+def _key(name: Any, place: str) -> str:
+    if not isinstance(name, (str, int)):
+        raise ValueError(f"{place} has the key {name!r}: name its entries by texts.")
+    return str(name)
+
+
 def write_card(model: PreTrainedModel, folder: Path, tags: Sequence[str] = ()) -> None:
     """Write ``README.md``, with the front matter that the hub reads.
 
     Parameters
     ----------
     model : PreTrainedModel
-        With factored layers. What ``model.config.softlms`` holds (a dict: metrics, data, settings) is shown as it is.
+        With factored layers. What ``model.config.softlms`` holds (metrics, data, settings) is shown; see `notes`.
     folder : Path
     tags : sequence of str
         Besides its own.
@@ -51,8 +95,8 @@ def write_card(model: PreTrainedModel, folder: Path, tags: Sequence[str] = ()) -
     lines += ["```python", "import softlms  # from_pretrained needs it, and fails without", ""]
     lines += [f"from transformers import {class_name(model)}", ""]
     lines += [f"model = {class_name(model)}.from_pretrained(...)", "```", ""]
-    if notes := getattr(model.config, "softlms", None):
-        lines += ["## How it was made", "", "| | |", "|---|---|", *_rows(notes), ""]
+    if held := notes(model.config):
+        lines += ["## How it was made", "", "| | |", "|---|---|", *_rows(held), ""]
     if layers:
         lines += ["## Ranks", "", "| layer | outputs | inputs | rank |", "|---|---|---|---|"]
         lines += [f"| {n} | {m.out_features} | {m.in_features} | {m.rank} |" for n, m in layers.items()]
@@ -67,7 +111,10 @@ def class_name(model: PreTrainedModel) -> str:
 def _size(model: PreTrainedModel, layers: Mapping[str, Any]) -> str:
     if not layers:
         return ""
-    counted = count_parameters(model, lambda name, module: name in layers)
+    try:
+        counted = count_parameters(model, lambda name, module: name in layers)
+    except ValueError as error:  # a model may have new words, and is saved all the same
+        return str(error)
     return (
         f"The low-rank ones keep {counted.kept('linear'):.1%} of their dense weights; the model has "
         f"{counted.total:,} of {counted.total_dense:,} parameters, {counted.kept('total'):.1%}."
@@ -79,10 +126,10 @@ def _forms(model: PreTrainedModel) -> str:
     return "Layers by form: " + ", ".join(f"{number} {form}" for form, number in sorted(counts.items()))
 
 
-def _rows(notes: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _rows(held: Mapping[str, Any], prefix: str = "") -> list[str]:
     """A line for each value; what is nested gets names with dots."""
     lines = []
-    for name, value in notes.items():
+    for name, value in held.items():
         if isinstance(value, Mapping):
             lines += _rows(value, f"{prefix}{name}.")
         else:

@@ -21,6 +21,7 @@ from softlms.factorization import (
     linear_targets,
 )
 from softlms.layers import UNIT, UNITS, LowRankLinear, Ranked, SoftLinear, kept_parameters, replace
+from softlms.origin import remember
 from softlms.thresholds import SHARPNESS, SoftThreshold
 
 __all__ = ["decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]
@@ -75,6 +76,7 @@ def decompose(
     SoftThreshold(alpha, s)  # refuses what is out of range
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}.")
+    remember(model, linears)
     for name, linear in linears.items():
         f = make(name)
         transposed = isinstance(model.get_submodule(name), Conv1D)
@@ -127,6 +129,7 @@ def truncate(
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     prices = costs or parameter_costs(shapes)
     prices.check(shapes)
+    remember(model, linears)
     for name, linear in linears.items():
         if not prices.keeps_dense(name, ranks[name]):
             f = make(name)
@@ -157,6 +160,7 @@ def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = No
     """
     linears: dict[str, Any] = {target.name: as_linear(target.module) for target in find_targets(model, targets)}
     _check_ranks(linears, ranks)
+    remember(model, linears)
     for name, linear in linears.items():
         m, n, rank = linear.out_features, linear.in_features, ranks[name]
         if kept_parameters(m, n, rank) < m * n:

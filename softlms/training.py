@@ -30,6 +30,7 @@ from softlms.budget import Budget, Costs, count_parameters, refill
 from softlms.distillation import DistillingTrainer
 from softlms.layers import SoftLinear
 from softlms.losses import COMPRESSION_LOSSES
+from softlms.model_card import notes
 from softlms.schedule import SoftSchedule
 from softlms.surgery import soft_layers
 
@@ -148,6 +149,7 @@ class SoftTrainer(DistillingTrainer):
                     f"{name} is in {layer.U.dtype}, too coarse to learn thresholds: load the model with "
                     "dtype=torch.float32; for mixed precision pass TrainingArguments(bf16=True)."
                 )
+        notes(model.config)  # refuses what no model card can hold
         args = kwargs.get("args")
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # alpha has no gradient any more once it is frozen
@@ -293,7 +295,7 @@ class SoftTrainer(DistillingTrainer):
 
     def _write_note(self) -> None:
         """For the model card."""
-        self.model.config.softlms = getattr(self.model.config, "softlms", {}) | self.schedule.note
+        self.model.config.softlms = notes(self.model.config) | self.schedule.note
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the kept share of parameters, the thresholds and the push beside the loss."""
