@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from softlms.architectures import Predicate, find_targets
 from softlms.layers import Ranked, kept_parameters
 from softlms.origin import check_rest
+from softlms.ranges import check_at_least_one
 
 __all__ = [
     "Budget",
@@ -180,8 +181,7 @@ class Budget:
             raise ValueError(f"keep is the share of parameters that stays, above 0 and at most 1; got {self.keep!r}.")
         if self.count not in COUNTS:
             raise ValueError(f"count must be one of {', '.join(map(repr, COUNTS))}, got {self.count!r}.")
-        if self.multiple < 1:
-            raise ValueError(f"multiple must be at least 1, got {self.multiple!r}.")
+        check_at_least_one(multiple=self.multiple)
 
     def costs(self, shapes: Shapes, rest: int, measured: Costs | None = None) -> Costs:
         """What this budget counts: parameters, or what was measured.

@@ -13,11 +13,11 @@ __all__ = ["main"]
 # the defaults are those of softlms.compress.Compression, which --help should not wait for
 COMPRESSION_OPTIONS = {
     "data": (str, "folder in GLUE's layout, hub (default), or embedded for docpairs"),
-    "count": (str, "what keep is a share of: linear (default) or total"),
+    "count": (str, "what keep is a share of: linear (default), total, flops or latency"),
     "factors": (str, "svd, fwsvd, asvd or whitened (default)"),
     "epochs": (float, "of compressing and recovering (default 3)"),
     "learning_rate": (float, "of the weights then (default 5e-5)"),
-    "alpha_learning_rate": (float, "of the thresholds (default 1e-2)"),
+    "alpha_learning_rate": (float, "of the thresholds (follows from factors, budget and steps)"),
     "distillation": (float, "share of the dense model's logits in the loss (default 0.9)"),
     "dense_epochs": (float, "of fine-tuning, where the model has no head yet (default 3)"),
     "dense_learning_rate": (float, "of that fine-tuning (default 5e-5)"),
@@ -44,7 +44,9 @@ FUNCTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 1 if a notebook or a claim failed, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command; 0 if all went well, 1 if a notebook, a claim or a training failed, 2 for bad input, 130 after
+    Ctrl-C.
+    """
     parser = argparse.ArgumentParser(prog="softlms", description="Learned ranks for language models: the workbook.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -148,18 +150,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--replot runs no notebook: {', '.join(given)} would mean nothing.")
             return _call("workbook:replot_figures", names=options["names"], profile=options["profile"])
         if command == "compress":
-            from softlms.compress import Compression, compress
-
-            out = options.pop("out")
-            compress(Compression(**options), out)
-            return 0
+            return _compress(options.pop("out"), options)
         return _call(FUNCTIONS[command], **options)
     except KeyboardInterrupt:
         print(f"softlms {command}: stopped.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"softlms {command}: {error}", file=sys.stderr)
+        print(f"softlms {command}: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _compress(out: str, options: dict[str, Any]) -> int:
+    from softlms.compress import Compression, compress
+
+    try:
+        compress(Compression(**options), out)
+    except RuntimeError as error:  # training diverged, or memory ran out
+        print(f"softlms compress: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    """Errors of other libraries may have many lines."""
+    return " ".join(str(error).split())
 
 
 def _call(function: str, **options: Any) -> int:

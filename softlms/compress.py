@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,36 +15,36 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from transformers import DataCollator, DataCollatorWithPadding, PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from softlms.budget import Budget, count_parameters, parameter_costs
+from softlms.budget import Budget, Costs, count_parameters, parameter_costs
 from softlms.calibration import calibrate
+from softlms.costs import TimePrice, count_flops, measure_latency
 from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorization import FACTORIZATIONS, linear_targets
+from softlms.folders import check_writable
+from softlms.methods import last_checkpoint
 from softlms.precision import fast_bf16
+from softlms.provenance import weights_hash
+from softlms.ranges import check_at_least_one, check_positive, check_share
 from softlms.surgery import decompose, deploy, ranks
 from softlms.tasks import TaskData, encode, load_task
 from softlms.training import SoftTrainer
-from softlms.zoo import find_encoder, load_classifier
+from softlms.zoo import Encoder, device, find_encoder, load_classifier
 
 __all__ = ["Compression", "compress"]
 
-# unit and sharpness of the thresholds, as in the table of notebook 05: sigma of data-aware factors fall so steeply that
-# their largest says nothing
-THRESHOLDS: dict[str, dict[str, Any]] = {"svd": {"unit": "max", "s": 50.0}}
-DATA_AWARE: dict[str, Any] = {"unit": "mean", "s": 12.5}
-# weight of the compression loss: at SVD's, thresholds of data-aware factors do not hear the task
-GAMMA, DATA_AWARE_GAMMA = 0.1, 0.03
-DEADLINE = 0.6
+LONGEST = 10_000  # epochs
+NOTE, LATENCY = "softlms_compress.json", "latency.json"  # in the work folder
 
 
 @dataclass(frozen=True)
 class Compression:
-    """Settings of `compress`; the defaults are those of README's table, stretched to three epochs.
+    """Settings of `compress`; what is not among them is as `softlms.decompose` and `softlms.SoftTrainer` have it.
 
     Attributes
     ----------
@@ -50,16 +53,21 @@ class Compression:
     task, data : str
         See `softlms.load_task`.
     keep, count
-        See `softlms.Budget`.
+        See `softlms.Budget`. FLOPs and time are those of one row, as long as the longest of the training rows.
     factors : {"svd", "fwsvd", "asvd", "whitened"}
         See `softlms.decompose`.
     epochs, learning_rate, alpha_learning_rate, distillation
-        Of the training that compresses and recovers.
+        Of the training that compresses and recovers; for the rate of alpha see `softlms.SoftTrainer`.
     dense_epochs, dense_learning_rate
         Of the fine-tuning, where the model has no head for the task yet.
     calibration_rows, batch_size, max_length, seed : int
     bf16 : bool
         Train under bfloat16 autocast.
+
+    Raises
+    ------
+    ValueError
+        A setting is unknown, not finite or out of range.
     """
 
     model: str
@@ -70,7 +78,7 @@ class Compression:
     factors: str = "whitened"
     epochs: float = 3
     learning_rate: float = 5e-5
-    alpha_learning_rate: float = 1e-2
+    alpha_learning_rate: float | None = None
     distillation: float = 0.9
     dense_epochs: float = 3
     dense_learning_rate: float = 5e-5
@@ -84,14 +92,16 @@ class Compression:
         Budget(self.keep, self.count)
         if self.factors not in FACTORIZATIONS:
             raise ValueError(f"Unknown factorization {self.factors!r}; known: {', '.join(FACTORIZATIONS)}.")
-        for name in ("epochs", "learning_rate", "alpha_learning_rate", "dense_epochs", "dense_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}.")
-        for name in ("calibration_rows", "batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}.")
-        if not 0 <= self.distillation <= 1:
-            raise ValueError(f"distillation is a share, 0 to 1; got {self.distillation!r}.")
+        check_positive(most=LONGEST, epochs=self.epochs, dense_epochs=self.dense_epochs)
+        check_positive(most=1, learning_rate=self.learning_rate, dense_learning_rate=self.dense_learning_rate)
+        if self.alpha_learning_rate is not None:
+            check_positive(alpha_learning_rate=self.alpha_learning_rate)
+        check_at_least_one(
+            calibration_rows=self.calibration_rows, batch_size=self.batch_size, max_length=self.max_length
+        )
+        check_share(distillation=self.distillation)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be 0 to 2**32 - 1, got {self.seed!r}.")
 
 
 def compress(settings: Compression, out: str | Path, *, console: Console | None = None) -> PreTrainedModel:
@@ -103,50 +113,65 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     out : str or Path
         Folder for the compressed model and its tokenizer: ``from_pretrained`` loads it after ``import softlms``. Beside
         it ``OUT.partial`` holds checkpoints of each epoch while the work lasts: the same call continues from there
-        after an interruption.
+        after an interruption of any kind, and ends with the same model.
     console : rich.console.Console, optional
         Where steps and the table of results go.
 
     Returns
     -------
     PreTrainedModel
-        The deployed model.
+        The deployed model, as its folder holds it.
 
     Raises
     ------
-    ValueError, FileNotFoundError, FileExistsError
-        Wrong settings, model, data or output folder, or an interrupted run with other settings: before any work.
+    ValueError, OSError
+        Wrong settings, model, data or output folder, another run at work there, or an interrupted one with other
+        settings: before any work, and nothing is left.
+    RuntimeError
+        Training diverged. Its checkpoints stay.
     """
-    console, out = console or Console(), Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} holds something already: choose another folder, or remove it.")
+    console, place = console or Console(), Path(out).resolve()
+    work = place.with_name(f"{place.name}.partial")
+    with _alone(work):
+        if _was_finished(settings, place, work):
+            console.print(f"{out} is finished: removing what is left of the work")
+        else:
+            _compress(settings, place, work, console)
+        _remove(work)
+    return load_classifier(place).eval()
+
+
+def _compress(settings: Compression, out: Path, work: Path, console: Console) -> None:
+    """All that `compress` does, but for a lock and for tidying up."""
     data = load_task(settings.task, settings.data)
     encoder = find_encoder(settings.model)
+    made_from = asdict(settings) | {"weights": weights_hash(encoder.location), "sentences": _hash(data)}
+    resumed = _has_begun(work)
+    if resumed:
+        _check_same(work, made_from)
     tokenizer = encoder.tokenizer()
+    if tokenizer.pad_token is None:
+        raise ValueError(f"The tokenizer of {encoder.source} has no padding token: give it one, and save it again.")
     rows, collator = encode(data, tokenizer, settings.max_length), DataCollatorWithPadding(tokenizer)
 
     if settings.bf16 and not fast_bf16():
         console.print("[yellow]This processor has no bfloat16 instructions: without --bf16 it will be far faster.")
 
-    work = _work_folder(settings, out)
     transformers.set_seed(settings.seed)
-    location = work / "dense" if (work / "dense").is_dir() else encoder.location
-    dense, report = load_classifier(
-        location, num_labels=data.task.num_labels, dtype=torch.float32, output_loading_info=True
-    )
+    dense, has_head = encoder.with_head(data.task)
+    dense.to(device())  # where the Trainer will have it: what is not trained should not be slower
+    _check_rows(dense, rows)
+    if dense.config.pad_token_id is None:  # classifiers of language models ask for it
+        dense.config.pad_token_id = tokenizer.pad_token_id
     # the budget is checked here and now: it would be a pity after an hour of fine-tuning
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in linear_targets(dense).items()}
-    Budget(settings.keep, settings.count).limit(parameter_costs(shapes, count_parameters(dense).rest, settings.count))
-    if location == encoder.location and not report["missing_keys"]:
+    costs = _costs(settings, dense, max(rows["train"]["length"]), work if resumed else None)
+    Budget(settings.keep, settings.count).limit(costs)
+    if has_head:
         _check_head(settings, dense, data, rows["dev"], collator)
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "settings.json").write_text(_as_text(settings))
-    if report["missing_keys"]:
-        console.print(f"{encoder.source} has no head for {settings.task}: fine-tuning first")
-        args = _arguments(settings, work / "fine-tuning", settings.dense_learning_rate, settings.dense_epochs)
-        _train(DistillingTrainer(dense, args=args, train_dataset=rows["train"], data_collator=collator))
-        dense.save_pretrained(work / "dense.saving")
-        (work / "dense.saving").rename(work / "dense")
+    if not resumed:
+        _begin(work, made_from, costs)
+    if not has_head:
+        dense = _fine_tuned(settings, dense, encoder, rows["train"], collator, work, console)
     scores = {"dense": evaluate(dense, data.task, rows["dev"], collator)}
     whole = count_parameters(dense)
 
@@ -159,15 +184,14 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
         sample = train.shuffle(seed=settings.seed)
         number = min(settings.calibration_rows, len(sample))
         statistics = calibrate(dense, sample, collator, rows=number, fisher=settings.factors == "fwsvd")
-    model = decompose(dense, settings.factors, statistics, **THRESHOLDS.get(settings.factors, DATA_AWARE))
+    model = decompose(dense, settings.factors, statistics)
     console.print(f"learning ranks, to keep {settings.keep:.0%} of {settings.count}")
     trainer = SoftTrainer(
         model,
         keep=settings.keep,
         count=settings.count,
-        gamma=GAMMA if settings.factors == "svd" else DATA_AWARE_GAMMA,
+        costs=costs,
         alpha_learning_rate=settings.alpha_learning_rate,
-        deadline=DEADLINE,
         distillation=settings.distillation,
         args=_arguments(settings, work / "compressing", settings.learning_rate, settings.epochs),
         train_dataset=train,
@@ -175,18 +199,17 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     )
     _train(trainer)
     learned = ranks(model)
-    deploy(model)
+    deploy(model, costs=costs)
     scores["compressed"] = evaluate(model, data.task, rows["dev"], collator)
     kept = count_parameters(model)
     notes = asdict(settings) | {"source": encoder.source, "data": data.source, "dev": scores}
     notes |= {"kept_linear": kept.kept("linear"), "kept_total": kept.kept("total")}
+    notes |= {f"kept_{settings.count}": (costs.rest + costs.of(learned)) / costs.dense}
     model.config.softlms = notes
-    model.save_pretrained(work / "compressed")
-    tokenizer.save_pretrained(work / "compressed")
+    _write(work / "compressed", model, tokenizer)
     if out.exists():
         out.rmdir()
     (work / "compressed").rename(out)
-    shutil.rmtree(work)
 
     table = Table("", "linears", "total", *(f"dev {metric}" for metric in data.task.metrics), title=str(out))
     for name, counted in (("dense", whole), ("compressed", kept)):
@@ -196,7 +219,68 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     console.print(
         f"ranks {min(learned.values())} to {max(learned.values())} over {len(learned)} layers", highlight=False
     )
-    return model.eval()
+
+
+def _fine_tuned(
+    settings: Compression,
+    model: PreTrainedModel,
+    encoder: Encoder,
+    train: datasets.Dataset,
+    collator: DataCollator,
+    work: Path,
+    console: Console,
+) -> PreTrainedModel:
+    """The model with a head that knows the task: read back from its folder, whether it was trained now or before."""
+    folder = work / "dense"
+    if not folder.is_dir():
+        console.print(f"{encoder.source} has no head for {settings.task}: fine-tuning a new one first")
+        args = _arguments(settings, work / "fine-tuning", settings.dense_learning_rate, settings.dense_epochs)
+        _train(DistillingTrainer(model, args=args, train_dataset=train, data_collator=collator))
+        if not all(values.isfinite().all() for values in model.parameters()):
+            raise RuntimeError("Fine-tuning diverged: lower dense_learning_rate.")
+        _write(work / "dense.saving", model)
+        (work / "dense.saving").rename(folder)
+    dense = load_classifier(folder, dtype=torch.float32).to(device())
+    dense.config.name_or_path = encoder.location  # the folder will be gone: the model card names where it came from
+    return dense
+
+
+def _costs(settings: Compression, model: PreTrainedModel, tokens: int, begun: Path | None) -> Costs:
+    """What the budget counts of the dense model; time is that of when the work began."""
+    targets = linear_targets(model)  # refuses what cannot be factored
+    if settings.count == "flops":
+        return count_flops(model, tokens=tokens)
+    if settings.count == "latency":
+        return measure_latency(model, tokens=tokens) if begun is None else _read_latency(begun / LATENCY)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in targets.items()}
+    return parameter_costs(shapes, count_parameters(model).rest, settings.count)
+
+
+def _read_latency(file: Path) -> Costs:
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    prices = {
+        name: TimePrice(**price | {"ranks": tuple(price["ranks"]), "thin": tuple(price["thin"])})
+        for name, price in stored["prices"].items()
+    }
+    return Costs("latency", {name: (price.m, price.n) for name, price in prices.items()}, prices, stored["rest"])
+
+
+def _write_latency(file: Path, costs: Costs) -> None:
+    prices = {name: asdict(price) for name, price in costs.prices.items() if isinstance(price, TimePrice)}
+    file.write_text(json.dumps({"rest": costs.rest, "prices": prices}), encoding="utf-8")
+
+
+def _check_rows(model: PreTrainedModel, rows: Mapping[str, datasets.Dataset]) -> None:
+    """A row longer than the model reads, or tokens that it does not have, would end training in the middle."""
+    used = [rows["train"], rows["dev"]]
+    longest = max(max(split["length"]) for split in used)
+    positions = getattr(model.config, "max_position_embeddings", longest)  # a state space has no limit
+    if longest > positions:
+        raise ValueError(f"Rows are up to {longest} tokens long, and the model reads {positions}: lower max_length.")
+    largest = max(max(ids) for split in used for ids in split["input_ids"])
+    known = model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise ValueError(f"The tokenizer gives token {largest}, the model has {known}: it is of another model.")
 
 
 def _check_head(
@@ -215,19 +299,108 @@ def _check_head(
         )
 
 
-def _work_folder(settings: Compression, out: Path) -> Path:
-    """Where the work is kept while it lasts; an error if an earlier run with other settings is there."""
-    work = out.with_name(f"{out.name}.partial")
-    note = work / "settings.json"
-    if work.exists() and not note.is_file():
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """Nobody else is at work there; of a run that ends before any training nothing is left."""
+    new = [folder for folder in work.parents if not folder.exists()]
+    check_writable([work.parent])
+    lock = FileLock(f"{work}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(f"Another run is at work in {work}: wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        if (work / NOTE).is_file() and not _has_begun(work):
+            _remove(work)
+        with contextlib.suppress(OSError):  # Windows removes no file that is open; filelock does it there
+            Path(lock.lock_file).unlink()
+        lock.release()
+        for folder in new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _was_finished(settings: Compression, out: Path, work: Path) -> bool:
+    """Whether a run with these settings was killed between its last step and the end of tidying up.
+
+    Raises
+    ------
+    FileExistsError
+        `out` holds something else, or `work` does.
+    """
+    if work.exists() and not (work / NOTE).is_file() and (work.is_file() or any(work.iterdir())):
         raise FileExistsError(f"{work} is needed for the work in between, and holds something else: move it away.")
-    if note.is_file() and note.read_text() != _as_text(settings):
-        raise FileExistsError(f"{work} is from a run with other settings: give those, or remove it.")
-    return work
+    if out.is_mount():
+        raise FileExistsError(f"{out} is a mount point, which cannot be put in place whole: choose a folder in it.")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    notes = _read(out / "config.json").get("softlms", {})
+    if work.is_dir() and all(notes.get(name) == value for name, value in asdict(settings).items()):
+        return True
+    raise FileExistsError(f"{out} holds something already: choose another folder, or remove it.")
 
 
-def _as_text(settings: Compression) -> str:
-    return json.dumps(asdict(settings), indent=1)
+def _has_begun(work: Path) -> bool:
+    """Whether anything is there that took time."""
+    trained = (last_checkpoint(work / name) for name in ("fine-tuning", "compressing"))
+    return (work / "dense").is_dir() or any(trained)
+
+
+def _check_same(work: Path, made_from: Mapping[str, Any]) -> None:
+    """An error if an earlier run with other settings, or from other files, is there."""
+    before = _read(work / NOTE)
+    changed = [
+        f"{name} {before.get(name)}, not {value}" if name in Compression.__annotations__ else name
+        for name, value in made_from.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise FileExistsError(
+            f"{work} is from a run with other settings ({', '.join(changed)}): give those, or remove it."
+        )
+
+
+def _begin(work: Path, made_from: Mapping[str, Any], costs: Costs) -> None:
+    _remove(work)
+    work.mkdir()
+    # first: by it the folder is known as ours
+    (work / NOTE).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
+    if costs.count == "latency":
+        _write_latency(work / LATENCY, costs)
+
+
+def _remove(work: Path) -> None:
+    """The note last: what a kill leaves is still known as ours."""
+    if not work.is_dir():
+        return
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != NOTE:
+            path.unlink()
+    shutil.rmtree(work)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON file's content; nothing where it is missing or broken off."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+
+
+def _hash(data: TaskData) -> str:
+    content = json.dumps({split: rows.to_dict() for split, rows in data.splits.items()})
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _write(folder: Path, *parts: Any) -> None:
+    """Save a model and its tokenizer, in place of what a kill may have left half-written."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in parts:
+        part.save_pretrained(folder)
 
 
 def _arguments(settings: Compression, folder: Path, rate: float, epochs: float) -> TrainingArguments:
@@ -251,5 +424,4 @@ def _arguments(settings: Compression, folder: Path, rate: float, epochs: float) 
 
 
 def _train(trainer: DistillingTrainer) -> None:
-    folder = Path(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(trainer.args.output_dir)))

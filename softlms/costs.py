@@ -20,6 +20,7 @@ from softlms.architectures import Predicate, find_targets
 from softlms.budget import Costs
 from softlms.jobs import use_threads
 from softlms.layers import Factored, LowRankLinear, kept_parameters, make_linear
+from softlms.ranges import check_at_least_one
 from softlms.scan import fast_scan
 
 __all__ = ["count_flops", "measure_latency", "random_rows"]
@@ -46,7 +47,13 @@ def count_flops(
     Costs
         Of matrix products and convolutions; elementwise work (norms, activations, Mamba's scan) has no FLOPs here, but
         takes time: see `measure_latency`.
+
+    Raises
+    ------
+    ValueError
+        A number below 1.
     """
+    check_at_least_one(batch=batch, tokens=tokens)
     shapes = _shapes(model, targets)
     inputs = random_rows(model.config.vocab_size, batch, tokens)
     attention = model.config._attn_implementation
@@ -98,9 +105,7 @@ def measure_latency(
     ValueError
         A number below 1.
     """
-    for name, value in (("batch", batch), ("tokens", tokens), ("rounds", rounds), ("threads", threads)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    check_at_least_one(batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     shapes = _shapes(model, targets)
     inputs = {k: v.to(model.device) for k, v in random_rows(model.config.vocab_size, batch, tokens).items()}
     with use_threads(threads), torch.inference_mode(), fast_scan():

@@ -28,6 +28,7 @@ from softlms.fused import split_fused
 from softlms.jobs import use_threads
 from softlms.layers import LowRankLinear, make_linear, replace
 from softlms.provenance import append_rows, hardware, versions
+from softlms.ranges import check_at_least_one
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy
 
@@ -91,9 +92,7 @@ def compress_full_size(
     ValueError, OSError
         The budget cannot be met, a number is below 1, or there is no such model: before any work.
     """
-    for name, value in (("threads", threads), ("tokens", tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    check_at_least_one(threads=threads, tokens=tokens)
     create, config = find_full_size(model, layers)
     with torch.device("meta"):
         skeleton = create(None)

@@ -15,7 +15,6 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     default_data_collator,
@@ -29,7 +28,7 @@ from softlms.provenance import weights_hash
 from softlms.recipe import Recipe
 from softlms.tasks import Task, TaskData
 from softlms.text import TokenizedText, blocks
-from softlms.zoo import Encoder, attention
+from softlms.zoo import Encoder, attention, load_tokenizer
 
 __all__ = ["FAMILIES", "LanguageBench", "SmallModel"]
 
@@ -200,7 +199,7 @@ class LanguageBench(Bench):
 
     def extras(self, model: PreTrainedModel) -> dict[str, Any]:
         """ "sample": what the model writes after the first tokens of the test split, always the likeliest token."""
-        tokenizer = AutoTokenizer.from_pretrained(self.text.tokenizer)
+        tokenizer = load_tokenizer(self.text.tokenizer)
         start = torch.as_tensor(self.splits["test"][None, :PROMPT]).long().to(model.device)
         with in_eval_mode(model):
             ids = model.generate(

@@ -21,12 +21,13 @@ from softlms.budget import Budget, parameter_costs, uniform_ranks
 from softlms.costs import interleaved, random_rows
 from softlms.jobs import use_threads
 from softlms.provenance import commit, hardware, versions
+from softlms.ranges import check_at_least_one
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, soft_layers
 from softlms.tasks import TASKS
 from softlms.zoo import find_encoder
 
-__all__ = ["check_numbers", "forward_times", "print_scan_times", "print_step_times", "scan_times", "step_times"]
+__all__ = ["forward_times", "print_scan_times", "print_step_times", "scan_times", "step_times"]
 
 
 def step_times(
@@ -57,7 +58,7 @@ def step_times(
     ValueError
         A number below 1.
     """
-    check_numbers(batch=batch, tokens=tokens, rounds=rounds, threads=threads)
+    check_at_least_one(batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     shapes = {target.name: target.shape for target in find_targets(model)}
     costs = parameter_costs(shapes)
     ranks = uniform_ranks(costs, Budget(keep, "linear").limit(costs))
@@ -126,7 +127,7 @@ def scan_times(
     ValueError
         A number below 1.
     """
-    check_numbers(hidden=hidden, layers=layers, batch=batch, tokens=tokens, rounds=rounds, threads=threads)
+    check_at_least_one(hidden=hidden, layers=layers, batch=batch, tokens=tokens, rounds=rounds, threads=threads)
     inputs = random_rows(4096, batch, tokens)
     inputs["labels"] = inputs["input_ids"]
     calls = {}
@@ -163,13 +164,6 @@ def print_scan_times(
     what = "forward pass" if inference else "training step"
     title = f"Mamba's {what}: hidden 256, 6 layers, {batch} x {tokens} tokens, {threads} thread(s), fp32"
     _print_times(seconds, "transformers' loop", title, settings, out)
-
-
-def check_numbers(**numbers: int) -> None:
-    """ValueError, with its name, for a number below 1."""
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _print_times(

@@ -7,6 +7,7 @@ the model meets its budget. The weights themselves stay as they are: what is lea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -126,8 +127,8 @@ class MaskTrainer(DistillingTrainer):
         l1: tuple[float, float] = (1e-6, 1.0),
         **kwargs: Any,
     ) -> None:
-        if not 0 < l1[0] < l1[1]:
-            raise ValueError(f"l1 must be two positive weights, the second larger; got {l1!r}.")
+        if not 0 < l1[0] < l1[1] < math.inf:
+            raise ValueError(f"l1 must be two positive finite weights, the second larger; got {l1!r}.")
         linears = linear_targets(model, lambda name, module: name in factors)
         if linears.keys() != factors.keys():
             raise ValueError(f"factors name layers that the model lacks: {sorted(factors.keys() - linears.keys())}.")

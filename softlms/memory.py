@@ -19,6 +19,7 @@ from softlms.factorization import as_linear
 from softlms.full_size import find_full_size
 from softlms.layers import SoftLinear, replace
 from softlms.provenance import append_rows, hardware, versions
+from softlms.ranges import check_at_least_one
 from softlms.scan import fast_scan
 from softlms.stretch import half_ranks
 from softlms.surgery import shrink
@@ -59,9 +60,7 @@ def training_memory(
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
-    for name, value in (("batch", batch), ("tokens", tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    check_at_least_one(batch=batch, tokens=tokens)
     create, config = find_full_size(model, layers)
     with torch.device("meta"):
         skeleton = _in_form(create(None), model, form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +24,7 @@ from softlms.training import SoftTrainer
 if TYPE_CHECKING:
     from softlms.experiments import Bench
 
-__all__ = ["cut_and_recover", "learn_ranks", "train_dense"]
+__all__ = ["cut_and_recover", "last_checkpoint", "learn_ranks", "train_dense"]
 
 Trained = TypeVar("Trained", bound=DistillingTrainer)
 
@@ -35,7 +36,7 @@ def train_dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str
     options = bench.trainer_options(folder, seed, recipe, recipe.dense_learning_rate, recipe.dense_epochs)
     options["args"].set_save("steps", steps=SAVE_STEPS, total_limit=1)
     checkpoints = Path(options["args"].output_dir)
-    trainer = _train(DistillingTrainer(model, **options), _last(checkpoints)) if recipe.dense_epochs else None
+    trainer = _train(DistillingTrainer(model, **options), last_checkpoint(checkpoints)) if recipe.dense_epochs else None
     model.save_pretrained(folder / "model")
     shutil.rmtree(checkpoints, ignore_errors=True)
     return {
@@ -133,10 +134,21 @@ def _train(trainer: Trained, checkpoint: str | None = None) -> Trained:
     return trainer
 
 
-def _last(checkpoints: Path) -> str | None:
-    """The newest checkpoint that is whole: its state is what is written last."""
-    whole = [state.parent for state in checkpoints.glob("checkpoint-*/trainer_state.json") if state.stat().st_size]
-    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
+def last_checkpoint(folder: Path) -> str | None:
+    """A Trainer's newest checkpoint that is whole; None where there is none.
+
+    A kill leaves a half one: its state, which is written last, is missing or broken off.
+    """
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json") if _is_json(state)]
+    return str(max(whole, key=lambda found: int(found.name.removeprefix("checkpoint-")))) if whole else None
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: float) -> dict[str, Any]:

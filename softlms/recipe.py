@@ -9,7 +9,9 @@ from typing import Any
 from softlms.allocation import ALLOCATIONS
 from softlms.budget import Budget
 from softlms.factorization import FACTORIZATIONS
-from softlms.layers import UNIT
+from softlms.layers import UNIT, UNITS
+from softlms.losses import COMPRESSION_LOSSES
+from softlms.ranges import check_at_least_one, check_positive, check_share
 from softlms.thresholds import SHARPNESS
 from softlms.training import DEADLINE
 
@@ -18,6 +20,7 @@ __all__ = ["PAPER_NAMES", "Recipe", "parse_method"]
 # the paper's names of two of the pairs
 PAPER_NAMES = {"static": "svd+uniform", "adaptive": "svd+soft"}
 LEARNED = ("mask", "soft")
+_RATES = ("dense_learning_rate", "learning_rate", "static_learning_rate", "mask_learning_rate")
 _DENSE = ("dense_learning_rate", "dense_epochs", "batch_size", "bf16")
 _SOFT_ONLY = (
     "learning_rate", "gamma", "alpha_learning_rate", "deadline", "s", "unit", "compression_loss", "weigh_by_size",
@@ -79,6 +82,11 @@ class Recipe:
         Smaller budgets that a model with soft thresholds is also cut to after its training, without any more.
     bf16 : bool
         Train under bfloat16 autocast; parameters, thresholds and evaluation stay in float32.
+
+    Raises
+    ------
+    ValueError
+        A setting is unknown, not finite or out of range.
     """
 
     dense_learning_rate: float = 5e-5
@@ -106,7 +114,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.start not in ("fine-tuned", "pretrained"):
             raise ValueError(f"start must be 'fine-tuned' or 'pretrained', got {self.start!r}.")
-        Budget(self.keep, self.count)
+        for keep in (self.keep, *self.further_keeps):
+            Budget(keep, self.count)
+        if self.unit not in UNITS or self.compression_loss not in COMPRESSION_LOSSES:
+            raise ValueError(
+                f"unit must be one of {', '.join(UNITS)} and compression_loss one of {', '.join(COMPRESSION_LOSSES)}; "
+                f"got {self.unit!r} and {self.compression_loss!r}."
+            )
+        numbers = dataclasses.asdict(self)
+        check_positive(**{n: numbers[n] for n in ("gamma", "alpha_learning_rate", "s") if numbers[n] is not None})
+        check_positive(most=1, **{n: numbers[n] for n in (*_RATES, "deadline")})
+        check_positive(**{n: numbers[n] for n in ("dense_epochs", "epochs") if numbers[n] != 0})
+        check_share(distillation=self.distillation)
+        check_at_least_one(batch_size=self.batch_size, calibration_rows=self.calibration_rows)
 
     def changed(self, **changes: Any) -> Recipe:
         """A copy with other values; a TypeError for a name that is no setting."""

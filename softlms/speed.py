@@ -31,9 +31,9 @@ from softlms.costs import count_flops, interleaved, measure_latency, random_rows
 from softlms.export import example_rows, export_onnx, onnx_session
 from softlms.full_size import FULL_SIZE, find_full_size
 from softlms.jobs import use_threads
-from softlms.latency import check_numbers
 from softlms.layers import LowRankLinear
 from softlms.provenance import append_rows, hardware, versions
+from softlms.ranges import check_at_least_one
 from softlms.scan import fast_scan
 from softlms.stretch import half_ranks, spread_blocks
 from softlms.surgery import shrink
@@ -97,7 +97,7 @@ def compare_speed(
     ValueError, FileNotFoundError
         Unknown model, a number out of range, or no table of ranks.
     """
-    check_numbers(batches=min(batches), threads=min(threads), tokens=tokens, rounds=rounds)
+    check_at_least_one(batches=min(batches), threads=min(threads), tokens=tokens, rounds=rounds)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     rows = []
     with torch.inference_mode(), fast_scan(), keep_memory():
@@ -193,7 +193,7 @@ def compare_onnx(
         A row for each form and kind of weights: the median in ms, "speed_up" over dense float32, and the file's size
         in MB.
     """
-    check_numbers(tokens=tokens, rounds=rounds)
+    check_at_least_one(tokens=tokens, rounds=rounds)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     inputs = {name: values.numpy() for name, values in example_rows(forms["dense"], 1, tokens).items()}
     calls, sizes = {}, {}

@@ -15,7 +15,7 @@ from softlms.allocator import keep_memory
 from softlms.architectures import find_targets
 from softlms.costs import interleaved
 from softlms.jobs import use_threads
-from softlms.latency import check_numbers
+from softlms.ranges import check_at_least_one
 from softlms.scan import fast_scan
 from softlms.speed import build_forms, linear_weights
 
@@ -51,7 +51,7 @@ def split_speed(
     ValueError, FileNotFoundError
         A number below 1, or as from `softlms.speed.build_forms`.
     """
-    check_numbers(tokens=tokens, rounds=rounds)
+    check_at_least_one(tokens=tokens, rounds=rounds)
     forms = build_forms(model, layers=layers, keep=keep, results=results)
     states = torch.randn(1, tokens, forms["dense"].config.hidden_size, device=forms["dense"].device)
     states = states.to(forms["dense"].dtype)

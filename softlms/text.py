@@ -14,11 +14,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from softlms import corpus
 from softlms.language import SPLITS, load_text
 from softlms.provenance import code_hash, weights_hash
+from softlms.zoo import load_tokenizer
 
 __all__ = ["TokenizedText", "blocks", "tokenize_text", "train_tokenizer"]
 
@@ -64,7 +65,7 @@ def tokenize_text(
     Raises
     ------
     ValueError, FileNotFoundError
-        As from `load_text`, or the vocabulary is too small.
+        As from `load_text`, the vocabulary is too small, or the folder has no tokenizer: nothing is stored then.
     """
     if isinstance(tokenizer, int) and tokenizer < 257:
         raise ValueError(f"A byte-level vocabulary has 256 bytes and an end mark at least; got {tokenizer}.")
@@ -76,15 +77,12 @@ def tokenize_text(
     depends = json.dumps([known, code_hash("corpus", "language", "text"), version("tokenizers"), *content])
     place = folder / f"text-{hashlib.sha256(depends.encode()).hexdigest()[:12]}"
     if not place.is_dir():
+        given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else None
         texts = texts or load_text(data, libraries=libraries)
         partial = place.with_name(f"{place.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        made = (
-            train_tokenizer(texts["train"], tokenizer)
-            if isinstance(tokenizer, int)
-            else AutoTokenizer.from_pretrained(tokenizer)
-        )
+        made = given or train_tokenizer(texts["train"], int(tokenizer))
         made.save_pretrained(partial)
         for split in SPLITS:
             ids = made(texts[split], add_special_tokens=False, verbose=False)["input_ids"]

@@ -10,7 +10,6 @@ The schedule is that of the paper's successor (STAR-KV, arXiv 2606.08382):
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,6 +30,7 @@ from softlms.distillation import DistillingTrainer
 from softlms.layers import SoftLinear
 from softlms.losses import COMPRESSION_LOSSES
 from softlms.model_card import notes
+from softlms.ranges import check_positive
 from softlms.schedule import SoftSchedule
 from softlms.surgery import soft_layers
 
@@ -114,9 +114,8 @@ class SoftTrainer(DistillingTrainer):
             (costs,) = broadcast_object_list([costs])
         self.costs = self.budget.costs(self.shapes, count_parameters(model, _is_soft).rest, costs)
         self.limit = self.budget.limit(self.costs)
-        for name, value in (("gamma", gamma), ("alpha_learning_rate", alpha_learning_rate)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+        given = {"gamma": gamma, "alpha_learning_rate": alpha_learning_rate}
+        check_positive(**{name: value for name, value in given.items() if value is not None})
         if not 0 < deadline <= 1:
             raise ValueError(f"deadline is a share of the steps, above 0 and at most 1; got {deadline!r}.")
         if compression_loss not in COMPRESSION_LOSSES:

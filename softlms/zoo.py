@@ -34,12 +34,58 @@ class Encoder:
     source: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.location)
+        """The encoder's own; see `load_tokenizer`."""
+        return load_tokenizer(self.location)
 
     def for_task(self, task: Task) -> PreTrainedModel:
         """The encoder with a new head for `task`; torch's seed decides how the head starts."""
-        # a head of another task that came along is replaced
-        return load_classifier(self.location, num_labels=task.num_labels, ignore_mismatched_sizes=True)
+        return self.with_head(task)[0]
+
+    def with_head(self, task: Task) -> tuple[PreTrainedModel, bool]:
+        """The encoder as a classifier for `task`, in float32, and whether it came with a head of that shape.
+
+        Where it did not, the head is new: torch's seed decides how it starts. One of another shape is replaced.
+
+        Raises
+        ------
+        ValueError
+            Weights are missing that are no head's.
+        """
+        model, report = load_classifier(
+            self.location,
+            num_labels=task.num_labels,
+            # a checkpoint keeps that of the task it was trained on
+            problem_type="single_label_classification" if task.labels else "regression",
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        new = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+        # the pooler is a head too: a language model's checkpoint has none
+        lost = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
+        if lost:
+            raise ValueError(f"{self.source} lacks {len(lost)} weights of the model, {lost[0]} first: fetch it again.")
+        return model, not new
+
+
+def load_tokenizer(location: str | Path) -> PreTrainedTokenizerBase:
+    """``AutoTokenizer.from_pretrained``, which makes one that knows no word where there are no files for one.
+
+    Raises
+    ------
+    ValueError
+        There is no tokenizer, or none that can be loaded.
+    """
+    fix = "save the model's own there (tokenizer.save_pretrained)"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(location)!r} has no tokenizer that can be loaded: {fix}. {reason}") from error
+    # what is no special token, unknown words among these, or the mark of a space
+    if not tokenizer.decode(list(range(len(tokenizer))), skip_special_tokens=True).strip():
+        raise ValueError(f"{str(location)!r} has no tokenizer: {fix}.")
+    return tokenizer
 
 
 def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
