@@ -1,22 +1,39 @@
 """Compressed models outside of eager torch: ONNX, torch.export, torch.compile."""
 
 import copy
+import io
+import re
 import shutil
 import sys
 import sysconfig
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
 
 import softlms
 from softlms.architectures import find_targets
+from softlms.compress import Compression, compress
 from softlms.costs import random_rows
-from softlms.export import export_onnx, onnx_logits
+from softlms.evaluation import METRICS
+from softlms.export import INPUTS, export_onnx, onnx_logits, quantize
 from softlms.factorization import factorize_weight
 from softlms.language_models import SmallModel
 from softlms.masks import MaskedLinear
+from softlms.precision import fast_bf16
+from softlms.tasks import encode, load_task
+from softlms.zoo import find_encoder
 
 pytest.importorskip("onnxruntime")
 FAMILIES = [("bert", False), ("gpt2", False), ("gpt2", True), ("llama", False), ("mamba", False)]
@@ -31,6 +48,10 @@ def compressed(tiny_bert, family, split):
     if split:
         softlms.split_fused(model)
     return softlms.truncate(model, {t.name: (5, min(t.shape))[i % 2] for i, t in enumerate(find_targets(model))})
+
+
+def said(caplog):
+    return "\n".join(record.getMessage() for record in caplog.records if record.name == "softlms.export")
 
 
 def rows(model, batch, length, padded=True):
@@ -72,16 +93,91 @@ def test_segments_of_sentence_pairs_are_exported(tiny_bert, tmp_path):
     assert (onnx_logits(path, inputs) - pairs).norm() > 0.01 * pairs.norm()
 
 
-def test_int8_composes(tiny_bert, tmp_path):
+def test_int8_is_near_where_columns_differ_by_orders_of_magnitude(tiny_bert, tmp_path, caplog):
+    """As learned ranks leave them: one scale a tensor would round most of a layer to nothing."""
     model = tiny_bert(hidden_size=128, intermediate_size=512, num_hidden_layers=2, initializer_range=0.05)
     softlms.truncate(model, {target.name: 32 for target in find_targets(model)})
-    whole, small = (export_onnx(model, tmp_path / name, int8=name == "small.onnx") for name in ("w.onnx", "small.onnx"))
+    scales = torch.logspace(-3, 3, 32)
+    for target in find_targets(model):
+        target.module.down.weight.data *= scales[:, None]
+        target.module.up.weight.data /= scales
+    before = copy.deepcopy(model.state_dict())
+    whole = export_onnx(model, tmp_path / "whole.onnx")
+    assert not said(caplog)
+    small = export_onnx(model, tmp_path / "small.onnx", int8=True)
+    assert re.search(r"int8: logits are \d\.\d% off torch's on random tokens; .* not known: give rows=", said(caplog))
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     assert small.stat().st_size < 0.55 * whole.stat().st_size
     inputs = rows(model, 4, 16)
     with torch.inference_mode():
         expected = model(**inputs).logits
     error = (onnx_logits(small, inputs) - expected).norm() / expected.norm()
     assert 0 < error < 0.1
+
+
+def test_int8_says_what_it_costs_on_the_users_rows(tiny_folder, tmp_path, caplog, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    texts = [f"Sentence {i} of {'a few ' * (i % 5)}words." for i in range(40)]
+    dataset, collator = datasets.Dataset.from_dict(dict(tokenizer(texts))), DataCollatorWithPadding(tokenizer)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_folder)
+    export_onnx(model, tmp_path / "small.onnx", int8=True, rows=dataset, data_collator=collator)
+    found = re.search(r"answers as torch does in (\S+)% of 40 cases, logits are \d\.\d% off", said(caplog))
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        same = onnx_logits(tmp_path / "small.onnx", inputs).argmax(-1) == model(**inputs).logits.argmax(-1)
+    assert abs(float(found[1]) / 100 - same.double().mean()) <= 0.025  # batches of 32 have scales of their own
+    (tmp_path / "small.onnx").unlink()
+    monkeypatch.setattr("softlms.export.AGREEMENT", 1.01)
+    with pytest.raises(RuntimeError, match=r"int8 answers as torch does in \S+% of 40 cases: not kept"):
+        export_onnx(model, tmp_path / "small.onnx", int8=True, rows=dataset, data_collator=collator)
+    assert not list(tmp_path.iterdir())
+    for wrong, options in (
+        ("at least one row", {"rows": dataset.select([]), "data_collator": collator}),
+        ("need data_collator", {"rows": dataset}),
+        ("rows are for int8", {"rows": dataset, "data_collator": collator, "int8": False}),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            export_onnx(model, tmp_path / "small.onnx", **{"int8": True} | options)
+
+
+def test_int8_of_a_score_and_of_tokens_is_said(tiny_bert, tmp_path, caplog):
+    dataset = datasets.Dataset.from_dict({"input_ids": torch.randint(300, (6, 9)).tolist()})
+    score = tiny_bert(num_labels=1, vocab_size=300)
+    export_onnx(score, tmp_path / "score.onnx", int8=True, rows=dataset, data_collator=default_data_collator)
+    assert re.search(r"int8: logits are \S+% off torch's on 6 rows", said(caplog))
+    language = AutoModelForCausalLM.from_config(SmallModel("gpt2", hidden=64, layers=2, vocabulary=300).config).eval()
+    export_onnx(language, tmp_path / "lm.onnx", int8=True, rows=dataset, data_collator=default_data_collator)
+    assert "% of 54 cases" in said(caplog)
+
+
+def test_int8_keeps_the_score_of_a_compressed_minilm(tmp_path, monkeypatch):
+    """What is wanted of the export is the task's score: logits that are near may still answer otherwise."""
+    encoder = find_encoder("minilm")
+    start = AutoModelForSequenceClassification.from_pretrained(encoder.location, num_hidden_layers=3)
+    start.bert.save_pretrained(tmp_path / "encoder")  # half of its blocks: half of the time
+    encoder.tokenizer().save_pretrained(tmp_path / "encoder")
+    rates = {"dense_learning_rate": 2e-4, "learning_rate": 2e-4, "alpha_learning_rate": 0.1, "distillation": 0}
+    epochs = {"dense_epochs": 0.15, "epochs": 0.15, "max_length": 32, "bf16": fast_bf16()}
+    settings = Compression(str(tmp_path / "encoder"), "docpairs", 0.35, "embedded", **rates, **epochs)
+    model = compress(settings, tmp_path / "small", console=Console(file=io.StringIO()))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
+    data, collator = load_task("docpairs", "embedded"), DataCollatorWithPadding(tokenizer)
+    dataset = encode(data, tokenizer, 32)["dev"]
+
+    def score(path):
+        logits = [onnx_logits(path, {k: v for k, v in batch.items() if k != "labels"}) for batch in batches]
+        return METRICS["f1"](np.asarray(dataset["labels"]), torch.cat(logits).argmax(-1).numpy())
+
+    columns = [*INPUTS, "labels"]
+    batches = list(DataLoader(dataset.select_columns(columns), 64, collate_fn=collator))
+    torch_f1 = softlms.evaluate(model, data.task, dataset, collator)["f1"]
+    small = export_onnx(model, tmp_path / "small.onnx", int8=True, rows=dataset, data_collator=collator)
+    print(torch_f1, score(small))
+    assert torch_f1 > 0.6 and abs(score(small) - torch_f1) < 0.02
+    monkeypatch.setattr("softlms.export.change_basis_", lambda *_: None)
+    monkeypatch.setattr("softlms.export.quantize", lambda file, per_channel: quantize(file))
+    old = export_onnx(model, tmp_path / "old.onnx", int8=True)
+    print(score(old))
 
 
 def test_bad_exports_are_refused(tiny_bert, tmp_path, monkeypatch):
@@ -102,7 +198,7 @@ def test_bad_exports_are_refused(tiny_bert, tmp_path, monkeypatch):
     state = torch.random.get_rng_state()
     export_onnx(model, tmp_path / "y.onnx").unlink()
     assert torch.equal(state, torch.random.get_rng_state())
-    monkeypatch.setattr("softlms.export.onnx_logits", lambda path, inputs: torch.zeros(len(inputs["input_ids"]), 2))
+    monkeypatch.setattr("softlms.export._run", lambda session, inputs: torch.zeros(len(inputs["input_ids"]), 2))
     with pytest.raises(RuntimeError, match=r"differ from torch's by 1.0e\+00 of the largest: not kept"):
         export_onnx(model, tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
