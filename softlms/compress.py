@@ -139,7 +139,7 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
     if location == encoder.location and not report["missing_keys"]:
         _check_head(settings, dense, data, rows["dev"], collator)
     work.mkdir(parents=True, exist_ok=True)
-    (work / "settings.json").write_text(_as_text(settings))
+    (work / "settings.json").write_text(_as_text(settings), "utf-8")
     if report["missing_keys"]:
         console.print(f"{encoder.source} has no head for {settings.task}: fine-tuning first")
         args = _arguments(settings, work / "fine-tuning", settings.dense_learning_rate, settings.dense_epochs)
@@ -220,7 +220,7 @@ def _work_folder(settings: Compression, out: Path) -> Path:
     note = work / "settings.json"
     if work.exists() and not note.is_file():
         raise FileExistsError(f"{work} is needed for the work in between, and holds something else: move it away.")
-    if note.is_file() and note.read_text() != _as_text(settings):
+    if note.is_file() and note.read_text("utf-8") != _as_text(settings):
         raise FileExistsError(f"{work} is from a run with other settings: give those, or remove it.")
     return work
 

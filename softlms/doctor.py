@@ -113,7 +113,7 @@ def _checkout() -> Iterator[Finding]:
         yield Finding("checkout", "problem", str(error), "cd into the checkout")
         return
     yield Finding("checkout", "ok", str(root))
-    lines = (root / "requirements.txt").read_text().splitlines()
+    lines = (root / "requirements.txt").read_text("utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     versions = {pin: _version(pin.name) for pin in pins}
     others = [f"{pin} ({found})" for pin, found in versions.items() if found and not pin.specifier.contains(found)]

@@ -199,8 +199,8 @@ class Bench:
             "encoder": self.encoder.source,
             "data": self.data.source,
         }
-        (partial / DEPENDS).write_text(json.dumps(self._depends(pair, recipe, seed), indent=1))
-        (partial / "result.json").write_text(json.dumps(result, indent=1))
+        (partial / DEPENDS).write_text(json.dumps(self._depends(pair, recipe, seed), indent=1), "utf-8")
+        (partial / "result.json").write_text(json.dumps(result, indent=1), "utf-8")
         if (stored := self.stored(method, recipe, seed)) is not None:  # done meanwhile by a process beside this one
             shutil.rmtree(partial)
             return stored
@@ -213,7 +213,7 @@ class Bench:
         pair, folder = self._place(method, recipe, seed)
         if not (folder / "result.json").is_file():
             return None
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text("utf-8"))
         return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
 
     def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
@@ -277,9 +277,9 @@ class Bench:
         if not stored.is_file():
             taught = add_teacher_logits(rows, self.dense_model(recipe, seed), self.collator)
             partial = stored.with_suffix(f".partial-{os.getpid()}")
-            partial.write_text(json.dumps(list(taught["teacher_logits"])))
+            partial.write_text(json.dumps(list(taught["teacher_logits"])), "utf-8")
             partial.replace(stored)
-        return rows.add_column("teacher_logits", json.loads(stored.read_text()))
+        return rows.add_column("teacher_logits", json.loads(stored.read_text("utf-8")))
 
     def factors(self, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Factors]:
         """Factors of a dense model; those of one model are kept in memory, to be shared by several allocations."""

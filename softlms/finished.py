@@ -54,7 +54,7 @@ def reason_to_run(folders: Folders, notebook: str, depends: Mapping[str, Any]) -
         See `depends_on`.
     """
     try:
-        before = json.loads(_place(folders, notebook).read_text())
+        before = json.loads(_place(folders, notebook).read_text("utf-8"))
         wrote = [folders.root / file for file in before.pop("wrote")]
     except FileNotFoundError:
         return "not done before"
@@ -83,13 +83,13 @@ def mark_finished(folders: Folders, notebook: str, depends: Mapping[str, Any], w
     """Say that a notebook is finished, for what, and which figures and tables it wrote."""
     files = [file.relative_to(folders.root).as_posix() for file in wrote]
     with whole_file(_place(folders, notebook)) as partial:
-        partial.write_text(json.dumps({**depends, "wrote": files}, indent=1) + "\n")
+        partial.write_text(json.dumps({**depends, "wrote": files}, indent=1) + "\n", "utf-8")
 
 
 def stored_seconds(folders: Folders, notebook: str) -> float | None:
     """How long the notebook took when its executed copy was made; None where there is none."""
     try:
-        executed = json.loads((folders.executed / f"{notebook}.ipynb").read_text())
+        executed = json.loads((folders.executed / f"{notebook}.ipynb").read_text("utf-8"))
         return executed["metadata"]["papermill"]["duration"]
     except (FileNotFoundError, ValueError, KeyError):  # a time is only an estimate: none is no error
         return None

@@ -111,7 +111,7 @@ def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
         for chapter in chapters:
             body = Markup(notebook_body(nbformat.read(chapter.source, as_version=4)))
             pages.write("notebook.html", f"notebooks/{chapter.name}.html", chapter=chapter, body=body)
-        style = (TEMPLATES / "style.css").read_text()
+        style = (TEMPLATES / "style.css").read_text("utf-8")
         (folder / "style.css").write_text(style + code_style(), "utf-8")
         (folder / "api.html").write_text(_api_page(), "utf-8")
     return out / "index.html"
@@ -182,7 +182,7 @@ def _read_chapters(root: Path, profile: str) -> list[Chapter]:
 
 
 def _tables(note: Path) -> list[dict[str, Any]]:
-    return json.loads(note.read_text())["tables"]
+    return json.loads(note.read_text("utf-8"))["tables"]
 
 
 def _read_claims(path: Path) -> dict[str, Any] | None:

