@@ -18,11 +18,12 @@ import pandas as pd
 import psutil
 import torch
 import transformers
+from filelock import BaseFileLock, FileLock
 
 from softlms.precision import fast_bf16
 
 __all__ = [
-    "append_rows", "code_hash", "commit", "hardware", "is_orphaned", "library_hash", "process_mark", "versions",
+    "append_rows", "code_hash", "commit", "hardware", "is_orphaned", "library_hash", "lock", "process_mark", "versions",
     "weights_hash", "whole_file",
 ]  # fmt: skip
 
@@ -144,11 +145,23 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def lock(path: Path) -> BaseFileLock:
+    """For what one process at a time may do with a file or folder, be it there or not; it ends with the process.
+
+    Parameters
+    ----------
+    path : Path
+        The lock is a hidden file beside it, which stays; the folder of both is made where there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+
 def append_rows(path: str | Path, rows: pd.DataFrame) -> None:
     """Add rows to a CSV file, which a command makes where there is none; each names the commit it was made at."""
     path = Path(path)
-    before = [pd.read_csv(path)] if path.is_file() else []
-    with whole_file(path) as partial:
+    with lock(path), whole_file(path) as partial:  # else of two that read the same file one loses its rows
+        before = [pd.read_csv(path)] if path.is_file() else []
         pd.concat([*before, rows.assign(commit=commit())]).to_csv(
             partial, index=False, float_format="%.6g", lineterminator="\n"
         )

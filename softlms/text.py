@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softlms import corpus
 from softlms.language import SPLITS, load_text
-from softlms.provenance import code_hash, weights_hash
+from softlms.provenance import code_hash, process_mark, weights_hash
 
 __all__ = ["TokenizedText", "blocks", "tokenize_text", "train_tokenizer"]
 
@@ -77,7 +76,7 @@ def tokenize_text(
     place = folder / f"text-{hashlib.sha256(depends.encode()).hexdigest()[:12]}"
     if not place.is_dir():
         texts = texts or load_text(data, libraries=libraries)
-        partial = place.with_name(f"{place.name}.partial-{os.getpid()}")
+        partial = place.with_name(f"{place.name}.partial-{process_mark()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         made = (
