@@ -43,7 +43,7 @@ def serve_lab(root, **environment):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}"]
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
         command += ["--ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.password="]
         command += [f"--ServerApp.root_dir={root / 'notebooks'}", "--LabApp.extension_manager=readonly"]
         environment |= {f"JUPYTER_{name}_DIR": str(own / name) for name in ("CONFIG", "RUNTIME")}

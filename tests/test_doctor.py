@@ -8,6 +8,7 @@ from rich.console import Console
 from test_project import ROOT
 
 from softlms import cli, zoo
+from softlms.batch import check_kernel
 from softlms.doctor import examine, print_findings
 
 
@@ -41,7 +42,18 @@ def test_kernel_of_another_python(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     finding = found("kernel python3")
     assert finding.state == "problem" and f"remove {folder}" in finding.fix
-    assert f"/gone/bin/python, which is not there, not {sys.executable}" in finding.text
+    assert finding.text.endswith("/gone/bin/python, which is not there")
+    (folder / "kernel.json").write_text(json.dumps(kernel | {"argv": ["sh"], "display_name": ""}), "utf-8")
+    finding = found("kernel python3")
+    assert finding.state == "problem" and f"remove {folder}" in finding.fix
+    assert finding.text.endswith(f"starts sh, not {sys.executable}")
+
+
+def test_kernel_where_path_has_no_python(tmp_path, monkeypatch):
+    """A kernel.json says just "python", for which jupyter takes its own: nothing has to be on PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found("kernel python3").state == "ok"
+    check_kernel()
 
 
 def test_encoder_that_is_nowhere(monkeypatch):
