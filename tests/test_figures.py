@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ from rich.console import Console
 from softlms import batch, cli
 from softlms.finished import depends_on, reason_to_run
 from softlms.folders import Folders
+from softlms.progress import Progress
 from softlms.reads import READS
 from softlms.workbook import make_figures, replot_figures
 
@@ -182,7 +184,7 @@ def test_outside_a_checkout(tmp_path, monkeypatch, capsys):
 def test_missing_kernel(checkout, monkeypatch, capsys):
     monkeypatch.setattr(batch, "KERNEL", "elsewhere")
     assert cli.main(["figures"]) == 2
-    assert "'elsewhere' is missing; run: python -m ipykernel install --sys-prefix" in capsys.readouterr().err
+    assert f"'elsewhere' is missing; run: {sys.executable} -m pip install ipykernel" in capsys.readouterr().err
     assert not (checkout / "executed").exists()
 
 
@@ -268,6 +270,35 @@ def test_resume_leaves_out_what_is_finished(checkout):
     assert reason() == "01_good.json cannot be read"
     stamp.unlink()
     assert reason() == "not done before"
+
+
+def test_a_first_run_says_how_long_it_takes(checkout):
+    write_notebook(checkout, "02_more", "import time; time.sleep(1)")
+    (checkout / "notebooks/seconds.toml").write_text("01_good = 100\n02_more = 200\n", "utf-8")
+    status, output = run()
+    assert status == 0 and "01_good: started, 1 of 2; about 5:00 left" in output
+    (left,) = re.findall("02_more: started, 2 of 2; about 0:(..) left", output)  # this machine is faster
+    assert int(left) < 60
+    assert "time left not known for 01_good and 1 more" in run(profile="laptop")[1]  # another profile, other times
+
+
+def test_time_left_without_times_comes_from_cells(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("softlms.progress.time.monotonic", lambda: now[0])
+    bars = Progress(Console(file=io.StringIO()), {"01": None, "02": 60.0}, jobs=1)
+    bars.start("01")
+    assert bars._left() == "more than 1:00 left, not known for 01"
+    now[0] = 20.0
+    bars.cell("01", 2, 5)
+    assert bars._left() == "about 2:20 left"  # four more cells, and 02
+    bars.end("01", 20.0, None)
+    bars.start("02")
+    bars.cell("02", 1, 4)
+    now[0] = 60.0
+    assert bars._left() == "about 0:20 left"
+    bars.cell("02", 3, 4)
+    now[0] = 100.0  # longer than it should take
+    assert bars._left() == "about 1:20 left"
 
 
 def test_files_in_a_data_folder_count(checkout):

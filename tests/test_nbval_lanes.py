@@ -1,6 +1,7 @@
 """The checks are checked: each broken copy of a small notebook fails, and the whole one passes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import nbformat
 import pytest
 
 from softlms import cli
+from softlms.durations import keep_seconds, read_seconds
 from softlms.lanes import read_lanes
 from softlms.notebook_checks import check_notebooks
 from softlms.reads import READS
@@ -194,15 +196,29 @@ def test_changed_tables_that_a_notebook_reads_fail(checkout, capfd, monkeypatch)
     assert "01_small: stale, tables changed" in capfd.readouterr().out
 
 
-def test_a_kernel_that_does_not_start_stops_no_other_notebook(checkout, capsys, monkeypatch, tmp_path):
+def test_a_kernel_that_does_not_start_is_one_line(checkout, tmp_path):
     (tmp_path / "kernels" / "python3").mkdir(parents=True)
     kernel = {"argv": ["false"], "display_name": "none", "language": "python"}
     (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(kernel), "utf-8")
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     before = (checkout / "notebooks" / "01_small.ipynb").read_bytes()
-    assert cli.main(["stamp"]) == 1
-    assert "01_small: failed, and left as it was: RuntimeError: Kernel died" in capsys.readouterr().out
+    command = [sys.executable, "-c", "import sys; from softlms.cli import main; sys.exit(main(['stamp']))"]
+    environment = os.environ | {"JUPYTER_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert run.returncode == 1
+    assert run.stdout.startswith("01_small: failed, and left as it was: RuntimeError: Kernel died")
+    assert "Traceback" not in run.stderr  # at exit, of a kernel that was never there
     assert (checkout / "notebooks" / "01_small.ipynb").read_bytes() == before
+
+
+def test_what_is_edited_while_it_runs_is_kept(checkout, capsys):
+    path = checkout / "notebooks" / "01_small.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.cells[5].source += f"\nwith open({str(path)!r}, 'a', encoding='utf-8') as file:\n    file.write(' ')"
+    nbformat.write(book, path)
+    before = path.read_bytes()
+    assert cli.main(["stamp"]) == 1
+    assert "01_small: left as it was: it was edited while it ran" in capsys.readouterr().out
+    assert path.read_bytes() == before + b" "
 
 
 def test_prose_may_change(checkout):
@@ -222,6 +238,17 @@ def test_stamping_keeps_ids_and_is_the_same_twice(checkout):
     before = path.read_text("utf-8")
     assert cli.main(["stamp", "01"]) == 0
     assert path.read_text("utf-8") == before
+
+
+def test_a_stamp_keeps_how_long_it_took(checkout):
+    """`softlms figures` says what a first run takes; times that are nearly those change no file."""
+    folder = checkout / "notebooks"
+    assert read_seconds(folder).keys() == {"01_small"}
+    keep_seconds(folder, "00_other", 10.2)
+    keep_seconds(folder, "00_other", 17)
+    assert read_seconds(folder)["00_other"] == 10
+    keep_seconds(folder, "00_other", 21)
+    assert read_seconds(folder) == {"00_other": 21, "01_small": read_seconds(folder)["01_small"]}
 
 
 def test_what_fails_or_is_not_clean_stays_as_it_was(checkout, capsys):
