@@ -15,6 +15,7 @@ import time
 
 import nbformat
 import pytest
+from disks import make_read_only, mounted
 from kill_figures import (
     ROOT,
     broken_files,
@@ -66,19 +67,12 @@ def checkout(tmp_path, monkeypatch):
 @pytest.fixture
 def small_disk(tmp_path, monkeypatch):
     """A checkout on a disk of its own, of 1 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("no disk can be mounted here")
-    (place / "pyproject.toml").touch()
-    (place / "notebooks").mkdir()
-    monkeypatch.chdir(place)
-    yield place
-    os.chdir(tmp_path)
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with mounted(tmp_path / "disk", "1m") as place:
+        (place / "pyproject.toml").touch()
+        (place / "notebooks").mkdir()
+        monkeypatch.chdir(place)
+        yield place
+        os.chdir(tmp_path)
 
 
 def run(*names, command=make_figures, **options):
@@ -199,7 +193,7 @@ def test_a_file_where_a_folder_should_be(checkout, capsys, folder):
 
 def test_read_only_disk(small_disk, capsys):
     write_notebook(small_disk, "01_good", GOOD)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    make_read_only(small_disk)
     assert cli.main(["figures"]) == 2
     assert "cannot be written: Read-only file system" in capsys.readouterr().err
 
