@@ -1,9 +1,12 @@
 """The files that describe the project agree with each other."""
 
+import ast
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
@@ -122,3 +125,65 @@ def test_pictures_that_readme_shows_are_there():
     for path in re.findall(r"\]\((figures/[^)]+)\)", (ROOT / "README.md").read_text("utf-8")):
         assert (ROOT / path).is_file(), path
         assert (ROOT / path).with_suffix(".pdf").is_file(), path
+
+
+def imports(statements):
+    """Modules that statements name, in full."""
+    for node in statements:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def packages(modules):
+    """What has to be installed for them, as a requirement names it."""
+    names = {module.split(".")[0] for module in modules} - {"softlms"} - set(sys.stdlib_module_names)
+    return {canonical(packages_distributions()[name][0]) for name in names}
+
+
+def declared(requirements):
+    return {canonical(re.match(r"[\w.-]+", line)[0]) for line in requirements}
+
+
+def test_every_import_is_declared():
+    """Else a package that another one brings along today is missing tomorrow."""
+    trees = {path.stem: ast.parse(path.read_text("utf-8")) for path in (ROOT / "softlms").glob("*.py")}
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    core, mamba = declared(PYPROJECT["project"]["dependencies"]), declared(extras["mamba"])
+    used = packages(name for tree in trees.values() for name in imports(ast.walk(tree)))
+    assert used <= core | declared(extras["notebooks"]) | declared(extras["export"])
+    assert packages(imports(ast.walk(trees["scan_kernel"]))) <= core | mamba
+
+    reached, left = set(), ["__init__"]  # what `import softlms` imports
+    while left:
+        if (module := left.pop()) not in reached:
+            reached.add(module)
+            inner = (name.removeprefix("softlms.") for name in imports(trees[module].body))
+            left += [name for name in inner if name in trees]
+    assert "training" in reached
+    assert packages(name for module in reached for name in imports(trees[module].body)) <= core
+
+
+ELSEWHERE = """
+import builtins, importlib, pathlib, sys
+
+def without(name, globals=None, *rest, **named):
+    if name in {"fcntl", "grp", "pwd", "resource", "termios"} and str((globals or {}).get("__name__")) in modules:
+        raise ImportError(f"{name} is not on Windows")
+    return known(name, globals, *rest, **named)
+
+modules = [f"softlms.{path.stem}" for path in pathlib.Path(sys.argv[1]).glob("*.py") if path.stem != "__init__"]
+known, builtins.__import__ = builtins.__import__, without
+for module in modules:
+    importlib.import_module(module)
+"""
+
+
+def test_every_module_is_imported_where_there_is_no_posix():
+    command = [sys.executable, "-c", ELSEWHERE, str(ROOT / "softlms")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr
+    posix = r"\bos\.(fork|getgid|getuid|kill|killpg|sysconf)\b"  # os.kill(process, 0) ends the process on Windows
+    assert not [path.name for path in (ROOT / "softlms").glob("*.py") if re.search(posix, path.read_text("utf-8"))]
