@@ -31,7 +31,7 @@ GRID = Grid(
     (
         Pass(("svd+uniform", "svd+soft"), (0.5,)),
         Pass(("svd+uniform", "whitened+greedy"), (0.5,), recover=False),
-        Pass(("svd+uniform",), (0.3,), tasks=("docpairs",)),
+        Pass(("svd+uniform",), (0.3,)),
     ),
 )
 
