@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import KernelManager
 
 from softlms.progress import Progress
 from softlms.reads import follows_others
@@ -48,21 +49,33 @@ class Ending:
     copy: str | None
 
 
-def check_kernel() -> None:
+def check_kernel() -> tuple[str, str]:
     """See whether the notebooks' kernel is installed.
+
+    Returns
+    -------
+    tuple of str
+        The folder that describes it, and the program that it starts: this Python where that says just ``python``.
 
     Raises
     ------
     ValueError
-        It is not, or its interpreter is gone.
+        It is not there, its description cannot be read, or its interpreter is gone; with what mends it.
     """
-    fix = "run: python -m ipykernel install --sys-prefix"
+    folder = KernelSpecManager().find_kernel_specs().get(KERNEL)
+    if folder is None:
+        raise ValueError(f"The Jupyter kernel {KERNEL!r} is missing; run: {sys.executable} -m pip install ipykernel")
     try:
-        command = KernelSpecManager().get_kernel_spec(KERNEL).argv[0]
-    except NoSuchKernel:
-        raise ValueError(f"The Jupyter kernel {KERNEL!r} is missing; {fix}") from None
+        command = KernelManager(kernel_name=KERNEL).format_kernel_cmd()[0]
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{folder}/kernel.json cannot be read: {error}; {_remove(folder)}") from None
     if shutil.which(command) is None:
-        raise ValueError(f"The Jupyter kernel {KERNEL!r} starts {command}, which is not there; {fix}")
+        raise ValueError(f"{folder}/kernel.json starts {command}, which is not there; {_remove(folder)}")
+    return folder, command
+
+
+def _remove(folder: str) -> str:
+    return f"remove {folder}: {sys.executable} brings its own"
 
 
 def run_notebooks(

@@ -134,7 +134,7 @@ def load_claims(path: Path) -> list[Claim]:
         There is no such file.
     """
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text("utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name}: {error}") from error
     if unknown := set(tables) - {"claim", "setting"}:

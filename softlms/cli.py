@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -142,6 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("--profile", default="laptop", help="whose rows: quick, laptop (default) or paper")
     verify.add_argument("--write", action="store_true", help="write README's generated tables anew first")
 
+    for stream in (sys.stdout, sys.stderr):  # what a console's encoding lacks is written as its code, not an error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:

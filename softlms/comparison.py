@@ -82,11 +82,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Pass:
-    """Methods at budgets, on the tasks named (all of the grid's where none is); without `recover`, untuned."""
+    """Methods at budgets, on all of the grid's tasks; without `recover`, untuned."""
 
     methods: tuple[str, ...]
     keeps: tuple[float, ...]
-    tasks: tuple[str, ...] = ()
     recover: bool = True
 
 
@@ -127,7 +126,7 @@ class Grid:
         """
         for one in self.passes:
             for keep in one.keeps:
-                for task in one.tasks or self.tasks:
+                for task in self.tasks:
                     for seed in self.seeds:
                         setting = self.tasks[task]
                         recipe = self.recipe.changed(**setting.changes, keep=keep)

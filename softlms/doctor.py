@@ -113,7 +113,7 @@ def _checkout() -> Iterator[Finding]:
         yield Finding("checkout", "problem", str(error), "cd into the checkout")
         return
     yield Finding("checkout", "ok", str(root))
-    lines = (root / "requirements.txt").read_text().splitlines()
+    lines = (root / "requirements.txt").read_text("utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     versions = {pin: _version(pin.name) for pin in pins}
     others = [f"{pin} ({found})" for pin, found in versions.items() if found and not pin.specifier.contains(found)]
@@ -145,23 +145,17 @@ def _writable(root: Path) -> Finding:
 
 def _kernel() -> Finding:
     """Does the kernel python3, which every notebook names, start this Python? One of the user's may hide it."""
-    from jupyter_client.kernelspec import KernelSpecManager
+    from softlms.batch import check_kernel
 
     try:
-        spec = KernelSpecManager().get_kernel_spec("python3")
-    except (ValueError, KeyError) as error:
-        text = f"its kernel.json cannot be read: {error}"
-        return Finding("kernel python3", "problem", text, "jupyter kernelspec list says where: remove it")
-    command = spec.argv[0]
-    # jupyter puts its own Python in place of a bare name
-    if (
-        command in ("python", "python3", f"python3.{sys.version_info.minor}")
-        or Path(command).parent == Path(sys.executable).parent
-    ):
+        folder, command = check_kernel()
+    except ValueError as error:
+        text, _, fix = str(error).partition("; ")
+        return Finding("kernel python3", "problem", text, fix)
+    if Path(command).parent == Path(sys.executable).parent:
         return Finding("kernel python3", "ok", f"starts {sys.executable}")
-    there = "" if shutil.which(command) else ", which is not there"
-    text = f"{spec.resource_dir} starts {command}{there}, not {sys.executable}"
-    return Finding("kernel python3", "problem", text, f"remove {spec.resource_dir}: this Python brings its own")
+    text = f"{folder} starts {command}, not {sys.executable}"
+    return Finding("kernel python3", "problem", text, f"remove {folder}: this Python brings its own")
 
 
 def _hub() -> Finding:

@@ -102,7 +102,7 @@ def draw(name: str, figures: Path, results: Path) -> list[Path]:
     }
     beside = figures / f"{name}.json"
     with whole_file(beside) as partial:
-        partial.write_text(json.dumps(note, indent=1) + "\n")
+        partial.write_text(json.dumps(note, indent=1) + "\n", "utf-8")
     return [*files, beside]
 
 
@@ -120,7 +120,7 @@ def check_drawing(name: str, figures: Path, results: Path) -> list[str]:
     if name not in DRAWINGS:
         return [f"{name}: {beside} is of no figure that is known"]
     try:
-        note: dict[str, Any] = json.loads(beside.read_text())
+        note: dict[str, Any] = json.loads(beside.read_text("utf-8"))
         hashes = {folder / entry["file"]: entry["sha256"] for folder, key in parts for entry in note[key]}
     except (ValueError, KeyError, TypeError):
         return [f"{name}: {beside} cannot be read: draw it again"]

@@ -2,20 +2,17 @@
 
 A run is one method at one seed. Its folder under ``runs/`` is named by a key of everything it depends on: recipe,
 encoder, sentences, the library's code and versions. It is written under a temporary name and moved when whole, so a
-killed batch continues with the first run that is missing, and a dense model's training at its last checkpoint.
+killed batch continues with the first run that is missing, and a dense model's training at its last checkpoint. One
+process at a time makes a run; others that want it wait, and take what is there then.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
-import socket
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +23,6 @@ from typing import Any, ClassVar
 import datasets
 import torch
 import transformers
-from filelock import FileLock
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -42,7 +38,7 @@ from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
 from softlms.factorization import Factors, factorize
 from softlms.jobs import Job, available_processes, run_jobs, tell_stored, use_threads
 from softlms.methods import cut_and_recover, learn_ranks, train_dense
-from softlms.provenance import code_hash, commit, hardware, versions, weights_hash
+from softlms.provenance import code_hash, commit, hardware, lock, versions, weights_hash, whole_file
 from softlms.recipe import Recipe, parse_method
 from softlms.run_key import DEPENDS, key, why_missing
 from softlms.scan import fast_scan
@@ -178,15 +174,14 @@ class Bench:
         if stored is not None:
             return stored
         pair, folder = self._place(method, recipe, seed)
-        if pair == "dense":  # what several processes need one of them trains, and the others wait
-            with FileLock(Path(tempfile.gettempdir()) / f"softlms-{os.getuid()}-{folder.name}.lock"):
-                return self.stored(method, recipe, seed) or self._run(pair, folder, method, recipe, seed)
-        if recipe.start == "fine-tuned" or recipe.distillation:
+        if pair != "dense" and (recipe.start == "fine-tuned" or recipe.distillation):
             self.run("dense", recipe, seed)  # first, so that its time is not counted here
-        return self._run(pair, folder, method, recipe, seed)
+        with lock(folder):
+            return self.stored(method, recipe, seed) or self._run(pair, folder, method, recipe, seed)
 
     def _run(self, pair: str, folder: Path, method: str, recipe: Recipe, seed: int) -> Run:
-        partial = _own_folder(folder)
+        partial = folder.with_name(f"{folder.name}.partial")  # one that a killed process left is continued
+        partial.mkdir(exist_ok=True)
         started = time.monotonic()
         transformers.set_seed(seed)
         do = train_dense if pair == "dense" else learn_ranks if pair.endswith("+soft") else cut_and_recover
@@ -200,11 +195,8 @@ class Bench:
             "encoder": self.encoder.source,
             "data": self.data.source,
         }
-        (partial / DEPENDS).write_text(json.dumps(self._depends(pair, recipe, seed), indent=1))
-        (partial / "result.json").write_text(json.dumps(result, indent=1))
-        if (stored := self.stored(method, recipe, seed)) is not None:  # done meanwhile by a process beside this one
-            shutil.rmtree(partial)
-            return stored
+        (partial / DEPENDS).write_text(json.dumps(self._depends(pair, recipe, seed), indent=1), "utf-8")
+        (partial / "result.json").write_text(json.dumps(result, indent=1), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # a folder without result.json is no run
         partial.rename(folder)
         return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
@@ -214,7 +206,7 @@ class Bench:
         pair, folder = self._place(method, recipe, seed)
         if not (folder / "result.json").is_file():
             return None
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text("utf-8"))
         return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
 
     def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
@@ -277,10 +269,9 @@ class Bench:
         stored = self._dense_folder(recipe, seed).parent / "teacher_logits.json"
         if not stored.is_file():
             taught = add_teacher_logits(rows, self.dense_model(recipe, seed), self.collator)
-            partial = stored.with_suffix(f".partial-{os.getpid()}")
-            partial.write_text(json.dumps(list(taught["teacher_logits"])))
-            partial.replace(stored)
-        return rows.add_column("teacher_logits", json.loads(stored.read_text()))
+            with whole_file(stored) as partial:
+                partial.write_text(json.dumps(list(taught["teacher_logits"])), "utf-8")
+        return rows.add_column("teacher_logits", json.loads(stored.read_text("utf-8")))
 
     def factors(self, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Factors]:
         """Factors of a dense model; those of one model are kept in memory, to be shared by several allocations."""
@@ -364,25 +355,3 @@ class Bench:
             | {f"code.{module}": code_hash(module) for module in (*_SOURCES, *self.sources)}
             | {"seed": seed, "versions": versions(), "hardware": hardware(_THREADS)}
         )
-
-
-def _own_folder(run: Path) -> Path:
-    """A temporary folder for a run: what a process that ended left of the same run, or a new one."""
-    here = f"{run.name}.partial-{socket.gethostname()}-"
-    own = run.with_name(f"{here}{os.getpid()}")
-    for left in run.parent.glob(f"{here}*"):
-        if not own.exists() and not _is_running(int(left.name.removeprefix(here))):
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                left.rename(own)
-    own.mkdir(parents=True, exist_ok=True)
-    return own
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # someone else's
-    return True

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
+from softlms.durations import read_seconds
 from softlms.folders import Folders, folder_state
 from softlms.profiles import DATA_VARIABLE
 from softlms.provenance import hardware, library_hash, versions, whole_file
@@ -54,7 +56,7 @@ def reason_to_run(folders: Folders, notebook: str, depends: Mapping[str, Any]) -
         See `depends_on`.
     """
     try:
-        before = json.loads(_place(folders, notebook).read_text())
+        before = json.loads(_place(folders, notebook).read_text("utf-8"))
         wrote = [folders.root / file for file in before.pop("wrote")]
     except FileNotFoundError:
         return "not done before"
@@ -83,16 +85,17 @@ def mark_finished(folders: Folders, notebook: str, depends: Mapping[str, Any], w
     """Say that a notebook is finished, for what, and which figures and tables it wrote."""
     files = [file.relative_to(folders.root).as_posix() for file in wrote]
     with whole_file(_place(folders, notebook)) as partial:
-        partial.write_text(json.dumps({**depends, "wrote": files}, indent=1) + "\n")
+        partial.write_text(json.dumps({**depends, "wrote": files}, indent=1) + "\n", "utf-8")
 
 
 def stored_seconds(folders: Folders, notebook: str) -> float | None:
-    """How long the notebook took when its executed copy was made; None where there is none."""
-    try:
-        executed = json.loads((folders.executed / f"{notebook}.ipynb").read_text())
+    """How long the notebook took when its executed copy was made, or was stamped; None where neither is known."""
+    with suppress(FileNotFoundError, ValueError, KeyError):  # a time is only an estimate: none is no error
+        executed = json.loads((folders.executed / f"{notebook}.ipynb").read_text("utf-8"))
         return executed["metadata"]["papermill"]["duration"]
-    except (FileNotFoundError, ValueError, KeyError):  # a time is only an estimate: none is no error
-        return None
+    with suppress(ValueError):
+        return read_seconds(folders.root / "notebooks").get(notebook) if folders.profile == "quick" else None
+    return None
 
 
 def _place(folders: Folders, notebook: str) -> Path:

@@ -17,11 +17,12 @@ class Folders:
 
     Attributes
     ----------
+    profile : str
     root, figures, results, executed, runs : Path
     """
 
     def __init__(self, root: Path, profile: str) -> None:
-        self.root = root
+        self.root, self.profile = root, profile
         self.figures, self.results, self.executed = (
             root / kind / profile for kind in ("figures", "results", "executed")
         )

@@ -7,13 +7,13 @@ trained one; a checkpoint does as well.
 from __future__ import annotations
 
 import copy
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 import transformers
 from rich.console import Console
@@ -32,7 +32,7 @@ from softlms.ranges import check_at_least_one
 from softlms.scan import fast_scan
 from softlms.surgery import decompose, deploy
 
-__all__ = ["FULL_SIZE", "compress_full_size", "describe_full_size", "find_full_size", "print_full_size"]
+__all__ = ["FULL_SIZE", "compress_full_size", "describe_full_size", "find_full_size", "peak_gb", "print_full_size"]
 
 # class and configuration, as published on the hub
 FULL_SIZE: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
@@ -123,7 +123,7 @@ def compress_full_size(
             dense_again = _recomposed(compressed)(**row).logits
         error = ((thin - dense_again).norm() / dense_again.norm()).item()
         made_on = hardware()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    peak = peak_gb()
     return {
         "model": model,
         "weights": "random" if model in FULL_SIZE else "checkpoint",
@@ -152,6 +152,15 @@ def print_full_size(*, model: str, out: str = "", **options: Any) -> None:
     Console().print(table)
     if out:
         append_rows(out, pd.DataFrame([result]))
+
+
+def peak_gb() -> float:
+    """The most memory that this process has held, in GB."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 def describe_full_size(result: Mapping[str, Any]) -> pd.Series:

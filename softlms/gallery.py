@@ -26,7 +26,7 @@ import softlms
 from softlms.drawing import check_drawing
 from softlms.notebook_pages import Section, code_style, markdown, notebook_body, plain, sections
 from softlms.profiles import PROFILES, project_root
-from softlms.provenance import commit, is_orphaned, process_mark
+from softlms.provenance import commit, is_orphaned, lock, process_mark
 
 __all__ = ["build_gallery", "print_gallery"]
 
@@ -111,7 +111,7 @@ def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
         for chapter in chapters:
             body = Markup(notebook_body(nbformat.read(chapter.source, as_version=4)))
             pages.write("notebook.html", f"notebooks/{chapter.name}.html", chapter=chapter, body=body)
-        style = (TEMPLATES / "style.css").read_text()
+        style = (TEMPLATES / "style.css").read_text("utf-8")
         (folder / "style.css").write_text(style + code_style(), "utf-8")
         (folder / "api.html").write_text(_api_page(), "utf-8")
     return out / "index.html"
@@ -182,7 +182,7 @@ def _read_chapters(root: Path, profile: str) -> list[Chapter]:
 
 
 def _tables(note: Path) -> list[dict[str, Any]]:
-    return json.loads(note.read_text())["tables"]
+    return json.loads(note.read_text("utf-8"))["tables"]
 
 
 def _read_claims(path: Path) -> dict[str, Any] | None:
@@ -228,9 +228,10 @@ def _whole_folder(out: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
+        with lock(out):  # else of two builds that end together one finds a site in its place
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

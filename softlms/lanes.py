@@ -25,7 +25,7 @@ def read_lanes(folder: Path) -> dict[str, dict[Path, str]]:
     FileNotFoundError
         No manifest.
     """
-    manifest = tomllib.loads((folder / "lanes.toml").read_text())
+    manifest = tomllib.loads((folder / "lanes.toml").read_text("utf-8"))
     listed = [name for job in manifest.values() for name in job]
     there = {path.stem for path in folder.glob("*.ipynb")}
     twice = {name for name in listed if listed.count(name) > 1}

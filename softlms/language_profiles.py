@@ -164,6 +164,10 @@ def open_language_book(
     ValueError, FileNotFoundError
         Unknown profile or family, a model of another family, or as from `tokenize_text` and `find_encoder`: before any
         work.
+
+    Notes
+    -----
+    It sets up the whole kernel, as `softlms.profiles.make_book` says.
     """
     if profile not in LANGUAGE_PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(LANGUAGE_PROFILES)}.")

@@ -180,7 +180,7 @@ def _print_times(
     Console().print(table)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with Path(out).open("w", newline="") as file:
+        with Path(out).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             origin = dict(settings) | {
                 "hardware": hardware(settings["threads"]),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
 from rich.console import Console
 from torch import nn
@@ -16,7 +14,7 @@ from transformers import PreTrainedModel
 from softlms.architectures import find_targets
 from softlms.costs import random_rows
 from softlms.factorization import as_linear
-from softlms.full_size import find_full_size
+from softlms.full_size import find_full_size, peak_gb
 from softlms.layers import SoftLinear, replace
 from softlms.provenance import append_rows, hardware, versions
 from softlms.ranges import check_at_least_one
@@ -66,7 +64,7 @@ def training_memory(
         skeleton = _in_form(create(None), model, form)
     parameters = sum(p.numel() for p in skeleton.parameters() if p.requires_grad)
     peak = float("nan")
-    if STATE * parameters < 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    if STATE * parameters < 0.9 * psutil.virtual_memory().total:
         torch.manual_seed(0)
         network = _in_form(create(None), model, form)
         inputs = random_rows(config.vocab_size, batch, tokens)
@@ -75,7 +73,7 @@ def training_memory(
         with fast_scan():
             network.train()(**inputs).loss.backward()
         optimizer.step()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        peak = peak_gb()
     return {
         "model": model,
         "form": form,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def check_notebooks(jobs: Sequence[str] = ()) -> int:
     chosen = {path: lane for job in jobs or lanes for path, lane in lanes[job].items()}
     faults = []
     for path, lane in chosen.items():
-        book = json.loads(path.read_text())
+        book = json.loads(path.read_text("utf-8"))
         found, stale = lint(book, lane), stale_parts(path.stem, book, root)
         if OWN_PARTS & set(stale):
             found.append(f"stale, {describe(stale)}: run softlms stamp {path.stem}")
@@ -51,10 +52,12 @@ def check_notebooks(jobs: Sequence[str] = ()) -> int:
     if faults:
         print("\n".join(faults))
         return 1
+    environment = os.environ | {"PYTHONUTF8": "1"}  # nbval opens notebooks in the locale's encoding
     status = 0
     for lane, option in LANES.items():
         paths = [str(path) for path in chosen if chosen[path] == lane]
         if paths:
             settings = [option, "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT_S}"]
-            status |= bool(subprocess.run([sys.executable, "-m", "pytest", *settings, *paths], cwd=root).returncode)
+            command = [sys.executable, "-m", "pytest", *settings, *paths]
+            status |= bool(subprocess.run(command, cwd=root, env=environment).returncode)
     return status

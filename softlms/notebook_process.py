@@ -38,7 +38,7 @@ def run_notebook(notebook: Path, executed: Path, kernel: str, parameters: dict[s
     parameters : dict
         Those that papermill injects.
     """
-    events = os.fdopen(os.dup(1), "w", buffering=1)
+    events = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what a kernel writes to its standard output is no event
 
     def tell(**event: Any) -> None:

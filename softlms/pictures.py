@@ -62,7 +62,7 @@ def plot_quickstart(history: pd.DataFrame, ranks: pd.DataFrame) -> Figure:
 
 
 def plot_threshold_functions() -> Figure:
-    """The three threshold functions, at alpha = 1 (Fig. 2 of the paper)."""
+    """The three threshold functions, at alpha = 1 (Fig. 4 of the paper)."""
     sigma, alpha = _sigma(), 1.0
     fig, axes = figure(1, 3, height=2.5)
     axes[0].plot(sigma, hard_threshold(sigma, alpha), color=PALETTE["dense"])

@@ -200,7 +200,7 @@ class Book:
         """Write a table for people, Markdown or LaTeX; `suffix` ends in the file's kind."""
         path = self.results / f"{self.name}{suffix}"
         with whole_file(path) as partial:
-            partial.write_text(text if text.endswith("\n") else text + "\n")
+            partial.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
         self.written.append(path)
 
     def check(self) -> None:
@@ -229,6 +229,10 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
     ------
     ValueError, FileNotFoundError
         Unknown profile, or as from `load_task` and `find_encoder`: before any work.
+
+    Notes
+    -----
+    It sets up the whole kernel, as `make_book` says.
     """
     if profile not in PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
@@ -241,7 +245,15 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
 
 
 def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book:
-    """Set this process up for a notebook, and open its book; see `Book`."""
+    """Set this process up for a notebook, and open its book; see `Book`.
+
+    Notes
+    -----
+    For the rest of the process torch has one thread (runs have it anyway; cells that call the library themselves have
+    numbers too, whose last digits depend on it), matplotlib has the workbook's style, and transformers and datasets
+    show no bars and tell nothing but errors. ``torch.set_num_threads``, ``transformers.utils.logging`` and
+    ``datasets.enable_progress_bars`` undo it.
+    """
     plotting.use_style()
     be_quiet()
     torch.set_num_threads(1)  # as in the processes of softlms.jobs: a number depends on nothing that is free by chance

@@ -18,11 +18,12 @@ import pandas as pd
 import psutil
 import torch
 import transformers
+from filelock import BaseFileLock, FileLock
 
 from softlms.precision import fast_bf16
 
 __all__ = [
-    "append_rows", "code_hash", "commit", "hardware", "is_orphaned", "library_hash", "process_mark", "versions",
+    "append_rows", "code_hash", "commit", "hardware", "is_orphaned", "library_hash", "lock", "process_mark", "versions",
     "weights_hash", "whole_file",
 ]  # fmt: skip
 
@@ -44,7 +45,8 @@ def _processor() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        lines = cpuinfo.read_text("utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
         model = names[0] if names else model
     # one name may stand for processors with other instructions, whose numbers differ
     return f"{model} {torch.backends.cpu.get_cpu_capability()}{'-BF16' if fast_bf16() else ''}"
@@ -62,7 +64,7 @@ def commit() -> str:
     package = Path(__file__).parent
     git = ["git", "-C", str(package)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, encoding="utf-8")
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
     except FileNotFoundError:  # no git
         return "none"
@@ -80,7 +82,7 @@ def code_hash(*modules: str) -> str:
     """
     digest = hashlib.sha256()
     for name in modules:
-        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text())
+        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
@@ -143,11 +145,23 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def lock(path: Path) -> BaseFileLock:
+    """For what one process at a time may do with a file or folder, be it there or not; it ends with the process.
+
+    Parameters
+    ----------
+    path : Path
+        The lock is a hidden file beside it, which stays; the folder of both is made where there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+
 def append_rows(path: str | Path, rows: pd.DataFrame) -> None:
     """Add rows to a CSV file, which a command makes where there is none; each names the commit it was made at."""
     path = Path(path)
-    before = [pd.read_csv(path)] if path.is_file() else []
-    with whole_file(path) as partial:
+    with lock(path), whole_file(path) as partial:  # else of two that read the same file one loses its rows
+        before = [pd.read_csv(path)] if path.is_file() else []
         pd.concat([*before, rows.assign(commit=commit())]).to_csv(
             partial, index=False, float_format="%.6g", lineterminator="\n"
         )

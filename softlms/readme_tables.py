@@ -267,12 +267,12 @@ def check_tables(text: str, results: Path) -> list[str]:
 
 def write_tables(path: Path, results: Path) -> None:
     """Write a file's blocks anew, and nothing else of it; parameters and errors as `check_tables`."""
-    text = path.read_text()
+    text = path.read_text("utf-8")
     for block in reversed(_blocks(text)):
         text = text[: block.start("text")] + _render(block["name"], results) + text[block.end("text") :]
-    if text != path.read_text():
+    if text != path.read_text("utf-8"):
         with whole_file(path) as partial:
-            partial.write_text(text)
+            partial.write_text(text, "utf-8")
 
 
 def _blocks(text: str) -> list[re.Match[str]]:

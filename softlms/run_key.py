@@ -46,7 +46,7 @@ def why_missing(folder: Path, kind: str, depends: Mapping[str, Any]) -> str:
     """
     here = json.loads(json.dumps(depends))
     results = folder.glob(f"{glob.escape(kind)}-*/result.json")
-    others = [json.loads(path.read_text()) for r in results if (path := r.with_name(DEPENDS)).is_file()]
+    others = [json.loads(path.read_text("utf-8")) for r in results if (path := r.with_name(DEPENDS)).is_file()]
     if not others:
         return "none like it is stored"
     differing = [sorted(n for n in here.keys() | other.keys() if here.get(n) != other.get(n)) for other in others]

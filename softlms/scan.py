@@ -47,7 +47,8 @@ def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
     Mamba's recurrence (arXiv 2312.00752, eq. 2); the schedule is ours. Autograd through a plain loop writes a zero
     tensor of batch x d_inner x length x d_state for each step of time; here the backward is written out, and makes
     each chunk's states anew from the one before it: memory grows with length / 16 states. It is compiled at the first
-    call (seconds; numba keeps the result), and goes through ``torch.compile`` as one operator.
+    call (seconds; numba keeps the result, and a warning says so where it cannot), and goes through ``torch.compile`` as
+    one operator.
     """
     # time before channels: a step's slices are contiguous
     inputs = (*(x.float().transpose(1, 2).contiguous() for x in (u, dt)), A.float().T.contiguous(),

@@ -6,6 +6,7 @@ neighbouring channels, whose states stay in place while time runs; units are ind
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,10 +23,26 @@ CHUNK = 16  # steps between two states that are kept for the backward
 FORWARD_LANES, BACKWARD_LANES = 16, 128  # measured: the backward sums over lanes, and wants many
 
 f32 = np.float32
+
+
+def _can_keep() -> bool:
+    """Whether numba finds a folder for what it compiles here; a read-only installation and home have none."""
+    try:
+        numba.njit(cache=True)(_can_keep)
+    except RuntimeError as error:
+        warnings.warn(
+            f"Mamba's scan is compiled again in each process, some seconds: {error}; "
+            "set NUMBA_CACHE_DIR to a folder that can be written.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 # sums may be reordered, so that loops over lanes become vector instructions; NaN and infinity stay what they are
 _COMPILED: dict[str, Any] = {
     "nogil": True,
-    "cache": True,
+    "cache": _can_keep(),
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},
 }

@@ -3,7 +3,8 @@
 A notebook whose own sources changed since it was executed, or committed tables that it reads, fails CI. A change of the
 library or of the pinned versions makes it stale too, and CI only warns: else each commit to the library would ask for a
 quarter of an hour of execution.
-``softlms stamp`` executes and stamps, ``softlms stamp --check`` says what is stale, and why.
+``softlms stamp`` executes and stamps, and keeps how long that took (`softlms.durations`); ``softlms stamp --check``
+says what is stale, and why.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from softlms.durations import keep_seconds
 from softlms.lanes import read_lanes
 from softlms.notebook_lint import lint
 from softlms.profiles import project_root
@@ -53,7 +56,7 @@ def make_stamp(name: str, book: dict[str, Any], root: Path) -> dict[str, str]:
         comments and docstrings) and ``environment`` (the pinned versions and Python's own).
     """
     code = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
-    pins = [line for line in (root / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = [line for line in (root / "requirements.txt").read_text("utf-8").splitlines() if line and line[0] != "#"]
     return {
         "source": _digest(code),
         "tables": _digest([*read_tables(root / "results", name).items()]),
@@ -101,7 +104,7 @@ def stamp_notebooks(names: Sequence[str] = (), *, check: bool = False) -> int:
     status = 0
     for path in choose_notebooks(root / "notebooks", names):
         if check:
-            stale = stale_parts(path.stem, json.loads(path.read_text()), root)
+            stale = stale_parts(path.stem, json.loads(path.read_text("utf-8")), root)
             said = f"stale, {describe(stale)}" if stale else "fresh"
             status |= bool(stale)
         else:
@@ -112,7 +115,8 @@ def stamp_notebooks(names: Sequence[str] = (), *, check: bool = False) -> int:
 
 
 def _execute(path: Path, check: str, root: Path) -> str:
-    book = nbformat.read(path, as_version=4)
+    before = path.read_bytes()
+    book = nbformat.reads(before.decode("utf-8"), as_version=4)
     client = NotebookClient(
         book,
         kernel_name=KERNEL["name"],
@@ -125,8 +129,14 @@ def _execute(path: Path, check: str, root: Path) -> str:
         coalesce_streams=True,
         extra_arguments=["--Application.log_level=ERROR"],  # a line about TCP at each kernel's start
     )
+    started = time.monotonic()
     try:
+        # started here, as execute() leaves a hook that fails at exit where the kernel does not start
+        client.create_kernel_manager()
+        client.start_new_kernel()
+        client.start_new_kernel_client()
         client.execute()
+        seconds = time.monotonic() - started
     except CellExecutionError as failure:
         return f"failed, and left as it was: {failure.ename}: {failure.evalue}"
     except Exception as failure:  # a kernel that does not start, or that dies
@@ -144,8 +154,11 @@ def _execute(path: Path, check: str, root: Path) -> str:
     faults = lint(book, check)
     if faults:
         return f"left as it was: {'; '.join(faults)}"
+    if path.read_bytes() != before:
+        return "left as it was: it was edited while it ran"
     with whole_file(path) as partial:
         nbformat.write(book, partial)
+    keep_seconds(path.parent, path.stem, seconds)
     return "executed"
 
 

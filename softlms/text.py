@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from softlms import corpus
 from softlms.language import SPLITS, load_text
-from softlms.provenance import code_hash, weights_hash
+from softlms.provenance import code_hash, process_mark, weights_hash
 from softlms.zoo import load_tokenizer
 
 __all__ = ["TokenizedText", "blocks", "tokenize_text", "train_tokenizer"]
@@ -79,7 +78,7 @@ def tokenize_text(
     if not place.is_dir():
         given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else None
         texts = texts or load_text(data, libraries=libraries)
-        partial = place.with_name(f"{place.name}.partial-{os.getpid()}")
+        partial = place.with_name(f"{place.name}.partial-{process_mark()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         made = given or train_tokenizer(texts["train"], int(tokenizer))

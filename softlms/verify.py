@@ -88,7 +88,7 @@ def verify(
     if write:
         write_tables(readme, results)
     wrong = check_derived(results / COMMITTED)
-    wrong += check_tables(readme.read_text(), results) + check_prose(root, claims, settings)
+    wrong += check_tables(readme.read_text("utf-8"), results) + check_prose(root, claims, settings)
     console.print(_table(judged, profile))
     failed = failures(judged, profile)
     for line in (*failed, *wrong):
@@ -121,9 +121,9 @@ def check_prose(root: Path, claims: Sequence[Claim], settings: Sequence[Setting]
     settings : sequence of Setting
         Each text must stand in its file.
     """
-    texts = {"README.md": (root / "README.md").read_text()}
+    texts = {"README.md": (root / "README.md").read_text("utf-8")}
     for path in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
-        cells = json.loads(path.read_text())["cells"]
+        cells = json.loads(path.read_text("utf-8"))["cells"]
         prose = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
         texts[f"notebooks/{path.name}"] = "\n\n".join(prose)
     wrong: list[str] = []
@@ -177,7 +177,7 @@ def _result_numbers(name: str, text: str) -> Iterator[tuple[int, int]]:
 
 def _load_settings(path: Path) -> list[Setting]:
     settings = []
-    for i, entry in enumerate(tomllib.loads(path.read_text()).get("setting", []), 1):
+    for i, entry in enumerate(tomllib.loads(path.read_text("utf-8")).get("setting", []), 1):
         if set(entry) != {"where", "text", "reason"} or not all(isinstance(v, str) and v for v in entry.values()):
             raise ValueError(f"{path.name}: setting number {i} must have where, text and reason, got {entry}.")
         settings.append(Setting(**entry))

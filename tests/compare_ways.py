@@ -23,23 +23,23 @@ from lab import BROWSER, DRIVER, NotebookPage, open_browser, serve_lab
 from softlms.workbook import choose_notebooks
 
 ROOT = Path(__file__).parent.parent
-JUPYTER = [sys.executable, "-m"]
+MODULE = [sys.executable, "-m"]
 
 
 def run_papermill(clone, notebooks, environment):
     (clone / "executed").mkdir()
     for path in notebooks:
-        command = [*JUPYTER, "papermill", str(path), f"executed/{path.name}", "--no-progress-bar"]
+        command = [*MODULE, "papermill", str(path), f"executed/{path.name}", "--no-progress-bar"]
         subprocess.run(command, cwd=clone, env=environment, check=True, capture_output=True)
 
 
 def run_nbval(clone, notebooks, environment):
-    command = [*JUPYTER, "pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1800"]
+    command = [*MODULE, "pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1800"]
     subprocess.run([*command, *map(str, notebooks)], cwd=clone, env=environment, check=True, capture_output=True)
 
 
 def run_nbclient(clone, notebooks, environment):
-    command = [*JUPYTER, "jupyter", "execute", "--timeout=1800", *map(str, notebooks)]
+    command = [sys.executable, "-c", "from nbclient.cli import main; main()", "--timeout=1800", *map(str, notebooks)]
     subprocess.run(command, cwd=clone, env=environment, check=True, capture_output=True)
 
 

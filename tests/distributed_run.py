@@ -48,7 +48,7 @@ def main(folder: str, batch: int, count: str) -> None:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "sigma": {name: layer.sigma.tolist() for name, layer in trainer.soft_layers.items()},
     }
-    (Path(folder) / f"result-{args.process_index}.json").write_text(json.dumps(result))
+    (Path(folder) / f"result-{args.process_index}.json").write_text(json.dumps(result), "utf-8")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def start_figures(folder, *arguments, code=ROOT):
 
     A shell lets what it starts in the background ignore Ctrl-C, tests too; here it counts.
     """
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "start_new_session": True}
     options |= {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(code)}}
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -86,7 +86,7 @@ def broken_files(folder):
     for path in (path for kind in FOLDERS for path in (folder / kind).rglob("[!.]*") if path.is_file()):
         try:
             if path.suffix in (".json", ".ipynb"):
-                json.loads(path.read_text())
+                json.loads(path.read_text("utf-8"))
             elif path.suffix == ".csv":
                 pd.read_csv(path)
             elif not path.stat().st_size:
@@ -125,7 +125,7 @@ def draw_moments(executed, kills, seed):
     starts, end = {}, 0.0
     for path in sorted(executed.glob("[!.]*.ipynb")):
         starts[path.stem] = end
-        end += json.loads(path.read_text())["metadata"]["papermill"]["duration"]
+        end += json.loads(path.read_text("utf-8"))["metadata"]["papermill"]["duration"]
     generator = random.Random(seed)
     moments = sorted(generator.uniform(0, end) for _ in range(kills))
     struck = [max(name for name in starts if starts[name] <= moment) for moment in moments]

@@ -39,16 +39,16 @@ def serve_lab(root, **environment):
         for name, values in SETTINGS.items():
             file = own / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(values))
+            file.write_text(json.dumps(values), "utf-8")
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}"]
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}"]
         command += ["--ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.password="]
         command += [f"--ServerApp.root_dir={root / 'notebooks'}", "--LabApp.extension_manager=readonly"]
         environment |= {f"JUPYTER_{name}_DIR": str(own / name) for name in ("CONFIG", "RUNTIME")}
         environment |= {f"JUPYTERLAB_{name}_DIR": str(own / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
-        with (own / "lab.log").open("w") as log:
+        with (own / "lab.log").open("w", encoding="utf-8") as log:
             server = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, cwd=root)
             try:
                 yield _wait_for(f"http://127.0.0.1:{port}", server, own / "lab.log")
@@ -59,14 +59,14 @@ def serve_lab(root, **environment):
 
 def _wait_for(address, server, log):
     for _ in range(120):
-        assert server.poll() is None, log.read_text()
+        assert server.poll() is None, log.read_text("utf-8")
         try:
             urllib.request.urlopen(f"{address}/api/status")
         except OSError:
             time.sleep(0.5)
         else:
             return address
-    raise TimeoutError(log.read_text())
+    raise TimeoutError(log.read_text("utf-8"))
 
 
 @contextmanager
@@ -91,7 +91,7 @@ class NotebookPage:
 
     def __init__(self, browser, address, notebook):
         self.browser = browser
-        book = json.loads(notebook.read_text())
+        book = json.loads(notebook.read_text("utf-8"))
         self.numbered = [f"[{i + 1}]:" for i in range(sum(cell["cell_type"] == "code" for cell in book["cells"]))]
         # a workspace of its own: the default one brings the tabs of earlier notebooks back
         browser.get(f"{address}/lab/workspaces/{notebook.stem}/tree/{notebook.name}")

@@ -202,7 +202,7 @@ def test_transformers_alone_fails_loudly(tiny_bert, tmp_path):
         for form in ("soft", "deployed"):
             folders.append(str(tmp_path / f"{family}-{split}-{form}"))
             (model if form == "soft" else softlms.deploy(model)).save_pretrained(folders[-1])
-    done = subprocess.run([sys.executable, "-c", ALONE, *folders], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([sys.executable, "-c", ALONE, *folders], capture_output=True, encoding="utf-8", cwd="/")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -255,14 +255,14 @@ def test_messages_of_refusals(tiny_bert, tmp_path):
     model.save_pretrained(tmp_path)
     load = AutoModelForSequenceClassification.from_pretrained
     config = tmp_path / "config.json"
-    good = config.read_text()
-    config.write_text(good.replace("1e-12", "1e-11"))
+    good = config.read_text("utf-8")
+    config.write_text(good.replace("1e-12", "1e-11"), "utf-8")
     with pytest.raises(ValueError, match=r"config.json is not the one that was saved.*damaged, or was edited"):
         load(tmp_path)
-    config.write_text(good.replace('"format": 1', '"format": 2'))
+    config.write_text(good.replace('"format": 1', '"format": 2'), "utf-8")
     with pytest.raises(ValueError, match="softlms format 2, this softlms knows 1: update"):
         load(tmp_path)
-    config.write_text(good)
+    config.write_text(good, "utf-8")
     weights = tmp_path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -273,7 +273,7 @@ def test_messages_of_refusals(tiny_bert, tmp_path):
     shutil.copy(tmp_path / "dense" / "model.safetensors", weights)
     with pytest.raises(ValueError, match="no whole softlms description"):
         load(tmp_path)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", "utf-8")
     with pytest.raises(FileExistsError, match="is a file"):
         model.save_pretrained(tmp_path / "file")
     model.save_pretrained(tmp_path / "again")
@@ -285,13 +285,13 @@ def test_messages_of_refusals(tiny_bert, tmp_path):
 
 def test_only_the_folders_own_weights_are_replaced(tiny_bert, tmp_path):
     model = softlms.deploy(soft(tiny_bert()))
-    (tmp_path / "model_of_somebody.safetensors").write_text("mine")
-    (tmp_path / "README.md").write_text("my words")
+    (tmp_path / "model_of_somebody.safetensors").write_text("mine", "utf-8")
+    (tmp_path / "README.md").write_text("my words", "utf-8")
     (tmp_path / f".saving-{socket.gethostname()}-{2**22 + 1}-x").mkdir()  # of a process that is no more
     (tmp_path / f".saving-{socket.gethostname()}-{os.getppid()}-x").mkdir()  # of another that saves now
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "my words"
+    assert (tmp_path / "README.md").read_text("utf-8") == "my words"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f".saving-{socket.gethostname()}-{os.getppid()}-x",
         "README.md", "config.json", "model.safetensors", "model_of_somebody.safetensors",
@@ -345,7 +345,9 @@ def test_a_killed_save_leaves_a_whole_model(tiny_bert, tmp_path):
     softlms.deploy(soft(tiny_bert())).save_pretrained(tmp_path)
     saves = set()
     for i in range(3):
-        child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, encoding="utf-8"
+        )
         assert child.stdout.readline() == "ready\n"
         time.sleep(0.3 + 0.137 * i)
         child.kill()
@@ -376,7 +378,7 @@ def test_card_says_ratio_ranks_and_notes(tiny_bert, tmp_path):
     model = softlms.deploy(soft(tiny_bert()))
     model.config.softlms = {"task": "mrpc", "dev": {"f1": 0.8712345}}
     model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text("utf-8")
     counted = count_parameters(model)
     assert f"{counted.total:,} of {counted.total_dense:,} parameters" in card
     assert "| dev.f1 | 0.8712 |" in card and "| task | mrpc |" in card and "tags: [softlms" in card
@@ -394,7 +396,7 @@ def test_pushes_what_it_saves(tiny_bert, tmp_path, monkeypatch):
 
     class Card:
         def save(self, path):
-            Path(path).write_text("---\ntags: [mine]\n---\nThis card has been automatically generated.")
+            Path(path).write_text("---\ntags: [mine]\n---\nThis card has been automatically generated.", "utf-8")
 
     monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: Card())
     monkeypatch.setattr(
@@ -411,14 +413,14 @@ def test_pushes_what_it_saves(tiny_bert, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "here", push_to_hub=True, repo_id="me/small")
     assert pushed == {"to": "me/small"}
     assert_equal(AutoModelForSequenceClassification.from_pretrained(tmp_path / "hub"), model)
-    card = (tmp_path / "hub/README.md").read_text()
+    card = (tmp_path / "hub/README.md").read_text("utf-8")
     assert "compressed by softlms" in card and "tags: [softlms, low-rank, model-compression, mine]" in card
 
 
 def test_dense_models_are_saved_as_ever(tiny_bert, tmp_path):
     model = tiny_bert()
     model.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text("utf-8"))
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert not any(isinstance(module, SoftLinear) for module in again.modules())
 
@@ -437,5 +439,5 @@ def test_card_of_learned_masks(tiny_bert, tmp_path):
         factors = factorize_weight(target.module.weight)
         model.set_submodule(target.name, MaskedLinear(factors, target.module.bias))
     model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text("utf-8")
     assert "Layers by form: 12 masked." in card and "low-rank ones" not in card and "## Ranks" not in card

@@ -31,7 +31,7 @@ GRID = Grid(
     (
         Pass(("svd+uniform", "svd+soft"), (0.5,)),
         Pass(("svd+uniform", "whitened+greedy"), (0.5,), recover=False),
-        Pass(("svd+uniform",), (0.3,), tasks=("docpairs",)),
+        Pass(("svd+uniform",), (0.3,)),
     ),
 )
 
@@ -140,11 +140,12 @@ def test_cola_and_stsb_run_too(tiny_folder, tmp_path):
     for split in ("train", "dev"):
         sentences = [f"the model number {i} reads a sentence" for i in range(24)]
         (tmp_path / "CoLA" / f"{split}.tsv").write_text(
-            "".join(f"x\t{i % 2}\t\t{s}\n" for i, s in enumerate(sentences))
+            "".join(f"x\t{i % 2}\t\t{s}\n" for i, s in enumerate(sentences)), "utf-8"
         )
         (tmp_path / "STS-B" / f"{split}.tsv").write_text(
             "index\tsentence1\tsentence2\tscore\n"
-            + "".join(f"{i}\t{s}\t{sentences[i // 2]}\t{i % 6 * 0.9}\n" for i, s in enumerate(sentences))
+            + "".join(f"{i}\t{s}\t{sentences[i // 2]}\t{i % 6 * 0.9}\n" for i, s in enumerate(sentences)),
+            "utf-8",
         )
     encoder = find_encoder(str(tiny_folder))
     benches = {

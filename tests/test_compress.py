@@ -21,7 +21,7 @@ def data(tmp_path):
             f"{i}\tthe {'red' if i % 2 else 'blue'} house {i}\tit is red\t{'not_' * (i % 2)}entailment\n"
             for i in range(number)
         ]
-        (folder / f"{split}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(rows))
+        (folder / f"{split}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(rows), "utf-8")
     return folder.parent
 
 
@@ -34,7 +34,7 @@ def settings(model, data, **changes):
 
 
 def quiet():
-    return Console(width=200, file=open("/dev/null", "w"))  # noqa: PTH123
+    return Console(width=200, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: PTH123
 
 
 @pytest.mark.parametrize("factors", ["svd", "whitened", "fwsvd"])

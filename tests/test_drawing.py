@@ -35,9 +35,9 @@ def test_a_figure_whose_rows_changed_is_found(tmp_path):
     table.write_bytes((RESULTS / table.name).read_bytes())
     png, _, note = draw("03_block_sensitivity", tmp_path, results)
     assert check_drawing("03_block_sensitivity", tmp_path, results) == []
-    assert json.loads(note.read_text())["tables"][0]["rows"] == len(pd.read_csv(table))
+    assert json.loads(note.read_text("utf-8"))["tables"][0]["rows"] == len(pd.read_csv(table))
     png.write_bytes(png.read_bytes()[:-1])
-    table.write_text(table.read_text().replace("0.8", "0.9", 1))
+    table.write_text(table.read_text("utf-8").replace("0.8", "0.9", 1), "utf-8")
     wrong = check_drawing("03_block_sensitivity", tmp_path, results)
     assert len(wrong) == 2 and all("draw it again" in line for line in wrong)
     table.unlink()
@@ -49,7 +49,7 @@ def test_a_figure_whose_rows_changed_is_found(tmp_path):
 @pytest.mark.parametrize("spoil", [{"tables": []}, {"files": []}, {"figure": "09_speedup"}, None])
 def test_a_note_that_names_less_is_found(tmp_path, spoil):
     *_, note = draw("03_block_sensitivity", tmp_path, RESULTS)
-    note.write_text(json.dumps(json.loads(note.read_text()) | spoil) if spoil else "{}")
+    note.write_text(json.dumps(json.loads(note.read_text("utf-8")) | spoil) if spoil else "{}", "utf-8")
     (wrong,) = check_drawing("03_block_sensitivity", tmp_path, RESULTS)
     assert "draw it again" in wrong
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 
 import nbformat
 import pytest
+from disks import make_read_only, mounted
 from kill_figures import (
     ROOT,
     broken_files,
@@ -29,6 +31,7 @@ from rich.console import Console
 from softlms import batch, cli
 from softlms.finished import depends_on, reason_to_run
 from softlms.folders import Folders
+from softlms.progress import Progress
 from softlms.reads import READS
 from softlms.workbook import make_figures, replot_figures
 
@@ -64,19 +67,12 @@ def checkout(tmp_path, monkeypatch):
 @pytest.fixture
 def small_disk(tmp_path, monkeypatch):
     """A checkout on a disk of its own, of 1 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("no disk can be mounted here")
-    (place / "pyproject.toml").touch()
-    (place / "notebooks").mkdir()
-    monkeypatch.chdir(place)
-    yield place
-    os.chdir(tmp_path)
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with mounted(tmp_path / "disk", "1m") as place:
+        (place / "pyproject.toml").touch()
+        (place / "notebooks").mkdir()
+        monkeypatch.chdir(place)
+        yield place
+        os.chdir(tmp_path)
 
 
 def run(*names, command=make_figures, **options):
@@ -114,8 +110,8 @@ def test_failures_of_every_kind_are_told_and_do_not_stop_the_others(checkout, ca
         "04_kernel.failed.ipynb",
         "06_good.ipynb",
     ]
-    assert "An Exception was encountered" in (executed / "02_bad.failed.ipynb").read_text()
-    good = json.loads((executed / "01_good.ipynb").read_text())
+    assert "An Exception was encountered" in (executed / "02_bad.failed.ipynb").read_text("utf-8")
+    good = json.loads((executed / "01_good.ipynb").read_text("utf-8"))
     assert good["metadata"]["papermill"]["output_path"] == str(executed / "01_good.ipynb")
     assert output.count(": started") == 6 and output.count(": done after") == 2  # a plain line each
     assert "1 figures, 0 tables" in output and not survivors(checkout)
@@ -138,8 +134,8 @@ def test_parameters_reach_the_notebooks_that_have_them(checkout):
     given = ["rate=1e-3", "few=true", "seeds=(2, 3)", "where=./corpus"]
     status, output = run("01", "02", profile="laptop", data="corpus", parameters=given)
     assert status == 0 and "figures/laptop" in output
-    assert (checkout / "figures/laptop/01_good.png").read_text() == str(checkout / "corpus")
-    values = json.loads((checkout / "figures/laptop/02_more.png").read_text())
+    assert (checkout / "figures/laptop/01_good.png").read_text("utf-8") == str(checkout / "corpus")
+    values = json.loads((checkout / "figures/laptop/02_more.png").read_text("utf-8"))
     assert values == [0.001, True, [2, 3], str(checkout / "corpus")]
     assert not (checkout / "figures/quick").exists()
 
@@ -182,22 +178,22 @@ def test_outside_a_checkout(tmp_path, monkeypatch, capsys):
 def test_missing_kernel(checkout, monkeypatch, capsys):
     monkeypatch.setattr(batch, "KERNEL", "elsewhere")
     assert cli.main(["figures"]) == 2
-    assert "'elsewhere' is missing; run: python -m ipykernel install --sys-prefix" in capsys.readouterr().err
+    assert f"'elsewhere' is missing; run: {sys.executable} -m pip install ipykernel" in capsys.readouterr().err
     assert not (checkout / "executed").exists()
 
 
 @pytest.mark.parametrize("folder", ["figures", "results/quick", "executed", "runs"])
 def test_a_file_where_a_folder_should_be(checkout, capsys, folder):
     (checkout / folder).parent.mkdir(exist_ok=True)
-    (checkout / folder).write_text("mine")
+    (checkout / folder).write_text("mine", "utf-8")
     assert cli.main(["figures"]) == 2
     assert "cannot be written: there is a file where the folder should be" in capsys.readouterr().err
-    assert (checkout / folder).read_text() == "mine" and not (checkout / "figures/quick/01_good.png").exists()
+    assert (checkout / folder).read_text("utf-8") == "mine" and not (checkout / "figures/quick/01_good.png").exists()
 
 
 def test_read_only_disk(small_disk, capsys):
     write_notebook(small_disk, "01_good", GOOD)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    make_read_only(small_disk)
     assert cli.main(["figures"]) == 2
     assert "cannot be written: Read-only file system" in capsys.readouterr().err
 
@@ -264,10 +260,39 @@ def test_resume_leaves_out_what_is_finished(checkout):
     assert reason() == "missing: executed/quick/01_good.ipynb"
     write_notebook(checkout, "01_good", GOOD + "\n1")
     assert reason() == "notebook changed"
-    stamp.write_text(stamp.read_text()[:-9])
+    stamp.write_text(stamp.read_text("utf-8")[:-9], "utf-8")
     assert reason() == "01_good.json cannot be read"
     stamp.unlink()
     assert reason() == "not done before"
+
+
+def test_a_first_run_says_how_long_it_takes(checkout):
+    write_notebook(checkout, "02_more", "import time; time.sleep(1)")
+    (checkout / "notebooks/seconds.toml").write_text("01_good = 100\n02_more = 200\n", "utf-8")
+    status, output = run()
+    assert status == 0 and "01_good: started, 1 of 2; about 5:00 left" in output
+    (left,) = re.findall("02_more: started, 2 of 2; about 0:(..) left", output)  # this machine is faster
+    assert int(left) < 60
+    assert "time left not known for 01_good and 1 more" in run(profile="laptop")[1]  # another profile, other times
+
+
+def test_time_left_without_times_comes_from_cells(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("softlms.progress.time.monotonic", lambda: now[0])
+    bars = Progress(Console(file=io.StringIO()), {"01": None, "02": 60.0}, jobs=1)
+    bars.start("01")
+    assert bars._left() == "more than 1:00 left, not known for 01"
+    now[0] = 20.0
+    bars.cell("01", 2, 5)
+    assert bars._left() == "about 2:20 left"  # four more cells, and 02
+    bars.end("01", 20.0, None)
+    bars.start("02")
+    bars.cell("02", 1, 4)
+    now[0] = 60.0
+    assert bars._left() == "about 0:20 left"
+    bars.cell("02", 3, 4)
+    now[0] = 100.0  # longer than it should take
+    assert bars._left() == "about 1:20 left"
 
 
 def test_files_in_a_data_folder_count(checkout):
@@ -275,7 +300,7 @@ def test_files_in_a_data_folder_count(checkout):
     parameters = {"data": str(checkout / "corpus")}
     notebook = checkout / "notebooks/01_good.ipynb"
     before = depends_on(notebook, parameters, {})
-    (checkout / "corpus/train.tsv").write_text("x")
+    (checkout / "corpus/train.tsv").write_text("x", "utf-8")
     assert depends_on(notebook, parameters, {})["folders"] != before["folders"]
 
 
@@ -312,7 +337,7 @@ def test_replot(checkout, capsys):
     (results / "09_speedup.csv").unlink()
     status, output = run(profile="laptop", command=replot_figures)
     assert status == 0 and "09_speedup: left out, results/laptop holds no table of it" in output
-    (results / "03_block_sensitivity.csv").write_text("seed\n1\n")
+    (results / "03_block_sensitivity.csv").write_text("seed\n1\n", "utf-8")
     status, output = run("03", "09", profile="laptop", command=replot_figures)
     broken, missing = capsys.readouterr().err.splitlines()
     assert status == 1 and "03_block_sensitivity: " in broken and "Error: " in broken
@@ -372,10 +397,10 @@ if __name__ == "__main__":
     print("started", pool.submit(abs, -1).result(), flush=True)
     pool.submit(time.sleep, 600)
 """
-    (tmp_path / "kernel.py").write_text(source)
+    (tmp_path / "kernel.py").write_text(source, "utf-8")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "kernel.py"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
     assert wait_for(process, "started 1") and len(survivors(tmp_path, patience=0)) >= 2
     process.kill()
     process.wait()
@@ -404,7 +429,7 @@ def test_a_notebook_that_reads_what_others_write_follows_them(checkout, monkeypa
     read = "[path.name for path in sorted((results / profile).glob('0*.csv'))]"
     write_notebook(checkout, "02_reads", place + f'(results / profile / "02_reads.csv").write_text(str({read}))')
     assert run(jobs=2)[0] == 0
-    assert (checkout / "results/quick/02_reads.csv").read_text() == "['01.csv']"
+    assert (checkout / "results/quick/02_reads.csv").read_text("utf-8") == "['01.csv']"
     assert "02_reads: skipped, done before" in run(resume=True)[1]  # its own table is not one that it reads
     (checkout / "results/claims.toml").touch()
     output = run(resume=True)[1]

@@ -56,7 +56,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.loads, self.links, self.names, self.tags, self.alts = [], [], set(), [], []
-        self.feed(path.read_text())
+        self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
@@ -92,7 +92,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
     for path, page in pages(site).items():
         assert all(urlsplit(address).scheme in ("", "data") for address in page.loads), path
         assert not any(tag in ("script", "iframe") for tag, _ in page.tags), path
-        style = path.read_text() + (site / "style.css").read_text()
+        style = path.read_text("utf-8") + (site / "style.css").read_text("utf-8")
         assert not re.search(r"@import|url\(\s*['\"]?https?:", style), path
 
 
@@ -101,11 +101,11 @@ def test_pages_are_for_phones_and_dark_screens_too(site):
         viewports = [values["content"] for tag, values in page.tags if values.get("name") == "viewport"]
         assert viewports == ["width=device-width, initial-scale=1"], path
     for style in (site / "style.css", site / "api.html"):
-        assert re.search(r"prefers-color-scheme: ?dark", style.read_text()), style
+        assert re.search(r"prefers-color-scheme: ?dark", style.read_text("utf-8")), style
 
 
 def test_each_figure_has_title_thumbnail_files_and_tables(site):
-    index = (site / "index.html").read_text()
+    index = (site / "index.html").read_text("utf-8")
     figures = sorted(path.stem for path in (ROOT / "figures/laptop").glob("*.png") if path.stem.startswith(BOOKS))
     assert len(figures) == 4 and index.count("<figure>") == 4
     titles = ("Three ways to cut", "Their gradients", "cuts a real layer (Fig. 3)", "One block at a time")
@@ -123,7 +123,7 @@ def test_each_figure_has_title_thumbnail_files_and_tables(site):
 
 
 def test_formulas_are_mathml(site):
-    page = (site / "notebooks" / "01_threshold_functions.html").read_text()
+    page = (site / "notebooks" / "01_threshold_functions.html").read_text("utf-8")
     assert page.count("<math") > 20 and 'display="block"' in page
     prose = re.sub(r"<pre.*?</pre>|<code.*?</code>", "", page, flags=re.DOTALL)
     assert "$" not in prose and "\\" not in prose  # no TeX is left
@@ -137,21 +137,21 @@ def test_where_outputs_come_from_is_said(checkout):
     executed = checkout / "executed" / "laptop"
     executed.mkdir(parents=True)
     shutil.copy(checkout / "notebooks" / f"{BOOKS[1]}.ipynb", executed)
-    index = build_gallery().read_text()
+    index = build_gallery().read_text("utf-8")
     assert f"notebooks/{BOOKS[0]}.ipynb, run with profile quick" in index
     assert f"executed/laptop/{BOOKS[1]}.ipynb, run with profile laptop" in index
 
 
 def test_claims_are_shown_where_they_were_judged(site, checkout):
-    index = (site / "index.html").read_text()
+    index = (site / "index.html").read_text("utf-8")
     row = ("PAPER", "2 &lt; 3", "2", "%", "1.9", "HOLDS", "")
     assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in index
     (checkout / "results/laptop/10_paper_vs_reproduced.csv").unlink()
-    assert "Paper against reproduced" not in build_gallery().read_text()
+    assert "Paper against reproduced" not in build_gallery().read_text("utf-8")
 
 
 def test_every_public_name_is_in_the_api(site):
-    page = (site / "api.html").read_text()
+    page = (site / "api.html").read_text("utf-8")
     names = Page(site / "api.html").names
     assert set(softlms.__all__) <= names
     for words in ("Parameters", "Returns", "Raises", "Weight of the compression loss, positive"):
@@ -196,7 +196,7 @@ def test_a_figure_that_lacks_a_file_is_not_left_out(checkout, capsys):
 
 def test_bad_input_stops_before_anything_is_built(checkout, capsys):
     (checkout / "thesis").mkdir()
-    (checkout / "thesis" / "index.html").write_text("<h1>years of work</h1>")
+    (checkout / "thesis" / "index.html").write_text("<h1>years of work</h1>", "utf-8")
     table = checkout / "results/laptop/03_block_sensitivity.csv"
     for arguments, message in (
         (["--profile", "huge"], "Unknown profile 'huge'; known: quick, laptop, paper"),
@@ -206,7 +206,7 @@ def test_bad_input_stops_before_anything_is_built(checkout, capsys):
     ):
         assert cli.main(["gallery", *arguments]) == 2
         assert message in capsys.readouterr().err
-    table.write_text(table.read_text().replace("0.8", "0.9", 1))
+    table.write_text(table.read_text("utf-8").replace("0.8", "0.9", 1), "utf-8")
     assert cli.main(["gallery"]) == 2
     assert "is not the file that the note names" in capsys.readouterr().err
     shutil.copy(ROOT / "results/laptop/03_block_sensitivity.csv", table)
@@ -214,7 +214,7 @@ def test_bad_input_stops_before_anything_is_built(checkout, capsys):
     assert cli.main(["gallery"]) == 2
     assert "03_block_sensitivity.png is drawn by no notebook" in capsys.readouterr().err
     assert not (checkout / "site").exists() and not list(checkout.glob(".*"))
-    assert (checkout / "thesis" / "index.html").read_text() == "<h1>years of work</h1>"
+    assert (checkout / "thesis" / "index.html").read_text("utf-8") == "<h1>years of work</h1>"
 
 
 def test_an_installed_package_has_the_templates():

@@ -17,7 +17,7 @@ def test_text_folder_in_wikitexts_layout(tmp_path):
 
 def test_other_file_names(tmp_path):
     for name in ("wiki.train.tokens", "ptb.valid.txt", "wiki.test.raw"):
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(name, "utf-8")
     assert load_text(tmp_path)["validation"] == "ptb.valid.txt"
 
 
@@ -43,7 +43,7 @@ def test_broken_files(tmp_path):
 
 def test_two_files_of_one_split(tmp_path):
     write(tmp_path, train="x", valid="v", test="t")
-    (tmp_path / "wiki.train.tokens").write_text("y")
+    (tmp_path / "wiki.train.tokens").write_text("y", "utf-8")
     with pytest.raises(ValueError, match="2 files of the train split"):
         load_text(tmp_path)
 

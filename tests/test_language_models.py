@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     for i, split in enumerate(("train", "valid", "test")):
         rng = np.random.default_rng(i)
         lines = [sentence.format(*rng.choice(colours, 3)) for _ in range(400 if split == "train" else 40)]
-        (folder / f"{split}.txt").write_text("".join(lines))
+        (folder / f"{split}.txt").write_text("".join(lines), "utf-8")
     return folder
 
 
@@ -40,7 +40,7 @@ def test_tokenizer_gives_every_text_back():
 def test_text_is_tokenized_once(folder, tmp_path, monkeypatch):
     text = tokenize_text(folder, 300, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(text.tokenizer)
-    assert tokenizer.decode(text.splits["test"]) == (folder / "test.txt").read_text()
+    assert tokenizer.decode(text.splits["test"]) == (folder / "test.txt").read_text("utf-8")
     assert text.source == "folder: wiki0" and [p.name for p in tmp_path.iterdir()] == [text.tokenizer.name]
     monkeypatch.setattr("softlms.text.train_tokenizer", None)
     again = tokenize_text(folder, 300, tmp_path)

@@ -29,5 +29,5 @@ def test_command_prints_and_writes_a_table(tiny_bert, tmp_path, capsys):
     options = ["--model", str(tmp_path / "bert"), "--rounds", "2", "--batch", "2", "--tokens", "8", "--out", str(out)]
     assert main(["benchmark", *options]) == 0
     assert "soft, at the budget" in capsys.readouterr().out
-    header, dense, *others = out.read_text().splitlines()
+    header, dense, *others = out.read_text("utf-8").splitlines()
     assert header.startswith("form,median_ms") and dense.startswith("dense,") and len(others) == 2

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,7 +17,7 @@ def test_states_are_counted_and_a_step_is_measured():
 
 
 def test_what_does_not_fit_is_not_tried(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("softlms.memory.os.sysconf", lambda name: 4096)
+    monkeypatch.setattr("softlms.memory.psutil.virtual_memory", lambda: SimpleNamespace(total=2**24))
     out = tmp_path / "memory.csv"
     assert main(["training-memory", "gpt2", "--form", "soft", "--layers", "1", "--out", str(out)]) == 0
     assert "does not fit this machine" in capsys.readouterr().out

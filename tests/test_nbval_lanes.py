@@ -1,6 +1,7 @@
 """The checks are checked: each broken copy of a small notebook fails, and the whole one passes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import nbformat
 import pytest
 
 from softlms import cli
+from softlms.durations import keep_seconds, read_seconds
 from softlms.lanes import read_lanes
 from softlms.notebook_checks import check_notebooks
 from softlms.reads import READS
@@ -37,7 +39,7 @@ def stamped(tmp_path_factory):
     book.cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, *SOURCES)]
     book.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(book, root / "notebooks" / "01_small.ipynb")
-    (root / "notebooks" / "lanes.toml").write_text('[small]\n01_small = "strict"\n')
+    (root / "notebooks" / "lanes.toml").write_text('[small]\n01_small = "strict"\n', "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert stamp_notebooks() == 0
@@ -54,7 +56,7 @@ def checkout(stamped, tmp_path, monkeypatch):
 def change(root, edit, *, lane="strict", restamp=True):
     """Edit the notebook; by default its stamp goes with it, so that something else has to find the fault."""
     path = root / "notebooks" / "01_small.ipynb"
-    (root / "notebooks" / "lanes.toml").write_text(f'[small]\n01_small = "{lane}"\n')
+    (root / "notebooks" / "lanes.toml").write_text(f'[small]\n01_small = "{lane}"\n', "utf-8")
     book = nbformat.read(path, as_version=4)
     edit(book)
     if restamp:
@@ -153,7 +155,7 @@ def test_nbval_alone_passes_a_stripped_notebook(checkout):
     """Why there is a guard."""
     change(checkout, stripped)
     nbval = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", "notebooks/01_small.ipynb"]
-    done = subprocess.run(nbval, capture_output=True, text=True)
+    done = subprocess.run(nbval, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and "6 passed" in done.stdout
 
 
@@ -189,20 +191,34 @@ def test_changed_tables_that_a_notebook_reads_fail(checkout, capfd, monkeypatch)
     change(checkout, lambda book: None)
     assert cli.main(["stamp", "--check"]) == 0
     (checkout / "results").mkdir()
-    (checkout / "results" / "claims.toml").write_text("other = true")
+    (checkout / "results" / "claims.toml").write_text("other = true", "utf-8")
     assert check_notebooks() == 1
     assert "01_small: stale, tables changed" in capfd.readouterr().out
 
 
-def test_a_kernel_that_does_not_start_stops_no_other_notebook(checkout, capsys, monkeypatch, tmp_path):
+def test_a_kernel_that_does_not_start_is_one_line(checkout, tmp_path):
     (tmp_path / "kernels" / "python3").mkdir(parents=True)
     kernel = {"argv": ["false"], "display_name": "none", "language": "python"}
-    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(kernel))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(kernel), "utf-8")
     before = (checkout / "notebooks" / "01_small.ipynb").read_bytes()
-    assert cli.main(["stamp"]) == 1
-    assert "01_small: failed, and left as it was: RuntimeError: Kernel died" in capsys.readouterr().out
+    command = [sys.executable, "-c", "import sys; from softlms.cli import main; sys.exit(main(['stamp']))"]
+    environment = os.environ | {"JUPYTER_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert run.returncode == 1
+    assert run.stdout.startswith("01_small: failed, and left as it was: RuntimeError: Kernel died")
+    assert "Traceback" not in run.stderr  # at exit, of a kernel that was never there
     assert (checkout / "notebooks" / "01_small.ipynb").read_bytes() == before
+
+
+def test_what_is_edited_while_it_runs_is_kept(checkout, capsys):
+    path = checkout / "notebooks" / "01_small.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.cells[5].source += f"\nwith open({str(path)!r}, 'a', encoding='utf-8') as file:\n    file.write(' ')"
+    nbformat.write(book, path)
+    before = path.read_bytes()
+    assert cli.main(["stamp"]) == 1
+    assert "01_small: left as it was: it was edited while it ran" in capsys.readouterr().out
+    assert path.read_bytes() == before + b" "
 
 
 def test_prose_may_change(checkout):
@@ -211,7 +227,7 @@ def test_prose_may_change(checkout):
 
 
 def test_environment_is_the_pinned_one(checkout, capsys):
-    with (checkout / "requirements.txt").open("a") as file:
+    with (checkout / "requirements.txt").open("a", encoding="utf-8") as file:
         file.write("another==1.0\n")
     assert cli.main(["stamp", "--check"]) == 1
     assert "stale, environment changed" in capsys.readouterr().out
@@ -219,9 +235,20 @@ def test_environment_is_the_pinned_one(checkout, capsys):
 
 def test_stamping_keeps_ids_and_is_the_same_twice(checkout):
     path = checkout / "notebooks" / "01_small.ipynb"
-    before = path.read_text()
+    before = path.read_text("utf-8")
     assert cli.main(["stamp", "01"]) == 0
-    assert path.read_text() == before
+    assert path.read_text("utf-8") == before
+
+
+def test_a_stamp_keeps_how_long_it_took(checkout):
+    """`softlms figures` says what a first run takes; times that are nearly those change no file."""
+    folder = checkout / "notebooks"
+    assert read_seconds(folder).keys() == {"01_small"}
+    keep_seconds(folder, "00_other", 10.2)
+    keep_seconds(folder, "00_other", 17)
+    assert read_seconds(folder)["00_other"] == 10
+    keep_seconds(folder, "00_other", 21)
+    assert read_seconds(folder) == {"00_other": 21, "01_small": read_seconds(folder)["01_small"]}
 
 
 def test_what_fails_or_is_not_clean_stays_as_it_was(checkout, capsys):
@@ -231,10 +258,10 @@ def test_what_fails_or_is_not_clean_stays_as_it_was(checkout, capsys):
         (lambda book: book.cells[2].update(source="print(figure.resolve())"), "left as it was: cell 2: a path of one"),
     ):
         change(checkout, edit)
-        before = path.read_text()
+        before = path.read_text("utf-8")
         assert cli.main(["stamp"]) == 1
         assert said in capsys.readouterr().out
-        assert path.read_text() == before
+        assert path.read_text("utf-8") == before
         assert not list(path.parent.glob(".*.partial*"))
 
 
@@ -246,11 +273,11 @@ def test_the_manifest_is_complete(checkout, capsys):
         ('[small]\n01_small = "lax"\n[large]\n01_small = "lax"\n', "more than once: 01_small"),
         ('[small]\n01_small = "loose"\n', "01_small has the unknown lane 'loose'; known: strict, lax"),
     ):
-        manifest.write_text(text)
+        manifest.write_text(text, "utf-8")
         for command in (["check-notebooks"], ["stamp"]):
             assert cli.main(command) == 2
             assert said in capsys.readouterr().err
-    manifest.write_text('[small]\n01_small = "lax"\n')
+    manifest.write_text('[small]\n01_small = "lax"\n', "utf-8")
     assert cli.main(["check-notebooks", "tiny"]) == 2
     assert "Unknown job 'tiny'; known: small" in capsys.readouterr().err
     assert cli.main(["stamp", "07"]) == 2
@@ -260,7 +287,7 @@ def test_the_manifest_is_complete(checkout, capsys):
 
 
 def test_makefile_runs_every_job():
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text("utf-8")
     jobs = " ".join(f"test-{job}" for job in read_lanes(ROOT / "notebooks"))
     assert f"{jobs}: test-%: $(READY)\n\t$(BIN)/softlms check-notebooks $*\n" in makefile
     assert f"{jobs} test-units\n" in makefile

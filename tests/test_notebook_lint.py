@@ -170,7 +170,7 @@ def test_a_lax_notebook_asserts_something():
 @pytest.mark.parametrize("path", LISTED, ids=lambda path: path.stem)
 def test_committed_notebooks(path):
     """Each can fail, and shows what its own sources gave; a changed library is told as a warning."""
-    book = json.loads(path.read_text())
+    book = json.loads(path.read_text("utf-8"))
     assert lint(book, LISTED[path]) == []
     stale = stale_parts(path.stem, book, ROOT)
     assert not OWN_PARTS & set(stale), f"{path.stem} is stale, {describe(stale)}: run softlms stamp {path.stem}"

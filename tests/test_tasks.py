@@ -85,7 +85,7 @@ def test_wrong_header_empty_file_and_encoding(tmp_path):
     place = write(tmp_path, "sst2", train="text\tlabel\nx\t1\n")
     with pytest.raises(ValueError, match="no column 'sentence' in the header"):
         load_task("sst2", tmp_path)
-    (place / "train.tsv").write_text("sentence\tlabel\n")
+    (place / "train.tsv").write_text("sentence\tlabel\n", "utf-8")
     with pytest.raises(ValueError, match="holds no rows"):
         load_task("sst2", tmp_path)
     (place / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")

@@ -63,7 +63,7 @@ def test_paper_profile_runs_from_local_folders(checkout, tiny_bert):
     (checkout / "glue" / "MRPC").mkdir(parents=True)
     rows = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n" + "1\t1\t2\tIt rains.\tIt is wet.\n0\t3\t4\tNo.\tYes.\n" * 20
     for file in ("train.tsv", "dev.tsv", "msr_paraphrase_test.txt"):
-        (checkout / "glue" / "MRPC" / file).write_text(rows)
+        (checkout / "glue" / "MRPC" / file).write_text(rows, "utf-8")
     book = open_book("04", profile="paper", data=str(checkout / "glue"), model=str(checkout / "bert"))
     recipe = book.profile.recipe.changed(epochs=8, alpha_learning_rate=0.1)
     results = [book.bench.run(method, recipe, 0).result for method in ("dense", "static", "adaptive")]
