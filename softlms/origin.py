@@ -34,8 +34,8 @@ class SoftLMsConfig(QuantizationConfigMixin):
         Version of the layout; a newer one than this library knows is refused.
     attention : str, optional
         Taken up at loading unless ``attn_implementation`` asks for another.
-    registered : list of str
-        transformers' registries that held a function of that name.
+    registered : list of str, optional
+        transformers' registries that held a function of that name; older versions did not note them.
     then : object, optional
         Another library's quantization config, asked for at loading; never saved.
     """
@@ -44,13 +44,15 @@ class SoftLMsConfig(QuantizationConfigMixin):
         self,
         format: int = FORMAT,
         attention: str | None = None,
-        registered: Collection[str] = (),
+        registered: Collection[str] | None = None,
         then: Any = None,
         **others: Any,
     ) -> None:
         self.quant_method = METHOD
         self.format = format
         self.attention = attention
+        if registered is None:
+            registered = () if attention in (None, "eager") else ("AttentionInterface",)
         self.registered = list(registered)
         self.then = then
 

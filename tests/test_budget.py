@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, parameter_costs, refill, uniform_ranks
 from softlms.layers import kept_parameters
-from softlms.surgery import decompose
+from softlms.surgery import decompose, truncate
 
 layer_shapes = st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1)
 
@@ -91,6 +91,42 @@ def test_counts_follow_the_ranks(tiny_bert):
     assert half.linear == sum(4 * (m + n) for m, n in (t.shape for t in find_targets(model)))
     assert half.rest == dense.rest and half.total_dense == dense.total
     assert half.kept("linear") == half.linear / dense.linear
+
+
+def test_a_changed_rest_is_an_error(tiny_bert):
+    """What is kept is a share of the dense model, which is no more known."""
+    model = tiny_bert()
+    names = [target.name for target in find_targets(model)]
+    truncate(model, dict.fromkeys(names, 4))
+    kept = count_parameters(model).kept("total")
+    whole = model.bert.embeddings.word_embeddings
+    model.bert.embeddings.word_embeddings = torch.nn.Sequential(torch.nn.Embedding(200, 3), torch.nn.Linear(3, 32))
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight had 6,400 parameters when .*, now: is gone"):
+        count_parameters(model)
+    model.bert.embeddings.word_embeddings = whole
+    assert count_parameters(model).kept("total") == kept
+
+
+def test_layers_factored_later_are_no_change_of_the_rest(tiny_bert):
+    model = tiny_bert()
+    decompose(model)
+    truncate(model, {"bert.pooler.dense": 2}, targets=lambda name, module: name == "bert.pooler.dense")
+    factored = {*(target.name for target in find_targets(model)), "bert.pooler.dense"}
+    assert count_parameters(model, lambda name, module: name in factored).linear_dense == 17_408
+    count_parameters(model)
+
+
+def test_adapters_are_no_change_of_the_rest(tiny_bert):
+    peft = pytest.importorskip("peft")
+    model = tiny_bert()
+    truncate(model, {target.name: 4 for target in find_targets(model)})
+    linear = count_parameters(model).linear
+    settings = peft.LoraConfig(r=2, target_modules=["word_embeddings", "down"], modules_to_save=["pooler"])
+    adapted = peft.get_peft_model(model, settings)
+    for counted in (model, adapted):
+        names = {n for n, m in counted.named_modules() if type(m).__name__ == "LowRankLinear"}
+        count_parameters(counted, lambda name, module, names=names: name in names)
+    assert count_parameters(adapted.merge_and_unload()).linear == linear
 
 
 @pytest.mark.parametrize("keep", [0, -0.5, 1.0001, 50, float("nan")])
