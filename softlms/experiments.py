@@ -40,6 +40,7 @@ from softlms.architectures import find_targets
 from softlms.calibration import LayerStatistics, calibrate
 from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
 from softlms.factorize import Factors, factorize
+from softlms.hub import pretrained
 from softlms.jobs import Job, available_processes, run_jobs, tell_stored, use_threads
 from softlms.methods import cut_and_recover, learn_ranks, train_dense
 from softlms.provenance import code_hash, commit, hardware, versions, weights_hash
@@ -54,7 +55,8 @@ __all__ = ["Bench", "Run"]
 # what a run's numbers depend on; plotting and the workbook are not among them
 _SOURCES = (
     "thresholds", "losses", "layers", "architectures", "inputs", "calibration", "factorize", "allocate", "masks",
-    "surgery", "budget", "training", "evaluation", "tasks", "glue", "corpus", "zoo", "recipe", "methods", "experiments",
+    "surgery", "budget", "training", "evaluation", "tasks", "glue", "corpus", "hub", "zoo", "recipe", "methods",
+    "experiments",
 )  # fmt: skip
 
 # a run's numbers do not depend on how many cores are free, nor on whether others run beside it
@@ -133,7 +135,7 @@ class Bench:
     def untrained_model(self) -> PreTrainedModel:
         """A dense model whose weights mean nothing: for what depends on shapes alone."""
         # torch counts no FLOPs for its fused attention on a CPU
-        config = AutoConfig.from_pretrained(self.encoder.location, attn_implementation="eager")
+        config = pretrained(AutoConfig, self.encoder.location, attn_implementation="eager")
         return AutoModelForSequenceClassification.from_config(config)
 
     @cached_property
