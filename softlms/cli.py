@@ -13,7 +13,7 @@ __all__ = ["main"]
 
 # the defaults are those of softlms.compress.Compression, which --help should not wait for
 COMPRESSION_OPTIONS = {
-    "data": (str, "folder in GLUE's layout, hub (default), or embedded for docpairs"),
+    "data": (str, "folder in GLUE's layout, hub (default) or hub@revision, or embedded for docpairs"),
     "count": (str, "what keep is a share of: linear (default), total, flops or latency"),
     "factors": (str, "svd, fwsvd, asvd or whitened (default)"),
     "epochs": (float, "of compressing and recovering (default 3)"),
@@ -83,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stamp.add_argument("--check", action="store_true", help="execute nothing: say which are stale, and why")
 
     shrink = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")
-    shrink.add_argument("--model", required=True, help="fine-tuned classifier or encoder: folder, hub name, minilm")
+    shrink.add_argument(
+        "--model", required=True, help="classifier or encoder: folder, hub name or name@revision, minilm"
+    )
     shrink.add_argument("--task", required=True, help="mrpc, rte, sst2, cola, stsb or docpairs")
     shrink.add_argument("--keep", required=True, type=float, help="share of parameters that stays")
     shrink.add_argument("--out", required=True, help="folder for the compressed model")

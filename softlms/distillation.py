@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from softlms.inputs import IGNORED, prepared
 from softlms.losses import distillation_loss
 
 __all__ = ["DistillingTrainer"]
@@ -103,6 +104,10 @@ class DistillingTrainer(Trainer):
             loss = (1 - self.distillation) * loss + self.distillation * distillation_loss(outputs.logits, teacher)
         return (weight * loss, outputs) if return_outputs else weight * loss
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the model's device, and with positions of their own for rows that are padded on the left."""
+        return prepared(self.model, super()._prepare_inputs(inputs))
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The batches of one optimizer step; remembers how many labels one of them has on average, all processes'."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -114,8 +119,8 @@ class DistillingTrainer(Trainer):
 
     def _items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Labels of a batch that its loss is a mean over."""
-        labels = batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
-        return labels.ne(-100).sum()
+        labels = prepared(self.model, batch)["labels"]
+        return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(IGNORED).sum()
 
     def _weight(self, batch: Mapping[str, Tensor]) -> Tensor | float:
         """What a batch's mean loss counts in the accumulated step: its labels, over their mean number in a batch.

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from softlms import glue, zoo
+from softlms.hub import is_hub
 from softlms.precision import fast_bf16
 from softlms.provenance import hardware
 
@@ -186,7 +187,7 @@ def _data() -> Finding:
     from softlms.profiles import DATA_VARIABLE
 
     folder = os.environ.get(DATA_VARIABLE, "")
-    if folder in ("", "hub"):
+    if not folder or is_hub(folder):
         text = f"{DATA_VARIABLE} is {folder or 'not set'}: quick needs none, laptop and paper take GLUE from the hub"
         return Finding("data", "ok", text)
     if not Path(folder).expanduser().is_dir():

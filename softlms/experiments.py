@@ -36,6 +36,7 @@ from softlms.architectures import find_targets
 from softlms.calibration import LayerStatistics, calibrate
 from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
 from softlms.factorization import Factors, factorize
+from softlms.hub import pretrained
 from softlms.jobs import Job, available_processes, run_jobs, tell_stored, use_threads
 from softlms.methods import cut_and_recover, learn_ranks, train_dense
 from softlms.provenance import code_hash, commit, hardware, lock, versions, weights_hash, whole_file
@@ -51,7 +52,7 @@ __all__ = ["Bench", "Run"]
 _SOURCES = (
     "thresholds", "losses", "lazy", "layers", "architectures", "inputs", "calibration", "factorization", "allocation",
     "masks", "surgery", "budget", "distillation", "schedule", "training", "evaluation", "tasks", "glue", "corpus",
-    "zoo", "recipe", "methods", "experiments",
+    "hub", "zoo", "recipe", "methods", "experiments",
 )  # fmt: skip
 
 # a run's numbers do not depend on how many cores are free, nor on whether others run beside it
@@ -130,7 +131,7 @@ class Bench:
     def untrained_model(self) -> PreTrainedModel:
         """A dense model whose weights mean nothing: for what depends on shapes alone."""
         # torch counts no FLOPs for its fused attention on a CPU
-        config = AutoConfig.from_pretrained(self.encoder.location, attn_implementation="eager")
+        config = pretrained(AutoConfig, self.encoder.location, attn_implementation="eager")
         return AutoModelForSequenceClassification.from_config(config)
 
     @cached_property

@@ -25,6 +25,7 @@ from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, parameter_costs
 from softlms.costs import random_rows
 from softlms.fused import split_fused
+from softlms.hub import pretrained
 from softlms.jobs import use_threads
 from softlms.layers import LowRankLinear, make_linear, replace
 from softlms.provenance import append_rows, hardware, versions
@@ -197,7 +198,7 @@ def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None
         name, make = FULL_SIZE[model]
         config = make()
     else:
-        config = AutoConfig.from_pretrained(model)
+        config = pretrained(AutoConfig, model)
         if not config.architectures:
             raise ValueError(f"{model} does not say in config.json what class it is (architectures).")
         name = config.architectures[0]
@@ -208,9 +209,7 @@ def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None
     kind = getattr(transformers, name)
 
     def create(checkpoint: str | None) -> PreTrainedModel:
-        return (
-            kind(config) if checkpoint is None else kind.from_pretrained(checkpoint, config=config, dtype=torch.float32)
-        )
+        return kind(config) if checkpoint is None else pretrained(kind, checkpoint, config=config, dtype=torch.float32)
 
     return create, config
 

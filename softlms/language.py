@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 
 from softlms import corpus
+from softlms.hub import at, is_hub, split_revision
 
 __all__ = ["SPLITS", "load_text"]
 
@@ -25,8 +26,8 @@ def load_text(
     ----------
     data : str or path
         A folder with one file a split whose name holds "train", "valid" or "test" (``train.txt``,
-        ``wiki.valid.tokens``, ``ptb.test.txt``), "hub" for WikiText-2 on the hub, or "embedded" for the docstrings of
-        installed libraries.
+        ``wiki.valid.tokens``, ``ptb.test.txt``), "hub" for WikiText-2 on the hub ("hub@revision": at that commit, tag
+        or branch), or "embedded" for the docstrings of installed libraries.
     splits : sequence of str
         Which of "train", "validation" and "test" are wanted; the others need not be there.
     libraries : tuple of str
@@ -49,8 +50,8 @@ def load_text(
         raise ValueError(f"Unknown split {unknown[0]!r}; known: {', '.join(SPLITS)}.")
     if data == "embedded":
         return {split: corpus.text(split, libraries) for split in splits}
-    if data == "hub":
-        hub = datasets.load_dataset(*HUB_WIKITEXT)
+    if is_hub(data):
+        hub = datasets.load_dataset(*HUB_WIKITEXT, **at(split_revision(str(data))[1]))
         return {split: "".join(hub[split]["text"]) for split in splits}
     folder = Path(data)
     if not folder.is_dir():

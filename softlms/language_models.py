@@ -23,6 +23,7 @@ from transformers import (
 from softlms.calibration import in_eval_mode
 from softlms.experiments import Bench, Run
 from softlms.fused import split_fused
+from softlms.hub import pretrained
 from softlms.likelihood import Trigram, perplexity
 from softlms.provenance import weights_hash
 from softlms.recipe import Recipe
@@ -152,7 +153,7 @@ class LanguageBench(Bench):
     def config(self) -> PretrainedConfig:
         if isinstance(self.model, SmallModel):
             return self.model.config
-        return AutoConfig.from_pretrained(self.model.location, dtype=torch.float32)
+        return pretrained(AutoConfig, self.model.location, dtype=torch.float32)
 
     @property
     def _held_out(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class LanguageBench(Bench):
         return AutoModelForCausalLM.from_config(self.config, attn_implementation=attention())
 
     def load_model(self, folder: str | Path) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention(), dtype=torch.float32)
+        return pretrained(AutoModelForCausalLM, folder, attn_implementation=attention(), dtype=torch.float32)
 
     def untrained_model(self) -> PreTrainedModel:
         # torch counts no FLOPs for its fused attention on a CPU

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from softlms import corpus
 from softlms.comparison import TUNED, Grid, Pass, Setting
+from softlms.hub import is_hub, pretrained
 from softlms.language_models import FAMILIES, LanguageBench, SmallModel
 from softlms.precision import fast_bf16
 from softlms.profiles import Book, make_book, project_root
@@ -177,12 +178,14 @@ def open_language_book(
     known = checkpoint or chosen.models[family]
     model = find_encoder(known) if isinstance(known, str) else known
     if isinstance(model, Encoder):
-        found = AutoConfig.from_pretrained(model.location).model_type
+        found = pretrained(AutoConfig, model.location).model_type
         if found != family:
             raise ValueError(f"{known} is a {found} model; this notebook is about {family}.")
     runs = project_root() / "runs"
     tokenizer = model.location if isinstance(model, Encoder) else model.vocabulary
-    source = str(Path(text).expanduser()) if text and text not in ("hub", "embedded") else text or chosen.text
+    source = text or chosen.text
+    if source != "embedded" and not is_hub(source):
+        source = str(Path(source).expanduser())
     bench = LanguageBench(
         model,
         family,

@@ -20,6 +20,7 @@ from softlms.masks import MaskTrainer
 from softlms.recipe import Recipe, parse_method
 from softlms.surgery import decompose, deploy, truncate
 from softlms.training import SoftTrainer
+from softlms.zoo import device
 
 if TYPE_CHECKING:
     from softlms.experiments import Bench
@@ -32,7 +33,7 @@ SAVE_STEPS = 250  # a dense model may take hours; what comes after the cut takes
 
 
 def train_dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
-    model = bench.new_model()
+    model = bench.new_model().to(device())
     options = bench.trainer_options(folder, seed, recipe, recipe.dense_learning_rate, recipe.dense_epochs)
     options["args"].set_save("steps", steps=SAVE_STEPS, total_limit=1)
     checkpoints = Path(options["args"].output_dir)

@@ -20,6 +20,7 @@ import torch
 import transformers
 from filelock import BaseFileLock, FileLock
 
+from softlms.hub import commit_of
 from softlms.precision import fast_bf16
 
 __all__ = [
@@ -97,9 +98,9 @@ def library_hash() -> str:
 
 @cache
 def weights_hash(location: str) -> str:
-    """Hash of a folder's weights, configuration and tokenizer; a hub name stands for itself."""
+    """Hash of a folder's weights, configuration and tokenizer; of a hub name, itself and the commit that it is at."""
     if not Path(location).is_dir():
-        return location
+        return f"{location}, commit {commit_of(location)}"
     digest = hashlib.sha256()
     for path in sorted(Path(location).iterdir()):
         if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):

@@ -11,6 +11,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from softlms import corpus, glue
+from softlms.hub import at, is_hub, split_revision
 
 __all__ = ["TASKS", "Task", "TaskData", "encode", "load_task"]
 
@@ -82,8 +83,9 @@ def load_task(name: str, data: str | os.PathLike[str]) -> TaskData:
     name : str
         A key of `TASKS`.
     data : str or path
-        A folder in GLUE's own layout (``data/mrpc/train.tsv`` or ``data/train.tsv``), "hub" for GLUE on the hub, or
-        "embedded" for ``docpairs``, made from the docstrings of installed libraries.
+        A folder in GLUE's own layout (``data/mrpc/train.tsv`` or ``data/train.tsv``), "hub" for GLUE on the hub
+        ("hub@revision": at that commit, tag or branch), or "embedded" for ``docpairs``, made from the docstrings of
+        installed libraries.
 
     Raises
     ------
@@ -100,8 +102,9 @@ def load_task(name: str, data: str | os.PathLike[str]) -> TaskData:
     if data == "embedded":
         splits = {split: datasets.Dataset.from_list(rows) for split, rows in corpus.sentence_pairs().items()}
         return TaskData(task, splits, "docstrings of installed libraries")
-    if data == "hub":
-        return TaskData(task, _from_hub(task), f"hub: {HUB_GLUE}/{name}")
+    if is_hub(data):
+        _, revision = split_revision(str(data))
+        return TaskData(task, _from_hub(task, revision), f"hub: {HUB_GLUE}/{name}{revision and f'@{revision}'}")
     folder = glue.find_folder(Path(data), name)
     rows = glue.read_folder(folder, name, task.sentences, task.labels)
     return TaskData(task, {split: datasets.Dataset.from_list(r) for split, r in rows.items()}, f"folder: {folder.name}")
@@ -142,8 +145,8 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int =
     return {name: split(rows) for name, rows in data.splits.items()}
 
 
-def _from_hub(task: Task) -> dict[str, datasets.Dataset]:
-    hub = datasets.load_dataset(HUB_GLUE, task.name)
+def _from_hub(task: Task, revision: str) -> dict[str, datasets.Dataset]:
+    hub = datasets.load_dataset(HUB_GLUE, task.name, **at(revision))
     splits = {"train": hub["train"], "dev": hub["validation"]}
     # GLUE hides its test labels (-1), except where they were public before
     if set(hub["test"]["label"]) != {-1}:

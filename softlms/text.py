@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from softlms import corpus
+from softlms.hub import is_hub, split_revision
 from softlms.language import SPLITS, load_text
 from softlms.provenance import code_hash, process_mark, weights_hash
 from softlms.zoo import load_tokenizer
@@ -92,10 +93,16 @@ def tokenize_text(
             if not place.is_dir():  # else a process beside this one was faster
                 raise
             shutil.rmtree(partial)
-    source = {"embedded": "docstrings of installed libraries", "hub": "hub: WikiText-2"}.get(
-        str(data), f"folder: {Path(data).name}"
-    )
-    return TokenizedText({split: np.load(place / f"{split}.npy") for split in SPLITS}, place, source)
+    return TokenizedText({split: np.load(place / f"{split}.npy") for split in SPLITS}, place, _source(data))
+
+
+def _source(data: str | Path) -> str:
+    if data == "embedded":
+        return "docstrings of installed libraries"
+    if is_hub(data):
+        _, revision = split_revision(str(data))
+        return f"hub: WikiText-2{revision and f'@{revision}'}"
+    return f"folder: {Path(data).name}"
 
 
 def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:

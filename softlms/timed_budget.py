@@ -16,6 +16,8 @@ from softlms.budget import parameter_costs
 from softlms.calibration import calibrate
 from softlms.costs import count_flops, interleaved, measure_latency, random_rows
 from softlms.factorization import factorize
+from softlms.hub import pretrained
+from softlms.inputs import prepared
 from softlms.jobs import use_threads
 from softlms.surgery import truncate
 from softlms.tasks import encode, load_task
@@ -53,12 +55,13 @@ def compare_budgets(
         Unknown encoder, or a budget that cannot be met: "latency" where all that is no linear takes longer, say.
     """
     found = find_encoder(encoder)
-    model = AutoModel.from_pretrained(found.location).eval()
+    model = pretrained(AutoModel, found.location).eval()
     collator = DataCollatorWithPadding(found.tokenizer())
     rows = encode(load_task("docpairs", "embedded"), found.tokenizer(), 40)
     seen = calibrate(model, rows["train"], collator, rows=CALIBRATION_ROWS)
     factors = factorize(model, "whitened", seen)
-    held_out = collator([{"input_ids": row["input_ids"]} for row in rows["dev"].select(range(HELD_OUT_ROWS))])
+    unseen = [{"input_ids": row["input_ids"]} for row in rows["dev"].select(range(HELD_OUT_ROWS))]
+    held_out = prepared(model, collator(unseen))
     words = held_out["attention_mask"].bool()
 
     flops, latency = count_flops(model, tokens=tokens), measure_latency(model, tokens=tokens, rounds=rounds)

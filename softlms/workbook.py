@@ -16,6 +16,7 @@ from rich.table import Table
 from softlms.batch import Ending, Work, check_kernel, run_notebooks
 from softlms.finished import depends_on, mark_finished, reason_to_run, stored_seconds, unmark
 from softlms.folders import Folders, check_writable, remove_leftovers
+from softlms.hub import is_hub
 from softlms.parameters import assign_parameters, split_assignments
 from softlms.profiles import DATA_VARIABLE, PROFILES, project_root
 from softlms.progress import Progress, clock, say
@@ -196,7 +197,7 @@ def choose_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _resolve(option: str, value: str) -> str:
-    if value in ("", "hub", "embedded"):
+    if value in ("", "embedded") or is_hub(value):
         return value
     folder = Path(value).expanduser().resolve()
     if not folder.is_dir():

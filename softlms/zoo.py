@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from softlms.hub import pretrained, split_revision
 from softlms.tasks import Task
 
 __all__ = ["Encoder", "attention", "device", "find_encoder", "load_classifier"]
@@ -25,7 +26,7 @@ class Encoder:
     Attributes
     ----------
     location : str
-        What ``from_pretrained`` is given: a folder or a hub name.
+        A folder, or a hub name with or without ``@revision``; `softlms.hub.pretrained` loads from it.
     source : str
         The same for people: tables and captions name it.
     """
@@ -78,7 +79,7 @@ def load_tokenizer(location: str | Path) -> PreTrainedTokenizerBase:
     """
     fix = "save the model's own there (tokenizer.save_pretrained)"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location)
+        tokenizer = pretrained(AutoTokenizer, location)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(location)!r} has no tokenizer that can be loaded: {fix}. {reason}") from error
@@ -94,7 +95,7 @@ def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
     On a CPU under bfloat16 autocast the backward of torch's fused attention took about a third of MiniLM's training
     step (profiled with torch 2.13 at 16 x 56 tokens); attention written out in matrix products avoids it.
     """
-    return AutoModelForSequenceClassification.from_pretrained(location, attn_implementation=attention(), **options)
+    return pretrained(AutoModelForSequenceClassification, location, attn_implementation=attention(), **options)
 
 
 def attention() -> str:
@@ -113,12 +114,15 @@ def find_encoder(name: str) -> Encoder:
     Parameters
     ----------
     name : str
-        "minilm" (from its package where that is installed, else from the hub), a folder, or a hub name.
+        "minilm" (from its package where that is installed, else from the hub), a folder, or a hub name. A hub name may
+        name a commit, tag or branch as well, ``name@revision``: the newest is what it is at the moment.
 
     Raises
     ------
     FileNotFoundError
         `name` looks like a folder and is none that holds a model.
+    ValueError
+        There is no name before an "@", or no revision behind it.
     """
     if name == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE)
@@ -130,4 +134,7 @@ def find_encoder(name: str) -> Encoder:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{name!r} holds no model: {folder / 'config.json'} is missing.")
         return Encoder(str(folder), f"folder: {folder.name}")
+    short, revision = split_revision(name)
+    if short == "minilm":
+        name = f"{MINILM_HUB}@{revision}"
     return Encoder(name, f"hub: {name}")

@@ -2,6 +2,7 @@ import pytest
 
 from softlms import corpus
 from softlms.language import load_text
+from softlms.text import tokenize_text
 
 
 def write(folder, **texts):
@@ -48,15 +49,19 @@ def test_two_files_of_one_split(tmp_path):
         load_text(tmp_path)
 
 
-def test_hub(monkeypatch):
+def test_hub(monkeypatch, tmp_path):
     from datasets import Dataset, DatasetDict
 
-    def hub(*names):
+    def hub(*names, revision="main"):
         assert names == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+        asked.append(revision)
         return DatasetDict({s: Dataset.from_dict({"text": [s, "\n"]}) for s in ("train", "validation", "test")})
 
+    asked = []
     monkeypatch.setattr("datasets.load_dataset", hub)
     assert load_text("hub")["validation"] == "validation\n"
+    assert tokenize_text("hub@v1", 257, tmp_path).source == "hub: WikiText-2@v1"
+    assert asked == ["main", "v1"]
 
 
 def test_embedded_text_says_nothing_twice():

@@ -122,9 +122,15 @@ def test_hub_splits(monkeypatch):
 
     asked = []
     for label, expected in ((1, {"train", "dev", "test"}), (-1, {"train", "dev"})):
-        monkeypatch.setattr("datasets.load_dataset", lambda *names, label=label: asked.append(names) or hub(label))
+        monkeypatch.setattr(
+            "datasets.load_dataset", lambda *names, label=label, **how: asked.append((*names, how)) or hub(label)
+        )
         assert set(load_task("mrpc", "hub").splits) == expected
-    assert asked[0] == ("nyu-mll/glue", "mrpc")
+    assert asked[0] == ("nyu-mll/glue", "mrpc", {})
+    data = load_task("mrpc", "hub@v1")
+    assert asked[-1] == ("nyu-mll/glue", "mrpc", {"revision": "v1"}) and data.source == "hub: nyu-mll/glue/mrpc@v1"
+    with pytest.raises(ValueError, match="'hub@' is no name@revision"):
+        load_task("mrpc", "hub@")
 
 
 def test_embedded_task_has_no_leak_between_splits():
