@@ -41,7 +41,7 @@ from softlms.provenance import is_orphaned, process_mark
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "verify"]
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-REMEDY = "the folder cannot hold it. Undo it, or keep the model with torch.save."
+REMEDY = "the folder cannot hold it. Undo it (an adapter: merge_and_unload()), or keep the model with torch.save."
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -153,8 +153,8 @@ def _check_rebuilds(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]
     known = dict(fresh.named_modules())
     for name, module in model.named_modules():
         if name not in known or _own_class(module) is not type(known[name]):
-            instead = f"has a {type(known[name]).__name__} there" if name in known else "has nothing there"
-            raise ValueError(f"{name} is a {type(module).__name__}, where {own.__name__} {instead}: {REMEDY}")
+            instead = f"has {_class_path(known[name])}" if name in known else "has nothing there"
+            raise ValueError(f"{name} is {_class_path(module)}, where {own.__name__} {instead}: {REMEDY}")
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     expected = {name: tuple(values.shape) for name, values in fresh.state_dict().items()}
     for name in [*shapes, *expected]:
@@ -168,6 +168,10 @@ def _check_rebuilds(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]
 def _own_class(module: nn.Module) -> type[Any]:
     """FSDP2 puts classes of its own before a module's."""
     return next(kind for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP"))
+
+
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _register() -> None:

@@ -653,6 +653,12 @@ def no_pooler(model):
     model.bert.pooler = None
 
 
+def adapted(model):
+    import peft
+
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["down"]), model)
+
+
 def quantized(model):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -663,17 +669,22 @@ def quantized(model):
     "change, told",
     [
         (replaced_embeddings, r"word_embeddings\.weight has the shape \(20, 32\).*configuration has \(200, 32\)"),
-        (parametrized, r"query\.down is a ParametrizedLinear, where BertForSequenceClassification has a Linear there"),
-        (other_activation, r"intermediate_act_fn is a ReLU, where .* has a GELUActivation there"),
+        (
+            parametrized,
+            r"query\.down is \S*\.ParametrizedLinear, where BertForSequenceClassification has \S*\.Linear: ",
+        ),
+        (other_activation, r"intermediate_act_fn is \S*\.ReLU, where .* has \S*\.GELUActivation: "),
         (added, r"layer\.0\.shift has the shape \(1,\), where .* has None"),
         (own_layer, r"query is a Louder, which from_pretrained does not know"),
         (no_pooler, r"pooler\.dense\.weight has the shape None"),
+        (adapted, r"query\.down is peft\.\S*\.Linear, where .* has torch\.\S*\.Linear: .* merge_and_unload"),
         (quantized, r"is quantized \(.*\): save the model before, quantize it after loading"),
     ],
 )
 def test_what_the_folder_cannot_hold_is_refused_by_name(tiny_bert, tmp_path, change, told):
-    if change is quantized:
-        pytest.importorskip("torchao")
+    needed = {quantized: "torchao", adapted: "peft"}
+    if change in needed:
+        pytest.importorskip(needed[change])
     model = tiny_bert()
     softlms.truncate(model, {t.name: 4 for t in find_targets(model)})
     change(model)
