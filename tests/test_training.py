@@ -5,7 +5,15 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from softlms.architectures import find_targets
 from softlms.budget import BudgetNotMet, count_parameters
@@ -308,6 +316,37 @@ def test_accumulated_rows_count_by_their_labels(tiny_llama, tmp_path, trainer_cl
     own = gradient(Trainer, 8, 1)
     for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
         torch.testing.assert_close(gradient(trainer_class, batch, accumulate, **options), own, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [8, 1])
+def test_rows_padded_on_the_left_train_like_rows_padded_on_the_right(tmp_path, batch):
+    """transformers numbers positions from the padding on; here a row's loss is what it is alone."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(5, 99, (n,), generator=generator).tolist() for n in (4, 12, 6, 9, 5, 11, 7, 10)]
+    rows = datasets.Dataset.from_dict({"input_ids": ids})
+
+    def loss(side):
+        def collate_text(features):
+            width = max(len(row["input_ids"]) for row in features)
+            pads = [[0] * (width - len(row["input_ids"])) for row in features]
+            pairs = [(pad, row["input_ids"]) for pad, row in zip(pads, features, strict=True)]
+            made = [(pad + own, [0] * len(pad) + [1] * len(own)) for pad, own in pairs]
+            made = made if side == "left" else [(own + pad, [1] * len(own) + [0] * len(pad)) for pad, own in pairs]
+            tokens, mask = (torch.tensor(part) for part in zip(*made, strict=True))
+            return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+
+        torch.manual_seed(0)
+        sizes = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, **sizes))
+        args = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch,
+            logging_steps=1, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        run = DistillingTrainer(model, args=args, train_dataset=rows, data_collator=collate_text)
+        run.train()
+        return next(entry["loss"] for entry in run.state.log_history if "loss" in entry)
+
+    assert loss("left") == pytest.approx(loss("right"), rel=1e-5)
 
 
 def test_distillation_pulls_towards_the_teacher(tiny_bert, rows, tmp_path):
