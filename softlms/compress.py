@@ -131,10 +131,10 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
         Training diverged. Its checkpoints stay.
     """
     console, place = console or Console(), Path(out).resolve()
-    work = place.with_name(f"{place.name}.partial")
-    with _alone(work):
-        if _was_finished(settings, place, work):
-            console.print(f"{out} is finished: removing what is left of the work")
+    work = place.parent / f"{place.name}.partial"
+    with _alone(work) as killed:
+        if _was_finished(settings, place, work, killed):
+            console.print(f"{out} was finished before: what is left of the work goes now")
         else:
             _compress(settings, place, work, console)
         _remove(work)
@@ -300,29 +300,33 @@ def _check_head(
 
 
 @contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Nobody else is at work there; of a run that ends before any training nothing is left."""
+def _alone(work: Path) -> Iterator[bool]:
+    """Nobody else is at work there; of a run that ends before any training nothing is left.
+
+    Gives whether the run before this one was killed, and so left its lock.
+    """
     new = [folder for folder in work.parents if not folder.exists()]
     check_writable([work.parent])
-    lock = FileLock(f"{work}.lock")
+    place = work.with_name(f"{work.name}.lock")
+    killed, lock = place.exists(), FileLock(place)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise FileExistsError(f"Another run is at work in {work}: wait for it, or choose another folder.") from None
     try:
-        yield
+        yield killed
     finally:
         if (work / NOTE).is_file() and not _has_begun(work):
             _remove(work)
         with contextlib.suppress(OSError):  # Windows removes no file that is open; filelock does it there
-            Path(lock.lock_file).unlink()
+            place.unlink()
         lock.release()
         for folder in new:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
-def _was_finished(settings: Compression, out: Path, work: Path) -> bool:
+def _was_finished(settings: Compression, out: Path, work: Path, killed: bool) -> bool:
     """Whether a run with these settings was killed between its last step and the end of tidying up.
 
     Raises
@@ -337,7 +341,8 @@ def _was_finished(settings: Compression, out: Path, work: Path) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     notes = _read(out / "config.json").get("softlms", {})
-    if work.is_dir() and all(notes.get(name) == value for name, value in asdict(settings).items()):
+    known = {name: value for name, value in asdict(settings).items() if name != "data"}  # there by another name
+    if (killed or work.is_dir()) and all(notes.get(name) == value for name, value in known.items()):
         return True
     raise FileExistsError(f"{out} holds something already: choose another folder, or remove it.")
 

@@ -46,7 +46,7 @@ def hard_threshold(sigma: Tensor, alpha: Tensor | float) -> Tensor:
     TypeError
         `sigma` is not floating point.
     ValueError
-        `alpha` is a negative number.
+        `alpha` is a negative or infinite number.
 
     Notes
     -----
@@ -77,7 +77,7 @@ def shifted_tanh(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:
     TypeError
         `sigma` is not floating point.
     ValueError
-        `alpha` is a negative number, or `s` is not positive and finite.
+        `alpha` is a negative or infinite number, or `s` is not positive and finite.
 
     Notes
     -----
@@ -107,7 +107,7 @@ def soft_threshold(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:
     TypeError
         `sigma` is not floating point.
     ValueError
-        `alpha` is a negative number, or `s` is not positive and finite.
+        `alpha` is a negative or infinite number, or `s` is not positive and finite.
 
     Notes
     -----
@@ -239,8 +239,8 @@ def _check_sigma(sigma: Tensor) -> None:
 
 
 def _check_alpha(alpha: Tensor | float) -> None:
-    if not isinstance(alpha, Tensor) and not alpha >= 0:
-        raise ValueError(f"alpha must be at least 0 (singular values are not negative), got {alpha!r}.")
+    if not isinstance(alpha, Tensor) and not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha must be at least 0 and finite (singular values are not negative), got {alpha!r}.")
 
 
 def _check_s(s: float) -> None:

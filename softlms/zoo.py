@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from softlms.hub import pretrained, split_revision
@@ -94,8 +95,16 @@ def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
 
     On a CPU under bfloat16 autocast the backward of torch's fused attention took about a third of MiniLM's training
     step (profiled with torch 2.13 at 16 x 56 tokens); attention written out in matrix products avoids it.
+
+    Raises
+    ------
+    ValueError
+        The weights' file is broken.
     """
-    return pretrained(AutoModelForSequenceClassification, location, attn_implementation=attention(), **options)
+    try:
+        return pretrained(AutoModelForSequenceClassification, location, attn_implementation=attention(), **options)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {location} cannot be read, fetch them again: {error}.") from error
 
 
 def attention() -> str:

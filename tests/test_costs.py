@@ -163,6 +163,11 @@ def test_bad_costs_are_refused(tiny_bert):
         softlms.allocate(model, factors, "greedy", keep=0.5, count="latency", costs=slow_thin(shapes, 9.0 * whole, 0.1))
     with pytest.raises(ValueError, match="multiple must be at least 1, got 0"):
         Budget(0.5, "linear", 0)
+    for multiple in (1.5, float("inf")):
+        with pytest.raises(ValueError, match="multiple must be a whole number"):
+            Budget(0.5, "linear", multiple)
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        softlms.count_flops(model, tokens=0)
     with pytest.raises(ValueError, match="is factored already: costs are those of the dense model"):
         softlms.count_flops(softlms.decompose(copy.deepcopy(model)))
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):

@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,25 @@ def test_pretrained_start_and_wrong_input(bench):
         Recipe(start="scratch")
     with pytest.raises(ValueError, match="keep is the share"):
         Recipe(keep=2)
+    for name in ("dense_learning_rate", "learning_rate", "static_learning_rate", "alpha_learning_rate", "deadline"):
+        for value in (0.0, -1.0, 1.5, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be positive and at most 1, got {value}"):
+                Recipe(**{name: value})
+    for name in ("gamma", "s", "epochs", "dense_epochs"):
+        for value in (-1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be positive and finite, got {value}"):
+                Recipe(**{name: value})
+    for changes, message in (
+        ({"distillation": math.nan}, "distillation is a share"),
+        ({"further_keeps": (0.3, math.nan)}, "keep is the share"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
+        ({"calibration_rows": 0}, "calibration_rows must be at least 1, got 0"),
+        ({"unit": "mode"}, "unit must be one of"),
+        ({"compression_loss": "cubic"}, "compression_loss one of adaptive, linear"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Recipe(**changes)
+    assert Recipe(epochs=0, dense_epochs=0).epochs == 0  # taken as they are
 
 
 def test_find_encoder(tmp_path, monkeypatch):

@@ -83,8 +83,10 @@ def test_masks_that_run_out_of_steps_and_wrong_input(tiny_bert, tmp_path):
     factors = factorize(model)
     with pytest.raises(BudgetNotMet, match=r"After 3 steps .* raise l1 "):
         trainer(copy.deepcopy(model), factors, tmp_path, steps=3).train()
-    with pytest.raises(ValueError, match="two positive weights, the second larger"):
+    with pytest.raises(ValueError, match="two positive finite weights, the second larger"):
         trainer(model, factors, tmp_path, l1=(1.0, 0.1))
+    with pytest.raises(ValueError, match="two positive finite weights"):
+        trainer(model, factors, tmp_path, l1=(1e-6, float("inf")))
     with pytest.raises(ValueError, match="layers that the model lacks"):
         trainer(model, factors | {"nowhere": next(iter(factors.values()))}, tmp_path)
     assert find_targets(model)[0].module.weight.requires_grad

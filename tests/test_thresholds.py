@@ -111,7 +111,7 @@ def test_unit_scales_sigma_and_output_alike():
     assert torch.equal(raw.is_live(sigma), relative.is_live(sigma))
 
 
-@pytest.mark.parametrize("alpha", [-1, -1e-9, math.nan])
+@pytest.mark.parametrize("alpha", [-1, -1e-9, math.nan, math.inf])
 def test_wrong_alpha(alpha):
     for call in (lambda: soft_threshold(torch.ones(2), alpha, 1.0), lambda: SoftThreshold(alpha=alpha)):
         with pytest.raises(ValueError, match="alpha must be at least 0"):
