@@ -29,6 +29,8 @@ def is_ours(card: Path) -> bool:
 def notes(config: PreTrainedConfig) -> dict[str, Any]:
     """What ``config.softlms`` holds for the model card, as plain values: numpy's numbers and paths become such.
 
+    What is no dict is one with a single entry, "note".
+
     Returns
     -------
     dict
@@ -42,9 +44,7 @@ def notes(config: PreTrainedConfig) -> dict[str, Any]:
     held = getattr(config, "softlms", None)
     if held is None:
         return {}
-    if not isinstance(held, Mapping):
-        raise ValueError(f"model.config.softlms is {held!r}: make it a dict, such as {{'note': {str(held)!r}}}.")
-    return dict(_plain(held, "model.config.softlms"))
+    return dict(_plain(held if isinstance(held, Mapping) else {"note": held}, "model.config.softlms"))
 
 
 def _plain(value: Any, place: str) -> Any:

@@ -51,7 +51,7 @@ class SoftSchedule(TrainerCallback):
 
     def components(self) -> int:
         """Live components of all layers. Weights would not do: down to break-even a layer keeps them all."""
-        return sum(layer.rank for layer in self.trainer.soft_layers.values())
+        return sum(self.trainer.ranks.values())
 
     def restore(self, state: TrainerState) -> None:
         """Take over what a checkpoint holds; without one, only alpha's phase is set."""
@@ -62,7 +62,9 @@ class SoftSchedule(TrainerCallback):
                 self.gamma = stored.get("gamma", self.gamma)
             if self.frozen_at is not None:
                 self.note = stored.get("note", {})
-                self.trainer._write_note()
+                self.trainer.write_note()
+                if self.trainer.cost() > self.trainer.limit:  # resumed with a smaller budget
+                    self.trainer.fix_ranks()
         for alpha in self.trainer.alphas:
             alpha.requires_grad_(self.frozen_at is None)
 
@@ -92,6 +94,7 @@ class SoftSchedule(TrainerCallback):
             "last_move": self.last_move,
             "gamma": self.gamma,
             "note": self.note,
+            "ranks": None if self.frozen_at is None else self.trainer.ranks,
             "settings": self.trainer.settings,
         }
 

@@ -38,6 +38,7 @@ __all__ = ["SoftTrainer"]
 
 logger = logging.get_logger(__name__)
 
+BUDGET = {"keep", "count", "multiple"}
 DEADLINE = 0.6  # of the steps
 PACE = 4.0  # thresholds that all rise at their rate would meet the budget in 1 / PACE of the time to the deadline
 
@@ -80,7 +81,7 @@ class SoftTrainer(DistillingTrainer):
     ------
     ValueError
         The model is not decomposed, the budget cannot be met, or a setting is out of range: before any work. From
-        `train`: the model was deployed, or the checkpoint to resume from has its ranks fixed for another budget.
+        `train`: the model was deployed, or the checkpoint to resume from has its ranks fixed for a smaller budget.
     BudgetNotMet
         From `train`, with a deadline of 1, when its steps end before the budget is met. The model is left in its soft
         form.
@@ -163,6 +164,11 @@ class SoftTrainer(DistillingTrainer):
         """The thresholds, in the order of the layers."""
         return [layer.threshold.alpha for layer in self.soft_layers.values()]
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Live components of each layer by name."""
+        return {name: layer.rank for name, layer in self.soft_layers.items()}
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -242,7 +248,7 @@ class SoftTrainer(DistillingTrainer):
         return PACE * levels[min(met, len(levels) - 1)] / (self.deadline * steps)
 
     def _check_resumed(self, checkpoint: str | bool | None) -> None:
-        """Refuse a checkpoint whose ranks are fixed for another budget; say what else is changed."""
+        """Say what has changed since a checkpoint; refuse a budget for which its ranks, once fixed, are too small."""
         folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
         file = Path(folder or "", TRAINER_STATE_NAME)
         if not folder or not file.is_file():
@@ -251,16 +257,29 @@ class SoftTrainer(DistillingTrainer):
         before, fixed = stored.get("settings", {}), stored.get("frozen_at")
         changed = [name for name, value in before.items() if self.settings[name] != value]
         was, now = (", ".join(f"{n}={own[n]!r}" for n in changed) for own in (before, self.settings))
-        if fixed is not None and {"keep", "count", "multiple"} & set(changed):
-            raise ValueError(
-                f"The ranks in {folder} were fixed at step {fixed} with {was}, and this run has {now}: resume with the "
-                "same budget, or train from the start. softlms.deploy(model, keep=...) cuts a trained model further."
-            )
+        if fixed is not None and BUDGET & set(changed):
+            if self.costs.of(stored["ranks"]) <= self.limit:
+                raise ValueError(
+                    f"The ranks in {folder} were fixed at step {fixed} with {was}, and this run has {now}: what was "
+                    "cut does not come back. Resume with the same budget or a smaller one, or train from the start."
+                )
+            now += ", and the ranks are cut further"
         if changed:
             logger.warning(f"{folder} was made with {was}; from here on it is {now}.")
 
     def freeze(self) -> None:
-        """Cut or fill the ranks up to the budget, fix them, and start afresh with optimizer and learning rate."""
+        """Fix the ranks, and start afresh with optimizer and learning rate."""
+        # the same object, emptied: accelerate would keep a replaced optimizer, and its moments, in memory
+        rate = self.optimizer.param_groups.pop()["lr"]
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        self.lr_scheduler = None
+        self.fix_ranks(alpha_learning_rate=rate)
+        self.callback_handler.lr_scheduler = self.create_scheduler(self.state.max_steps)
+
+    def fix_ranks(self, **note: Any) -> None:
+        """Cut or fill the ranks up to the budget, for good; what the model card shall say beside it is in `note`."""
         met, multiple = self.cost() <= self.limit, self.budget.multiple
         start = self.budget.start(self.shapes)
         if met:
@@ -275,24 +294,16 @@ class SoftTrainer(DistillingTrainer):
         for name, rank in refill(self.costs, start, self.limit, margins, multiple).items():
             self.soft_layers[name].set_rank_(rank)
             self.soft_layers[name].freeze_()
-        # the same object, emptied: accelerate would keep a replaced optimizer, and its moments, in memory
-        rate = self.optimizer.param_groups.pop()["lr"]
-        self.optimizer.state.clear()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"]
-        self.lr_scheduler = None
-        self.schedule.note = {
+        self.schedule.note |= note | {
             "keep": self.budget.keep,
             "count": self.budget.count,
             "gamma": self.schedule.gamma,
-            "alpha_learning_rate": rate,
             "ranks_fixed_at_step": self.state.global_step,
             "budget": "met" if met else "forced",
         }
-        self._write_note()
-        self.callback_handler.lr_scheduler = self.create_scheduler(self.state.max_steps)
+        self.write_note()
 
-    def _write_note(self) -> None:
+    def write_note(self) -> None:
         """For the model card."""
         self.model.config.softlms = notes(self.model.config) | self.schedule.note
 

@@ -69,7 +69,7 @@ def run(settings, out, touched):
 
     try:
         sys.addaudithook(hook)
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
             sys.stdout = nowhere
             compress(settings, out, console=Console(file=nowhere))
     except BaseException:

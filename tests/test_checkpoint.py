@@ -771,7 +771,6 @@ def test_plain_values_of_notes(tiny_bert, tmp_path):
 @pytest.mark.parametrize(
     "held, told",
     [
-        ("first try", r"model\.config\.softlms is 'first try': make it a dict"),
         ({"dev": {"f1": {0.5}}}, r"softlms\['dev'\]\['f1'\] is of <class 'set'>, which JSON cannot hold"),
         ({"scores": [1, torch.ones(2)]}, r"softlms\['scores'\]\[1\] is of <class 'torch.Tensor'>"),
         ({("a", 1): 2}, r"softlms has the key \('a', 1\)"),
@@ -787,8 +786,11 @@ def test_notes_that_cannot_be_saved(tiny_bert, tmp_path, held, told):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_notes(tiny_bert):
-    assert notes(tiny_bert().config) == {}
+def test_notes_that_are_none_or_no_dict(tiny_bert):
+    config = tiny_bert().config
+    assert notes(config) == {}
+    config.softlms = "first try"
+    assert notes(config) == {"note": "first try"}
 
 
 def test_card_of_learned_masks(tiny_bert, tmp_path):

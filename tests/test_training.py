@@ -171,7 +171,7 @@ def test_a_run_resumed_after_the_cut_says_the_same_in_the_model_card(tiny_bert, 
     assert resumed.model.config.softlms["ranks_fixed_at_step"] == whole.schedule.frozen_at
 
 
-def test_resuming_with_another_budget_is_refused_once_the_ranks_are_fixed(
+def test_resuming_with_a_larger_budget_is_refused_once_the_ranks_are_fixed(
     tiny_bert, rows, tmp_path, caplog, monkeypatch
 ):
     arguments = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
@@ -180,8 +180,8 @@ def test_resuming_with_another_budget_is_refused_once_the_ranks_are_fixed(
     cut = run.schedule.frozen_at
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for changes, named in (
-        ({"keep": 0.4}, "were fixed at step .* with keep=0.5, and this run has keep=0.4"),
-        ({"count": "total", "keep": 0.8}, "with count='linear', keep=0.5, and this run has count='total', keep=0.8"),
+        ({"keep": 0.6}, "were fixed at step .* with keep=0.5, and this run has keep=0.6: what was cut does not come"),
+        ({"count": "total", "keep": 0.9}, "with count='linear', keep=0.5, and this run has count='total', keep=0.9"),
         ({"multiple": 4}, "with multiple=1, and this run has multiple=4"),
     ):
         model = decompose(tiny_bert())
@@ -190,11 +190,15 @@ def test_resuming_with_another_budget_is_refused_once_the_ranks_are_fixed(
         with pytest.raises(ValueError, match=named):
             changed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{cut}"))
         assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
-    # before the cut nothing is fixed: the new budget is met, and what changed is said
-    early = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments, keep=0.4)
-    early.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{cut - 1}"))
-    assert early.cost() <= early.limit and count_parameters(early.model).kept("linear") <= 0.4
-    assert "was made with keep=0.5; from here on it is keep=0.4" in caplog.text
+    # a smaller one is met, before the cut and after it, and what changed is said
+    for step in (cut - 1, cut + 2):
+        caplog.clear()
+        smaller = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments, keep=0.4)
+        smaller.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert 0.39 < count_parameters(smaller.model).kept("linear") <= 0.4
+        assert "was made with keep=0.5; from here on it is keep=0.4" in caplog.text
+        assert ("the ranks are cut further" in caplog.text) == (step > cut)
+        assert smaller.model.config.softlms["keep"] == 0.4
 
 
 def test_a_deployed_model_is_sent_to_transformers_trainer(tiny_bert, rows, tmp_path):
