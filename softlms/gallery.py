@@ -26,7 +26,7 @@ import softlms
 from softlms.drawing import check_drawing
 from softlms.notebook_pages import Section, code_style, markdown, notebook_body, plain, sections
 from softlms.profiles import PROFILES, project_root
-from softlms.provenance import commit, is_orphaned, lock, process_mark
+from softlms.provenance import commit, is_orphaned, process_mark
 
 __all__ = ["build_gallery", "print_gallery"]
 
@@ -228,10 +228,9 @@ def _whole_folder(out: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        with lock(out):  # else of two builds that end together one finds a site in its place
-            if out.exists():
-                out.rename(old)
-            partial.rename(out)
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -46,7 +46,7 @@ def make_inputs(folder):
     data.mkdir(parents=True)
     for split, number in (("train", 24), ("dev", 8)):
         rows = [f"{i}\tthe house {i}\tit is red\t{'not_' * (i % 2)}entailment\n" for i in range(number)]
-        (data / f"{split}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(rows))
+        (data / f"{split}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(rows), "utf-8")
     return Compression(
         str(folder / "model"), "rte", 0.5, str(folder / "glue"), epochs=2, dense_epochs=2, alpha_learning_rate=0.1,
         learning_rate=1e-3, dense_learning_rate=1e-3, batch_size=8, calibration_rows=16, max_length=32,
@@ -119,11 +119,11 @@ def main():
         whole, log = folder / "whole", folder / "log"
 
         def note(what):
-            with log.open("a") as file:
+            with log.open("a", encoding="utf-8") as file:
                 file.write(f"{what}\n")
 
         assert run(settings, whole, note) == 0
-        touches, expected = log.read_text().splitlines(), contents(whole)
+        touches, expected = log.read_text("utf-8").splitlines(), contents(whole)
         print(f"{len(touches)} touches of the disk", flush=True)
         draw = random.Random(options.seed)
         for _ in range(options.kills):

@@ -121,16 +121,16 @@ def test_an_interrupted_run_continues_to_the_same_files(headless, data, tmp_path
         with pytest.raises(FileExistsError, match=r"run with other settings \(seed 0, not 1\): give those, or remove"):
             compress(settings(headless, data, seed=1), tmp_path / "again", console=quiet())
         task = data / "RTE" / "train.tsv"
-        rows = task.read_text()
-        task.write_text(rows.replace("red house 1\t", "red horse 1\t"))
+        rows = task.read_text("utf-8")
+        task.write_text(rows.replace("red house 1\t", "red horse 1\t"), "utf-8")
         with pytest.raises(FileExistsError, match=r"run with other settings \(sentences\)"):
             compress(settings(headless, data), tmp_path / "again", console=quiet())
-        task.write_text(rows)
+        task.write_text(rows, "utf-8")
         # a kill in the middle of the next checkpoint: weights without a state, or with a broken one
         half = work / "compressing" / "checkpoint-15"
         shutil.copytree(work / "compressing" / "checkpoint-10", half)
         (half / "model.safetensors").write_bytes(b"")
-        (half / "trainer_state.json").write_text('{"global_step": 15, ')
+        (half / "trainer_state.json").write_text('{"global_step": 15, ', "utf-8")
         compress(settings(headless, data), tmp_path / "again", console=quiet())
     assert steps[13] == 10  # from the checkpoint of the second epoch on
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
@@ -143,7 +143,7 @@ def test_the_newest_checkpoint_that_is_whole(tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if state is not None:
-            (folder / "trainer_state.json").write_text(state)
+            (folder / "trainer_state.json").write_text(state, "utf-8")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
@@ -152,7 +152,7 @@ def test_kills_at_any_moment_cost_nothing():
     script = Path(__file__).with_name("kill_compress.py")
     environment = os.environ | {"PYTHONPATH": str(script.parent.parent)}
     done = subprocess.run(
-        [sys.executable, str(script), "--kills", "1"], capture_output=True, text=True, env=environment
+        [sys.executable, str(script), "--kills", "1"], capture_output=True, encoding="utf-8", env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\nok ") == 1
@@ -203,7 +203,7 @@ def test_what_a_run_left_that_never_trained_is_no_hindrance(tiny_folder, data, t
     for note in ("", "{}", json.dumps(dataclasses.asdict(settings(tiny_folder, data, keep=0.9)))):
         work = tmp_path / "out.partial"
         (work / "compressing" / "checkpoint-5").mkdir(parents=True)
-        (work / NOTE).write_text(note)
+        (work / NOTE).write_text(note, "utf-8")
         compress(settings(tiny_folder, data, epochs=1), tmp_path / "out", console=quiet())
         assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.softlms["keep"] == 0.5
         assert not work.exists()

@@ -24,7 +24,7 @@ def hub(tmp_path, monkeypatch):
     for commit, ref in ((OLD, "v1"), (NEW, "main")):
         BertForSequenceClassification(config).save_pretrained(place / "snapshots" / commit)
         (place / "refs").mkdir(exist_ok=True)
-        (place / "refs" / ref).write_text(commit)
+        (place / "refs" / ref).write_text(commit, "utf-8")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
     weights_hash.cache_clear()
@@ -50,7 +50,7 @@ def test_a_runs_key_knows_the_commit(hub, tmp_path):
 
     assert place(NAME) != place(f"{NAME}@v1")
     before = place(NAME)
-    (tmp_path / "models--someone--tiny/refs/main").write_text(OLD)  # the name now stands for other weights
+    (tmp_path / "models--someone--tiny/refs/main").write_text(OLD, "utf-8")  # the name now stands for other weights
     weights_hash.cache_clear()
     assert place(NAME) != before
     assert weights_hash(f"{NAME}@v1") == f"{NAME}@v1, commit {OLD}"
