@@ -38,16 +38,16 @@ GRID = Grid(
 
 def test_a_methods_own_setting_at_a_task_comes_last(bench):
     setting = Setting({"gamma": 0.2, "s": 9.0}, methods={"svd+soft": {"gamma": 0.4}})
-    changes = {"svd+soft": {"gamma": 0.3, "unit": "mean"}}
+    changes = {"svd+soft": {"gamma": 0.3, "unit": "max"}}
     grid = Grid(RECIPE, {"docpairs": setting}, (0,), (Pass(("svd+uniform", "svd+soft"), (0.5,)),), changes)
     dense, uniform, soft = next(grid.units({"docpairs": bench}))
-    assert {(job.recipe.gamma, job.recipe.s, job.recipe.unit) for job in (dense, uniform)} == {(0.2, 9.0, "max")}
-    assert (soft.recipe.gamma, soft.recipe.s, soft.recipe.unit) == (0.4, 9.0, "mean")
+    assert {(job.recipe.gamma, job.recipe.s, job.recipe.unit) for job in (dense, uniform)} == {(0.2, 9.0, "mean")}
+    assert (soft.recipe.gamma, soft.recipe.s, soft.recipe.unit) == (0.4, 9.0, "max")
     assert grid.describe().splitlines() == [
         str(RECIPE),
         "docpairs: gamma=0.2, s=9.0",
         "docpairs, svd+soft: gamma=0.4",
-        "svd+soft: gamma=0.3, unit='mean'",
+        "svd+soft: gamma=0.3, unit='max'",
     ]
 
 
