@@ -145,7 +145,8 @@ class MaskTrainer(DistillingTrainer):
         remember(model, linears)
         self.masks: dict[str, MaskedLinear] = {}
         for name, linear in linears.items():
-            self.masks[name] = MaskedLinear(factors[name], linear.bias).to(linear.weight)
+            # as the layer is by now: the Trainer has moved the model
+            self.masks[name] = MaskedLinear(factors[name], linear.bias).to(model.get_submodule(name).weight)
             replace(model, name, self.masks[name])
         self.l1 = l1
         prices = {name: float(m + n) for name, (m, n) in self.shapes.items()}

@@ -78,6 +78,17 @@ def test_masks_on_language_models(family, tmp_path):
         torch.testing.assert_close(layer.weight, weight)
 
 
+def test_masks_are_where_the_trainer_moves_the_model(tmp_path, monkeypatch):
+    """No second device here: the move is to another dtype, and a Conv1D is what was left behind."""
+    monkeypatch.setattr(MaskTrainer, "_move_model_to_device", lambda self, model, device: model.double())
+    model = AutoModelForCausalLM.from_config(SmallModel("gpt2", hidden=64, layers=1, vocabulary=300).config)
+    data = blocks(torch.randint(300, (144,)).numpy(), 9)
+    search = trainer(model, factorize(model), tmp_path, data=data, collator=default_data_collator)
+    for mask in search.masks.values():
+        assert {values.dtype for values in mask.state_dict().values()} == {torch.float64}
+    assert model(data["input_ids"][:2]).logits.dtype == torch.float64
+
+
 def test_masks_that_run_out_of_steps_and_wrong_input(tiny_bert, tmp_path):
     model = tiny_bert()
     factors = factorize(model)
