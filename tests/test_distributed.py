@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 RUN = Path(__file__).with_name("distributed_run.py")
 
@@ -37,6 +38,19 @@ def test_two_processes_learn_the_ranks_of_one_with_twice_the_batch(tmp_path):
     assert one["losses"] == pytest.approx(two[0]["losses"], rel=2e-3)
     close = [abs(two[0]["ranks"][name] - rank) <= 1 for name, rank in one["ranks"].items()]
     assert all(close) and sum(two[0]["ranks"][n] == r for n, r in one["ranks"].items()) >= 10
+
+
+def test_rows_count_by_their_labels_whichever_process_has_them(tmp_path):
+    """8 rows of differing length: 2 processes x 2 rows x 2 accumulated batches are one batch of 8."""
+    gradients = []
+    for processes, batch, accumulate in ((1, 8, 1), (2, 2, 2)):
+        file = tmp_path / f"{processes}.pt"
+        done = torchrun(processes, "ragged_run.py", file, batch, accumulate)
+        assert done.returncode == 0, done.stderr[-3000:]
+        gradients.append(torch.load(file))
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
+    for name, expected in gradients[0].items():
+        assert (gradients[1][name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 def test_processes_that_measured_other_times_learn_the_same_ranks(tmp_path):
