@@ -95,7 +95,7 @@ class Compression:
         check_positive(most=LONGEST, epochs=self.epochs, dense_epochs=self.dense_epochs)
         check_positive(most=1, learning_rate=self.learning_rate, dense_learning_rate=self.dense_learning_rate)
         if self.alpha_learning_rate is not None:
-            check_positive(alpha_learning_rate=self.alpha_learning_rate)
+            check_positive(most=1, alpha_learning_rate=self.alpha_learning_rate)
         check_at_least_one(
             calibration_rows=self.calibration_rows, batch_size=self.batch_size, max_length=self.max_length
         )
