@@ -27,7 +27,7 @@ from softlms.provenance import append_rows, hardware, versions
 from softlms.training import DEADLINE
 from softlms.zoo import find_encoder, load_classifier
 
-KEEPS, SEEDS, FACTORS = (0.5, 0.35), (0, 1, 2), ("whitened", "svd")
+KEEPS, FACTORS = (0.5, 0.35), ("whitened", "svd")
 
 
 def has(out, **row):
@@ -71,7 +71,7 @@ def mrpc(options):
     tokenizer = find_encoder("minilm").tokenizer()
     data = softlms.load_task("mrpc", options.data)
     rows, collator = softlms.encode(data, tokenizer), DataCollatorWithPadding(tokenizer)
-    for seed in SEEDS:
+    for seed in options.seeds:
         for keep in KEEPS:
             for factors in FACTORS:
                 known = {"task": "mrpc", "factors": factors, "keep": keep, "seed": seed}
@@ -86,7 +86,7 @@ def mrpc(options):
                 transformers.set_seed(seed)
                 softlms.decompose(model, factors, statistics)
                 trainer = softlms.SoftTrainer(
-                    model, keep=keep, args=arguments(f"{options.out}.trainer", seed, 1), train_dataset=taught,
+                    model, keep=keep, args=arguments(f"{options.out}.trainer-{seed}", seed, 1), train_dataset=taught,
                     data_collator=collator, distillation=0.9,
                 )  # fmt: skip
                 train(trainer)
@@ -124,6 +124,7 @@ def main():
     parser.add_argument("what", choices=("mrpc", "language"))
     parser.add_argument("--data", default="hub", help="folder in GLUE's layout, or hub")
     parser.add_argument("--dense", default="dense-{seed}", help="folders of the fine-tuned models")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of MRPC (default 0 1 2)")
     parser.add_argument("--out", required=True, help="CSV file that gets these rows more")
     options = parser.parse_args()
     be_quiet()
