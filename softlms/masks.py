@@ -146,7 +146,7 @@ class MaskTrainer(DistillingTrainer):
         self.masks: dict[str, MaskedLinear] = {}
         for name, linear in linears.items():
             # as the layer is by now: the Trainer has moved the model
-            self.masks[name] = MaskedLinear(factors[name], linear.bias).to(model.get_submodule(name).weight)
+            self.masks[name] = MaskedLinear(factors[name], linear.bias).to(next(model.get_submodule(name).parameters()))
             replace(model, name, self.masks[name])
         self.l1 = l1
         prices = {name: float(m + n) for name, (m, n) in self.shapes.items()}

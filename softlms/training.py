@@ -138,7 +138,7 @@ class SoftTrainer(DistillingTrainer):
             "deadline": deadline,
             "distillation": distillation,
         }
-        sizes = torch.tensor([float(m * n) for m, n in self.shapes.values()])
+        sizes = torch.tensor([float(m * n) for m, n in self.shapes.values()], dtype=torch.float32)
         self.layer_weights = sizes / sizes.mean() if weigh_by_size else torch.ones_like(sizes)
         for option in ("optimizers", "model_init"):
             if option in kwargs:
