@@ -122,8 +122,11 @@ class Recipe:
                 f"got {self.unit!r} and {self.compression_loss!r}."
             )
         numbers = dataclasses.asdict(self)
-        check_positive(**{n: numbers[n] for n in ("gamma", "alpha_learning_rate", "s") if numbers[n] is not None})
-        check_positive(most=1, **{n: numbers[n] for n in (*_RATES, "deadline")})
+        given = {name: value for name, value in numbers.items() if value is not None}
+        check_positive(**{name: given[name] for name in ("gamma", "s") if name in given})
+        check_positive(
+            most=1, **{name: given[name] for name in (*_RATES, "alpha_learning_rate", "deadline") if name in given}
+        )
         check_positive(**{n: numbers[n] for n in ("dense_epochs", "epochs") if numbers[n] != 0})
         check_share(distillation=self.distillation)
         check_at_least_one(batch_size=self.batch_size, calibration_rows=self.calibration_rows)

@@ -260,6 +260,6 @@ def test_runs_side_by_side_are_those_of_one_process(bench):
 def test_a_failing_run_names_its_error_and_spares_the_others(bench):
     from softlms.jobs import Job, run_jobs
 
-    units = [[Job(bench, "dense", RECIPE, 0)], [Job(bench, "adaptive", RECIPE.changed(epochs=0.2), 1)]]
+    units = [[Job(bench, "dense", RECIPE, 0)], [Job(bench, "adaptive", RECIPE.changed(epochs=0.2, deadline=1.0), 1)]]
     with pytest.raises(BudgetNotMet):
         list(run_jobs(units, processes=2))
