@@ -63,8 +63,6 @@ class SoftSchedule(TrainerCallback):
             if self.frozen_at is not None:
                 self.note = stored.get("note", {})
                 self.trainer.write_note()
-                if self.trainer.cost() > self.trainer.limit:  # resumed with a smaller budget
-                    self.trainer.fix_ranks()
         for alpha in self.trainer.alphas:
             alpha.requires_grad_(self.frozen_at is None)
 
@@ -73,6 +71,12 @@ class SoftSchedule(TrainerCallback):
         for name, layer in self.trainer.soft_layers.items():
             if not torch.isfinite(layer.sigma).all() or layer.rank == 0:
                 raise RuntimeError(f"Training diverged by step {state.global_step} in {name}: lower learning_rate.")
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Cut further where a checkpoint is resumed with a smaller budget."""
+        if self.frozen_at is not None and self.trainer.cost() > self.trainer.limit:
+            self.trainer.fix_ranks()
+            self.trainer.optimizer.state.clear()  # the moments that were loaded would move what is cut off its zero
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._before = [alpha.detach().clone() for alpha in self.trainer.alphas]

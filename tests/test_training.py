@@ -191,7 +191,7 @@ def test_resuming_with_a_larger_budget_is_refused_once_the_ranks_are_fixed(
             changed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{cut}"))
         assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     # a smaller one is met, before the cut and after it, and what changed is said
-    for step in (cut - 1, cut + 2):
+    for step in (cut + 8, cut + 2, cut - 1):  # the later first: each writes over the checkpoints after it
         caplog.clear()
         smaller = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments, keep=0.4)
         smaller.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
