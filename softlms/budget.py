@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +123,15 @@ class Costs:
     def of(self, ranks: Mapping[str, int]) -> float:
         """Of the layers at these ranks, without the rest."""
         return sum(price(ranks[name]) for name, price in self.prices.items())
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits; costs measured anew have others."""
+        points = []
+        for name, shape in self.shapes.items():
+            full, price = min(shape), self.prices[name]
+            points.append([price(rank) for rank in (1, full // 4, full // 2, full)] + [self.dense_from(name)])
+        return hashlib.sha256(repr((self.count, self.rest, points)).encode()).hexdigest()[:12]
 
     def keeps_dense(self, name: str, rank: int) -> bool:
         """Whether this layer at this rank costs as much as the dense one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from softlms.inputs import IGNORED, prepared
 from softlms.losses import distillation_loss
 
 __all__ = ["DistillingTrainer"]
+
+PREPARED = ("forward", "_is_accelerate_prepared")  # what accelerate sets on a model itself
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
@@ -51,6 +54,7 @@ class DistillingTrainer(Trainer):
 
     optimizer: Any
     lr_scheduler: Any
+    compute_loss_func: Any
     _signature_columns: list[str]
 
     def __init__(self, model: nn.Module, *, distillation: float = 0.0, **kwargs: Any) -> None:
@@ -63,6 +67,9 @@ class DistillingTrainer(Trainer):
         self.distillation = distillation
         # the model's loss is the mean over its batch, for classifiers do not heed a count; see `_weight`
         self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        if self.compute_loss_func is not None:
+            self.compute_loss_func = partial(self._mean_of, self.compute_loss_func)
         self._mean_items: Tensor | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -81,13 +88,16 @@ class DistillingTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's train; afterwards the model computes in its own precision again, whatever it was trained in."""
+        held = self.model.__dict__
+        own = {name: held[name] for name in PREPARED if name in held}
         try:
             return super().train(*args, **kwargs)
         finally:
-            # accelerate replaces forward by one under autocast, for good
+            # accelerate replaces forward by one under autocast, for good; the user's own comes back, or a hook's
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            for name in ("forward", "_is_accelerate_prepared"):
-                self.model.__dict__.pop(name, None)
+            for name in PREPARED:
+                held.pop(name, None)
+            held.update(own)
 
     def compute_loss(
         self,
@@ -99,7 +109,7 @@ class DistillingTrainer(Trainer):
         """The task's loss, mixed with distillation where the batch carries the teacher's logits."""
         teacher = inputs.pop("teacher_logits", None)
         weight = self._weight(inputs) if model.training else 1.0
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True)  # a mean over this batch
         if self.distillation and model.training:
             loss = (1 - self.distillation) * loss + self.distillation * distillation_loss(outputs.logits, teacher)
         return (weight * loss, outputs) if return_outputs else weight * loss
@@ -117,9 +127,15 @@ class DistillingTrainer(Trainer):
             self._mean_items = self.accelerator.gather(items).float().mean()
         return batches, None
 
+    def _mean_of(self, function: Callable[..., Tensor], outputs: Any, labels: Any, **_: Any) -> Tensor:
+        """The user's loss, a mean over this batch like the models' own."""
+        return function(outputs, labels, num_items_in_batch=None if labels is None else self._count(labels))
+
     def _items(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Labels of a batch that its loss is a mean over."""
-        labels = prepared(self.model, batch)["labels"]
+        return self._count(prepared(self.model, batch)["labels"])
+
+    def _count(self, labels: Tensor) -> Tensor:
         return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(IGNORED).sum()
 
     def _weight(self, batch: Mapping[str, Tensor]) -> Tensor | float:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from softlms.budget import count_parameters
 from softlms.layers import Factored, LowRankLinear, SoftLinear
 
-__all__ = ["class_name", "is_ours", "notes", "write_card"]
+__all__ = ["class_name", "is_ours", "notes", "plain", "write_card"]
 
 TAGS = ("softlms", "low-rank", "model-compression")
 MARK = "compressed by softlms"
@@ -44,14 +44,15 @@ def notes(config: PreTrainedConfig) -> dict[str, Any]:
     held = getattr(config, "softlms", None)
     if held is None:
         return {}
-    return dict(_plain(held if isinstance(held, Mapping) else {"note": held}, "model.config.softlms"))
+    return dict(plain(held if isinstance(held, Mapping) else {"note": held}, "model.config.softlms"))
 
 
-def _plain(value: Any, place: str) -> Any:
+def plain(value: Any, place: str) -> Any:
+    """The same value, of what JSON can hold; a ValueError names what in `place` it cannot."""
     if isinstance(value, Mapping):
-        return {_key(name, place): _plain(entry, f"{place}[{name!r}]") for name, entry in value.items()}
+        return {_key(name, place): plain(entry, f"{place}[{name!r}]") for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
+        return [plain(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, PurePath):

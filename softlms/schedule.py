@@ -18,6 +18,7 @@ __all__ = ["SoftSchedule"]
 
 logger = logging.get_logger(__name__)
 
+BUDGET = {"keep", "count", "multiple"}  # settings that say how much stays
 AIM = 0.5  # of the deadline: when the push would have the budget met
 DECADES = 8.0  # that the push can grow or fall by until the deadline
 SMALLEST_PUSH = 1e-8  # where the task says nothing of the thresholds at first
@@ -72,11 +73,19 @@ class SoftSchedule(TrainerCallback):
             if not torch.isfinite(layer.sigma).all() or layer.rank == 0:
                 raise RuntimeError(f"Training diverged by step {state.global_step} in {name}: lower learning_rate.")
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Cut further where a checkpoint is resumed with a smaller budget."""
-        if self.frozen_at is not None and self.trainer.cost() > self.trainer.limit:
-            self.trainer.fix_ranks()
-            self.trainer.optimizer.state.clear()  # the moments that were loaded would move what is cut off its zero
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over settings that are others than those of the checkpoint that is resumed."""
+        trainer = self.trainer
+        before = state.stateful_callbacks.get(self.KEY, {}).get("settings", {})
+        changed = {name for name, value in before.items() if trainer.settings.get(name) != value}
+        if self.frozen_at is None and "alpha_learning_rate" in changed:
+            trainer.set_alpha_rate(state.max_steps)
+        if self.frozen_at is not None and BUDGET & changed and trainer.cost() > trainer.limit:
+            trainer.fix_ranks()
+            trainer.optimizer.state.clear()  # the moments that were loaded would move what is cut off its zero
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None  # of the larger model
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._before = [alpha.detach().clone() for alpha in self.trainer.alphas]
@@ -92,7 +101,7 @@ class SoftSchedule(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.frozen_at is None:
-            self._compress(state)
+            self._compress(state, control)
         state.stateful_callbacks[self.KEY] = {
             "frozen_at": self.frozen_at,
             "last_move": self.last_move,
@@ -100,9 +109,10 @@ class SoftSchedule(TrainerCallback):
             "note": self.note,
             "ranks": None if self.frozen_at is None else self.trainer.ranks,
             "settings": self.trainer.settings,
+            "layers": self.trainer.layer_forms(),
         }
 
-    def _compress(self, state: TrainerState) -> None:
+    def _compress(self, state: TrainerState, control: TrainerControl) -> None:
         trainer = self.trainer
         kept = trainer.cost()
         late = trainer.deadline < 1 and state.global_step >= trainer.deadline * state.max_steps
@@ -119,7 +129,10 @@ class SoftSchedule(TrainerCallback):
                     f"By the deadline, {at}, {share:.3f} of the linears' cost was kept: all thresholds were raised "
                     f"together to the budget of {allowed:.3f}."
                 )
-            if state.global_step >= state.max_steps:
+            if not trainer.learns():
+                logger.info("No weight of the model learns: training ends here, with nothing left to recover.")
+                control.should_training_stop = True
+            elif state.global_step >= state.max_steps:
                 logger.warning("The budget was met at the very last step: none is left to recover. Train longer.")
             return
         if trainer.gamma is None:

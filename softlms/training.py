@@ -29,16 +29,15 @@ from softlms.budget import Budget, Costs, count_parameters, refill
 from softlms.distillation import DistillingTrainer
 from softlms.layers import SoftLinear
 from softlms.losses import COMPRESSION_LOSSES
-from softlms.model_card import notes
+from softlms.model_card import notes, plain
 from softlms.ranges import check_positive
-from softlms.schedule import SoftSchedule
+from softlms.schedule import BUDGET, SoftSchedule
 from softlms.surgery import soft_layers
 
 __all__ = ["SoftTrainer"]
 
 logger = logging.get_logger(__name__)
 
-BUDGET = {"keep", "count", "multiple"}
 DEADLINE = 0.6  # of the steps
 PACE = 4.0  # thresholds that all rise at their rate would meet the budget in 1 / PACE of the time to the deadline
 
@@ -110,24 +109,8 @@ class SoftTrainer(DistillingTrainer):
     ) -> None:
         self.soft_layers = soft_layers(model)
         self.shapes = {n: (layer.out_features, layer.in_features) for n, layer in self.soft_layers.items()}
-        self.budget = Budget(keep, count, multiple)
-        if costs is not None and PartialState().num_processes > 1:  # each process has measured others
-            (costs,) = broadcast_object_list([costs])
-        self.costs = self.budget.costs(self.shapes, count_parameters(model, _is_soft).rest, costs)
-        self.limit = self.budget.limit(self.costs)
-        given = {"gamma": gamma, "alpha_learning_rate": alpha_learning_rate}
-        check_positive(**{name: value for name, value in given.items() if value is not None})
-        if not 0 < deadline <= 1:
-            raise ValueError(f"deadline is a share of the steps, above 0 and at most 1; got {deadline!r}.")
-        if compression_loss not in COMPRESSION_LOSSES:
-            known = ", ".join(map(repr, COMPRESSION_LOSSES))
-            raise ValueError(f"compression_loss must be one of {known}, got {compression_loss!r}.")
-        self.gamma = gamma
-        self.deadline = deadline
-        self.alpha_learning_rate = alpha_learning_rate
-        self.compression_loss = COMPRESSION_LOSSES[compression_loss]
         # what a checkpoint remembers of the run that made it
-        self.settings: dict[str, Any] = {
+        settings = {
             "keep": keep,
             "count": count,
             "multiple": multiple,
@@ -138,6 +121,24 @@ class SoftTrainer(DistillingTrainer):
             "deadline": deadline,
             "distillation": distillation,
         }
+        self.settings: dict[str, Any] = plain(settings, "SoftTrainer")
+        self.budget = Budget(*(self.settings[name] for name in ("keep", "count", "multiple")))
+        if costs is not None and PartialState().num_processes > 1:  # each process has measured others
+            (costs,) = broadcast_object_list([costs])
+        self.costs = self.budget.costs(self.shapes, count_parameters(model, _is_soft).rest, costs)
+        self.limit = self.budget.limit(self.costs)
+        self.settings["costs"] = costs and self.costs.digest
+        given = {"gamma": gamma, "alpha_learning_rate": alpha_learning_rate}
+        check_positive(**{name: value for name, value in given.items() if value is not None})
+        if not 0 < deadline <= 1:
+            raise ValueError(f"deadline is a share of the steps, above 0 and at most 1; got {deadline!r}.")
+        if compression_loss not in COMPRESSION_LOSSES:
+            known = ", ".join(map(repr, COMPRESSION_LOSSES))
+            raise ValueError(f"compression_loss must be one of {known}, got {compression_loss!r}.")
+        self.gamma: float | None = self.settings["gamma"]
+        self.alpha_learning_rate: float | None = self.settings["alpha_learning_rate"]
+        self.deadline: float = self.settings["deadline"]
+        self.compression_loss = COMPRESSION_LOSSES[compression_loss]
         sizes = torch.tensor([float(m * n) for m, n in self.shapes.values()], dtype=torch.float32)
         self.layer_weights = sizes / sizes.mean() if weigh_by_size else torch.ones_like(sizes)
         for option in ("optimizers", "model_init"):
@@ -208,6 +209,11 @@ class SoftTrainer(DistillingTrainer):
                 # where no rate is given it is set with the schedule, when the number of steps is known
                 group = {"params": self.alphas, "lr": self.alpha_learning_rate or 0.0, "weight_decay": 0.0}
                 optimizer.add_param_group(group)
+            elif not self.learns():
+                raise ValueError(
+                    "The ranks are fixed and no weight of the model learns: nothing is left to train. Deploy it, or "
+                    "let weights learn with requires_grad_(True)."
+                )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -225,6 +231,16 @@ class SoftTrainer(DistillingTrainer):
             self.lr_scheduler = LambdaLR(optimizer, [weights] * (groups - 1) + [lambda step: 1.0])
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def set_alpha_rate(self, steps: int) -> None:
+        """The rate of this run's settings, in place of the one that a checkpoint has brought."""
+        rate = self.alpha_learning_rate or self._even_rate(steps)
+        self.optimizer.param_groups[-1] |= {"lr": rate, "initial_lr": rate}
+        self.lr_scheduler.base_lrs[-1] = rate
+
+    def learns(self) -> bool:
+        """Whether any parameter is left that training moves."""
+        return any(parameter.requires_grad for parameter in self.model.parameters())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # a model from before the cut is never the best one
@@ -247,16 +263,31 @@ class SoftTrainer(DistillingTrainer):
         met = bisect_left(range(len(levels)), True, key=lambda i: self.cost([levels[i]] * layers) <= self.limit)
         return PACE * levels[min(met, len(levels) - 1)] / (self.deadline * steps)
 
+    def layer_forms(self) -> dict[str, dict[str, Any]]:
+        """What of each layer is in no tensor; a run that is resumed has to agree."""
+        forms = {name: layer.description() for name, layer in self.soft_layers.items()}
+        return {name: {n: v for n, v in form.items() if n != "learns"} for name, form in forms.items()}
+
     def _check_resumed(self, checkpoint: str | bool | None) -> None:
-        """Say what has changed since a checkpoint; refuse a budget for which its ranks, once fixed, are too small."""
+        """Say what has changed since a checkpoint; refuse what cannot be taken over.
+
+        That is a budget for which its ranks, once fixed, are too small, and layers that were decomposed otherwise.
+        """
         folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
         file = Path(folder or "", TRAINER_STATE_NAME)
         if not folder or not file.is_file():
             return
         stored = TrainerState.load_from_json(str(file)).stateful_callbacks.get(SoftSchedule.KEY, {})
         before, fixed = stored.get("settings", {}), stored.get("frozen_at")
-        changed = [name for name, value in before.items() if self.settings[name] != value]
-        was, now = (", ".join(f"{n}={own[n]!r}" for n in changed) for own in (before, self.settings))
+        forms, own = stored.get("layers", {}), self.layer_forms()
+        for name in sorted(forms.keys() | own.keys()) if forms else ():
+            if forms.get(name) != own.get(name):
+                raise ValueError(
+                    f"{folder} has {forms.get(name)} for {name}, and this model {own.get(name)}: decompose it with the "
+                    "same targets and settings, or train from the start."
+                )
+        changed = [name for name, value in before.items() if self.settings.get(name) != value]
+        was, now = (", ".join(f"{n}={of.get(n)!r}" for n in changed) for of in (before, self.settings))
         if fixed is not None and BUDGET & set(changed):
             if self.costs.of(stored["ranks"]) <= self.limit:
                 raise ValueError(
@@ -264,6 +295,8 @@ class SoftTrainer(DistillingTrainer):
                     "cut does not come back. Resume with the same budget or a smaller one, or train from the start."
                 )
             now += ", and the ranks are cut further"
+        elif fixed is not None and "costs" in changed:
+            now += ", and the ranks stay"
         if changed:
             logger.warning(f"{folder} was made with {was}; from here on it is {now}.")
 

@@ -1,6 +1,8 @@
+import inspect
 import logging
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -16,7 +18,7 @@ from transformers import (
 )
 
 from softlms.architectures import find_targets
-from softlms.budget import BudgetNotMet, count_parameters
+from softlms.budget import BudgetNotMet, Costs, count_parameters
 from softlms.distillation import DistillingTrainer
 from softlms.layers import kept_parameters
 from softlms.surgery import decompose, deploy, ranks, soft_layers
@@ -201,6 +203,89 @@ def test_resuming_with_a_larger_budget_is_refused_once_the_ranks_are_fixed(
         assert smaller.model.config.softlms["keep"] == 0.4
 
 
+def test_costs_measured_anew_leave_fixed_ranks_alone(tiny_bert, rows, tmp_path, caplog, monkeypatch):
+    arguments = {"save_strategy": "steps", "save_steps": 1}
+
+    def run(noise):
+        model = decompose(tiny_bert())
+        shapes = {target.name: target.shape for target in find_targets(model)}
+        price = {
+            n: lambda rank, a=a, b=b, i=i: rank * (a + b + noise * (i % 3))
+            for i, (n, (a, b)) in enumerate(shapes.items())
+        }
+        costs = Costs("latency", shapes, price, 100.0)
+        return trainer(model, rows, tmp_path, count="latency", costs=costs, deadline=0.5, arguments=arguments)
+
+    whole = run(0)
+    whole.train()
+    fixed, note = ranks(whole.model), dict(whole.model.config.softlms)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    resumed = run(20)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-22"))
+    assert ranks(resumed.model) == fixed and resumed.model.config.softlms == note
+    assert "was made with costs=" in caplog.text and "and the ranks stay" in caplog.text
+    assert resumed.cost() > resumed.limit  # the case: by the new prices the old ranks are too large
+
+
+def test_a_smaller_budget_on_resuming_forgets_the_best_model_of_the_larger(tiny_bert, rows, tmp_path):
+    arguments = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    options = {"arguments": arguments, "eval_dataset": rows.select(range(8)), "deadline": 0.5}
+    trainer(decompose(tiny_bert()), rows, tmp_path, **options).train()
+    smaller = trainer(decompose(tiny_bert()), rows, tmp_path, keep=0.2, **options)
+    smaller.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
+    assert count_parameters(smaller.model).kept("linear") <= 0.2 and smaller.cost() <= smaller.limit
+
+
+@pytest.mark.parametrize("rate", [0.01, None])
+def test_the_rate_of_the_thresholds_is_taken_over_on_resuming(tiny_bert, rows, tmp_path, rate):
+    arguments = {"save_strategy": "steps", "save_steps": 1}
+    trainer(decompose(tiny_bert()), rows, tmp_path, alpha_learning_rate=1e-4, arguments=arguments).train()
+    seen = []
+
+    class Rate(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append(optimizer.param_groups[-1]["lr"])
+
+    resumed = trainer(decompose(tiny_bert()), rows, tmp_path, alpha_learning_rate=rate, callbacks=[Rate()])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(set(seen[:3])) == 1 and (seen[0] == rate if rate else seen[0] > 1e-3)
+
+
+def test_layers_decomposed_otherwise_are_refused_on_resuming(tiny_bert, rows, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 1}
+    trainer(decompose(tiny_bert()), rows, tmp_path, arguments=arguments).train()
+    for options, named in (
+        ({"s": 1.0}, r"has .*'s': 12.5.* and this model .*'s': 1.0.*: decompose it with the same targets"),
+        ({"targets": lambda name, _: name.endswith("query")}, "has .* for bert.*, and this model None"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            trainer(decompose(tiny_bert(), **options), rows, tmp_path).train(
+                resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+            )
+
+
+def test_of_a_frozen_model_the_ranks_alone_are_learned(tiny_bert, rows, tmp_path):
+    model = tiny_bert().requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters() if "classifier" in name}
+    run = trainer(decompose(model), rows, tmp_path)
+    run.train()
+    assert run.state.global_step == run.schedule.frozen_at < 24 and run.cost() <= run.limit
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name in before)
+    with pytest.raises(ValueError, match="nothing is left to train. Deploy it, or let weights learn"):
+        run.train()
+
+
+def test_numpy_settings_can_be_saved(tiny_bert, rows, tmp_path):
+    options = {"keep": np.float32(0.5), "multiple": np.int64(4), "weigh_by_size": np.True_, "gamma": np.float32(0.1)}
+    arguments = {"save_strategy": "steps", "save_steps": 1}
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, steps=2, arguments=arguments, **options)
+    run.train()
+    again = trainer(decompose(tiny_bert()), rows, tmp_path, steps=4, arguments=arguments, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
 def test_a_deployed_model_is_sent_to_transformers_trainer(tiny_bert, rows, tmp_path):
     run = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5)
     run.train()
@@ -320,6 +405,52 @@ def test_accumulated_rows_count_by_their_labels(tiny_llama, tmp_path, trainer_cl
     own = gradient(Trainer, 8, 1)
     for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
         torch.testing.assert_close(gradient(trainer_class, batch, accumulate, **options), own, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainer_class", [SoftTrainer, DistillingTrainer])
+def test_a_loss_of_the_users_accumulates_like_one_batch(tiny_bert, rows, tmp_path, trainer_class):
+    """The form that transformers documents, a sum over the number of items."""
+
+    class Gradient(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.seen = model.classifier.weight.grad.clone()
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    def gradient(build, batch, accumulate, **options):
+        seen = Gradient()
+        args = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+            max_grad_norm=0, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = decompose(model) if build is SoftTrainer else model
+        options |= {"train_dataset": rows, "data_collator": collate, "callbacks": [seen], "compute_loss_func": loss}
+        build(model, args=args, **options).train()
+        return seen.seen
+
+    options = {"keep": 0.5} if trainer_class is SoftTrainer else {}
+    own = gradient(Trainer, 8, 1)
+    for batch, accumulate in ((8, 1), (2, 4)):
+        torch.testing.assert_close(gradient(trainer_class, batch, accumulate, **options), own, rtol=1e-3, atol=1e-6)
+
+
+def test_a_forward_of_the_users_is_there_after_training(tiny_bert, rows, tmp_path):
+    model = decompose(tiny_bert())
+    calls, plain = [], model.forward
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    model.forward = forward
+    model.forward.__signature__ = inspect.signature(plain)
+    trainer(model, rows, tmp_path, steps=2, arguments={"bf16": True}).train()
+    trained = len(calls)
+    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert vars(model)["forward"] is forward and trained >= 2 and len(calls) == trained + 1
 
 
 @pytest.mark.parametrize("batch", [8, 1])
