@@ -147,8 +147,9 @@ def _check_rebuilds(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]
     try:
         with ContextManagers(own.get_init_context(model.dtype, True, False, False)):
             fresh = own(copy.deepcopy(model.config))
-    except TypeError:
-        return  # a class of the user's, with arguments that only they know
+    except TypeError:  # a class of the user's, with arguments that only they know
+        _check_alone(model, layers)
+        return
     factor(fresh, layers)
     known = dict(fresh.named_modules())
     for name, module in model.named_modules():
@@ -157,12 +158,35 @@ def _check_rebuilds(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]
             raise ValueError(f"{name} is {_class_path(module)}, where {own.__name__} {instead}: {REMEDY}")
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     expected = {name: tuple(values.shape) for name, values in fresh.state_dict().items()}
+    if len(inspect.signature(own).parameters) > 1:  # parts are options then, such as BertModel's pooler
+        expected = {name: shape for name, shape in expected.items() if not _is_left_out(model, name)}
     for name in [*shapes, *expected]:
         if shapes.get(name) != expected.get(name):
             raise ValueError(
                 f"{name} has the shape {shapes.get(name)}, where {own.__name__} of this configuration has "
                 f"{expected.get(name)}: {REMEDY}"
             )
+
+
+def _is_left_out(model: nn.Module, name: str) -> bool:
+    """Whether the model was built without the module of this tensor: None stands there."""
+    part: Any = model
+    for step in name.split(".")[:-1]:
+        part = getattr(part, step, False)
+        if part is None:
+            return True
+    return False
+
+
+def _check_alone(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a factored layer that holds other tensors than one that is built anew."""
+    for name, description in layers.items():
+        layer: Any = model.get_submodule(name)
+        dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        fresh = FORMS[description["form"]].skeleton(dense, description)
+        held, expected = ({n: tuple(v.shape) for n, v in m.state_dict().items()} for m in (layer, fresh))
+        if differing := [n for n in sorted(held.keys() | expected.keys()) if held.get(n) != expected.get(n)]:
+            raise ValueError(f"{name} holds other tensors than a {type(fresh).__name__}, {differing[0]}: {REMEDY}")
 
 
 def _own_class(module: nn.Module) -> type[Any]:

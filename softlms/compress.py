@@ -28,6 +28,7 @@ from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.factorization import FACTORIZATIONS, linear_targets
 from softlms.folders import check_writable
 from softlms.methods import last_checkpoint
+from softlms.model_card import plain
 from softlms.precision import fast_bf16
 from softlms.provenance import weights_hash
 from softlms.ranges import check_at_least_one, check_positive, check_share
@@ -89,6 +90,8 @@ class Compression:
     bf16: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in plain(asdict(self), "Compression").items():  # numpy's numbers, paths: JSON has to hold them
+            object.__setattr__(self, name, value)
         Budget(self.keep, self.count)
         if self.factors not in FACTORIZATIONS:
             raise ValueError(f"Unknown factorization {self.factors!r}; known: {', '.join(FACTORIZATIONS)}.")
@@ -100,8 +103,10 @@ class Compression:
             calibration_rows=self.calibration_rows, batch_size=self.batch_size, max_length=self.max_length
         )
         check_share(distillation=self.distillation)
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be 0 to 2**32 - 1, got {self.seed!r}.")
+        if not (0 <= self.seed < 2**32 and self.seed % 1 == 0):
+            raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {self.seed!r}.")
+        for name in ("calibration_rows", "batch_size", "max_length", "seed"):
+            object.__setattr__(self, name, int(getattr(self, name)))
 
 
 def compress(settings: Compression, out: str | Path, *, console: Console | None = None) -> PreTrainedModel:

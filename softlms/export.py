@@ -11,7 +11,7 @@ import inspect
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from softlms.basis import balance, change_basis_, rotate
 from softlms.costs import random_rows
+from softlms.inputs import positions, wants_positions
 from softlms.layers import SoftLinear
 from softlms.masks import MaskedLinear
 from softlms.scan import fast_scan
@@ -35,7 +36,6 @@ __all__ = ["export_onnx", "onnx_logits"]
 
 SHAPES = ((1, 7), (3, 20))  # batch and length at which the file is checked: neither is the exported one
 PROTOBUF = 1.9e9  # bytes that one file may hold
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # of the graph
 TOLERANCE = 1e-4  # of the largest logit
 AGREEMENT = 0.9  # share of rows on which the 8-bit model must answer as torch does
 
@@ -43,14 +43,19 @@ logger = transformers_logging.get_logger(__name__)
 
 
 class _Logits(nn.Module):
+    """The graph: a row means what it means alone, whatever padding stands before it (see `softlms.inputs`)."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.numbered = wants_positions(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         options: dict[str, Any] = {"use_cache": False} if self.model.can_generate() else {}
         if token_type_ids is not None:
             options["token_type_ids"] = token_type_ids
+        if self.numbered:
+            options["position_ids"] = positions(attention_mask)
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
         return logits
 
@@ -76,8 +81,10 @@ def export_onnx(
     int8 : bool
         Store the weights of linear layers in 8 bits on top, with a scale for each output (onnxruntime's dynamic
         quantization; inputs of the layers are rounded to 8 bits as they come), thin layers in a basis that loses
-        little (`softlms.basis`). The check against torch is that of the model before. What the rounding then does is
-        measured and logged as a warning, in one line: on `rows`, else on random tokens, which say nothing of a task.
+        little (`softlms.basis`). Of the 8 bits 7 are used, so that processors without VNNI instructions, on which
+        16-bit sums would overflow, answer like the others. The check against torch is that of the model before. What
+        the rounding then does is measured and logged as a warning, in one line: on `rows`, else on random tokens, which
+        say nothing of a task.
     rows : Dataset, optional
         For int8: a split from `softlms.encode`, such as dev. The share on which the answer (the largest logit) is not
         torch's is the most that an accuracy can lose.
@@ -148,8 +155,9 @@ def export_onnx(
         if not (error := _compare(examples, file).largest) < TOLERANCE:
             raise RuntimeError(f"onnxruntime's logits differ from torch's by {error:.1e} of the largest: not kept.")
         if int8:
-            file = quantize(file, per_channel=True)
-            seen = examples if rows is None else _answered(network, _batches(rows, data_collator))
+            # 7 bits of the 8: sums of pairs of products fit 16 bits, which processors without VNNI would cut off
+            file = quantize(file, per_channel=True, reduce_range=True)
+            seen = examples if rows is None else _answered(network, _batches(rows, data_collator, inputs))
             said = _judge(_compare(seen, file), network, measured=rows is not None)
         for part in Path(folder).iterdir():
             if part.name.startswith(file.name) and part != file:
@@ -283,15 +291,20 @@ def _padded(network: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
         yield inputs
 
 
-def _batches(rows: datasets.Dataset, data_collator: DataCollator | None) -> Iterator[dict[str, Tensor]]:
-    inputs = rows.select_columns([column for column in rows.column_names if column in INPUTS])
+def _batches(
+    rows: datasets.Dataset, data_collator: DataCollator | None, taken: Collection[str]
+) -> Iterator[dict[str, Tensor]]:
+    """What the graph takes, of rows and of what the collator adds."""
+    inputs = rows.select_columns([column for column in rows.column_names if column in taken])
     for batch in DataLoader(inputs, 32, collate_fn=data_collator):
-        yield {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+        given = {name: values for name, values in batch.items() if name in taken}
+        yield {"attention_mask": torch.ones_like(batch["input_ids"]), **given}
 
 
 @torch.inference_mode()
 def _answered(
     network: PreTrainedModel, batches: Iterable[dict[str, Tensor]]
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    graph = _Logits(network).eval()
     for batch in batches:
-        yield batch, network(**batch).logits
+        yield batch, graph(**batch)

@@ -204,7 +204,7 @@ def _api_page() -> str:
 
 def _check_replaceable(out: Path) -> None:
     index = out / "index.html"
-    ours = index.is_file() and f'content="{GENERATOR}"' in index.read_text("utf-8")
+    ours = index.is_file() and f'content="{GENERATOR}"' in index.read_text("utf-8", errors="replace")
     if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds something else than a gallery: choose an empty folder or a new one.")
 

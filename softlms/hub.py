@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,12 @@ def pretrained(kind: Any, location: str | Path, **options: Any) -> Any:
 
 def commit_of(location: str) -> str:
     """The commit that a hub name stands for now; "unknown" where neither the hub nor the cache can say."""
-    name, revision = split_revision(location)
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision or None)).parent.name
+        return _found_commit(*split_revision(location))
     except EntryNotFoundError:  # what loads the model next says why
         return "unknown"
+
+
+@cache  # one process does not mix two states of the hub; an error is asked about again
+def _found_commit(name: str, revision: str) -> str:
+    return Path(hf_hub_download(name, "config.json", revision=revision or None)).parent.name

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, DataCollator, PreTrainedModel
 
-__all__ = ["IGNORED", "batches", "lengths", "prepared", "token_mask"]
+__all__ = ["IGNORED", "batches", "lengths", "positions", "prepared", "token_mask", "wants_positions"]
 
 IGNORED = -100  # a label that no loss counts
 ANSWERS = ("start_positions", "end_positions")  # labels that are not called so
@@ -86,11 +86,17 @@ def prepared(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
                 f"{_name(model)} reads the first token of a row, and here padding stands before it: pad on the right "
                 "(tokenizer.padding_side = 'right')."
             )
-        if "position_ids" not in ready and _wants_positions(model):
-            ready["position_ids"] = (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)
+        if "position_ids" not in ready and wants_positions(model):
+            ready["position_ids"] = positions(mask)
     if labels is not None and labels.shape == mask.shape and _is_causal(model):
         ready["labels"] = labels.scatter(1, first, IGNORED)
     return ready
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Positions (batch, length) that count from a row's first token, of a mask (batch, length)."""
+    first = mask.long().argmax(1, keepdim=True)
+    return (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)
 
 
 def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
@@ -132,7 +138,7 @@ def _reads_first_column(model: Any) -> bool:
     return "SequenceClassification" in _name(model) and type(model.config) in MODEL_FOR_MASKED_LM_MAPPING
 
 
-def _wants_positions(model: nn.Module) -> bool:
+def wants_positions(model: nn.Module) -> bool:
     """Whether it takes positions, and would number padding as well if it were given none."""
     return "position_ids" in _parameters(model) and not any(
         # RoBERTa's numbers begin after padding's own, Qwen-VL's have three dimensions

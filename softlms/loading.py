@@ -234,6 +234,7 @@ def _check_shapes(
 ) -> None:
     """Refuse factored weights that do not fit the layers of this configuration: they would be left out."""
     own = {name: values for name, values in model.state_dict().items() if any(name.startswith(f"{n}.") for n in layers)}
+    missing = set(own)
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -244,6 +245,9 @@ def _check_shapes(
                         f"{name} is of shape {shape}, where the configuration asks for {tuple(own[here].shape)}. What "
                         f"differs from the saved one: {changes or 'what was given to from_pretrained'}. Restore it."
                     )
+                missing.discard(here or "")
+    if missing:
+        raise ValueError(f"The weights lack {min(missing)} of a factored layer: it would be random. Save them again.")
 
 
 def _is_described(files: Sequence[Path]) -> bool:

@@ -22,7 +22,7 @@ TEMPLATE = "has been automatically generated"  # of the hub's empty card
 
 def is_ours(card: Path) -> bool:
     """Whether a model card may be written here: there is none, or it is one of these, or the hub's empty template."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else MARK
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else MARK
     return MARK in text or TEMPLATE in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import io
 import os
 import platform
 import re
@@ -27,6 +28,8 @@ __all__ = [
     "append_rows", "code_hash", "commit", "hardware", "is_orphaned", "library_hash", "lock", "process_mark", "versions",
     "weights_hash", "whole_file",
 ]  # fmt: skip
+
+WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model")  # and what belongs to them
 
 
 def hardware(threads: int | None = None) -> str:
@@ -96,16 +99,21 @@ def library_hash() -> str:
     return code_hash(*sorted(path.stem for path in Path(__file__).parent.glob("*.py")))
 
 
-@cache
 def weights_hash(location: str) -> str:
     """Hash of a folder's weights, configuration and tokenizer; of a hub name, itself and the commit that it is at."""
     if not Path(location).is_dir():
         return f"{location}, commit {commit_of(location)}"
+    paths = [path for path in sorted(Path(location).iterdir()) if path.suffix in WEIGHTS]
+    return _content_hash(*((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@cache
+def _content_hash(*files: tuple[Path, int, int]) -> str:
+    """Of files that are known to have changed by their size and time."""
     digest = hashlib.sha256()
-    for path in sorted(Path(location).iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".txt", ".model"):
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    for path, _, _ in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -161,8 +169,9 @@ def lock(path: Path) -> BaseFileLock:
 def append_rows(path: str | Path, rows: pd.DataFrame) -> None:
     """Add rows to a CSV file, which a command makes where there is none; each names the commit it was made at."""
     path = Path(path)
+    added = io.StringIO(rows.assign(commit=commit()).to_csv(index=False, float_format="%.6g"))
     with lock(path), whole_file(path) as partial:  # else of two that read the same file one loses its rows
-        before = [pd.read_csv(path)] if path.is_file() else []
-        pd.concat([*before, rows.assign(commit=commit())]).to_csv(
-            partial, index=False, float_format="%.6g", lineterminator="\n"
-        )
+        # as text: rows that are there stay as they were written
+        texts = [path, added] if path.is_file() else [added]
+        parts = [pd.read_csv(text, dtype=str, keep_default_na=False) for text in texts]
+        pd.concat(parts).fillna("").to_csv(partial, index=False, lineterminator="\n")

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from softlms.basis import balance, change_basis_, rotate
 from softlms.costs import interleaved
 from softlms.evaluation import compute_metrics
-from softlms.export import INPUTS, example_rows, export_onnx, onnx_session, quantize
+from softlms.export import example_rows, export_onnx, onnx_session, quantize
 from softlms.jobs import be_quiet
 from softlms.provenance import append_rows, hardware, versions
 from softlms.tasks import encode, load_task
@@ -35,6 +35,7 @@ LINEARS = ["MatMul", "Gemm"]
 ROUNDED = {  # options of onnxruntime's quantize_dynamic
     "one scale a tensor": {},
     "a scale an output": {"per_channel": True},
+    "a scale an output, 7 bits": {"per_channel": True, "reduce_range": True},
     "a scale an output, embeddings too": {"per_channel": True, "op_types_to_quantize": [*LINEARS, "Gather"]},
 }
 
@@ -60,7 +61,8 @@ def measure(folder, task, data, rounds, tokens):
     splits = encode(source, tokenizer)
     split = "test" if "test" in splits else "dev"
     rows = splits[split].select(np.argsort(splits[split]["length"], kind="stable"))
-    inputs = rows.select_columns([column for column in rows.column_names if column in INPUTS])
+    taken = example_rows(model, 1, 5)
+    inputs = rows.select_columns([column for column in rows.column_names if column in taken])
     batches = [dict(batch) for batch in DataLoader(inputs, 32, collate_fn=DataCollatorWithPadding(tokenizer))]
     labels, score, example = np.asarray(rows["labels"]), compute_metrics(source.task), example_rows(model, 1, tokens)
     ways, found = {}, []

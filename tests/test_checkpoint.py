@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -27,6 +28,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -801,3 +805,64 @@ def test_card_of_learned_masks(tiny_bert, tmp_path):
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "Layers by form: 12 masked." in card and "low-rank ones" not in card and "## Ranks" not in card
+
+
+def test_a_model_without_its_pooler_is_saved_as_it_is(tmp_path):
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99)
+    model = BertModel(config, add_pooling_layer=False).eval()
+    softlms.truncate(model, {target.name: 4 for target in find_targets(model)})
+    model.save_pretrained(tmp_path)
+    loaded = BertModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    ids = torch.randint(0, 99, (2, 6))
+    assert torch.equal(loaded(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+class Tagger(PreTrainedModel):
+    """A user's class that is not built from its configuration alone."""
+
+    config_class, base_model_prefix = BertConfig, "bert"
+
+    def __init__(self, config, tags):
+        super().__init__(config)
+        self.bert, self.out = BertModel(config), nn.Linear(config.hidden_size, tags)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.out(self.bert(input_ids).last_hidden_state)
+
+
+def test_a_class_with_arguments_of_its_own_comes_back_or_is_refused(tmp_path):
+    import peft
+
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99)
+    model, ids = Tagger(config, 3).eval(), torch.randint(0, 99, (2, 6))
+    softlms.truncate(model, {target.name: 4 for target in find_targets(model)})
+    model.save_pretrained(tmp_path / "thin")
+    loaded = Tagger.from_pretrained(tmp_path / "thin", tags=3).eval()
+    assert torch.equal(loaded(ids), model(ids))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["query.down"]), model)
+    with pytest.raises(ValueError, match=r"query holds other tensors than a LowRankLinear, down\..*: the folder"):
+        model.save_pretrained(tmp_path / "adapted")
+
+
+def test_weights_that_lack_a_factor_are_refused(tiny_bert, tmp_path):
+    model = tiny_bert()
+    softlms.truncate(model, {target.name: 4 for target in find_targets(model)})
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, framework="pt") as held:
+        metadata, tensors = held.metadata(), {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+    del tensors["bert.encoder.layer.1.output.dense.up.weight"]
+    save_file(tensors, file, metadata)
+    with pytest.raises(ValueError, match=r"up\.weight|damaged"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_foreign_readme_in_another_encoding_stays(tiny_bert, tmp_path):
+    model = tiny_bert()
+    softlms.truncate(model, {target.name: 4 for target in find_targets(model)})
+    foreign = "Modèle à moi".encode("latin-1")
+    (tmp_path / "README.md").write_bytes(foreign)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == foreign
+    assert softlms.ranks(AutoModelForSequenceClassification.from_pretrained(tmp_path)) == softlms.ranks(model)

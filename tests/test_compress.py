@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kill_compress import contents
@@ -325,7 +327,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_folder, data, tmp_path, c
         ({"calibration-rows": "0"}, "calibration_rows must be at least 1"),
         ({"batch-size": "-1"}, "batch_size must be at least 1"),
         ({"max-length": "2"}, "max_length must be at least 5"),
-        ({"seed": "-1"}, "seed must be 0 to"),
+        ({"seed": "-1"}, "seed must be a whole number from 0 to"),
         *(({name: value}, " must be positive and at most 1, got ") for name in rates for value in numbers),
         *(({"epochs": value}, "epochs must be positive and at most 10000, got ") for value in numbers),
         *(({"dense-epochs": value}, "dense_epochs must be positive and at most 10000, got ") for value in numbers),
@@ -359,3 +361,11 @@ def test_options_are_the_settings():
         if "(default" in meaning:
             stated = meaning.split("(default ")[1].rstrip(")") if "(default)" not in meaning else None
             assert stated is None or kind(stated) == fields[name].default
+
+
+def test_settings_of_numpy_and_paths_are_plain(tmp_path):
+    plain = Compression(str(tmp_path), "mrpc", 0.5, seed=1, batch_size=8)
+    given = Compression(tmp_path, "mrpc", np.float64(0.5), seed=np.int64(1), batch_size=8.0)
+    assert given == plain and json.dumps(asdict(given)) == json.dumps(asdict(plain))
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        Compression("minilm", "mrpc", 0.5, seed=0.5)
