@@ -1,11 +1,11 @@
-# make figures | gallery | test | test-browser | verify | lint | lab | benchmark: each makes its own environment first.
+# make figures | gallery | test | test-slow | test-browser | verify | lint | lab | benchmark: each makes its own environment first.
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: figures gallery test test-units test-encoders test-language test-browser lab lint verify benchmark clean
+.PHONY: figures gallery test test-units test-encoders test-language test-slow test-browser lab lint verify benchmark clean
 
 figures: $(READY)
 	$(BIN)/softlms figures --resume --profile $(PROFILE)
@@ -23,6 +23,10 @@ test-units: $(READY)
 
 test-encoders test-language: test-%: $(READY)
 	$(BIN)/softlms check-notebooks $*
+
+# batches that are killed and continued, a full disk, whole benchmarks
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 # JupyterLab in a real browser: needs chromium and chromedriver (Debian: apt install chromium chromium-driver)
 test-browser: $(READY)

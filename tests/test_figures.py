@@ -198,6 +198,7 @@ def test_read_only_disk(small_disk, capsys):
     assert "cannot be written: Read-only file system" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_full_disk(small_disk, capsys):
     """A table, then a notebook's own output, then the driver's first file does not fit."""
     table = "from softlms.provenance import whole_file\nwith whole_file(folder / '01_table.csv') as partial:\n"
@@ -266,6 +267,7 @@ def test_resume_leaves_out_what_is_finished(checkout):
     assert reason() == "not done before"
 
 
+@pytest.mark.slow
 def test_a_first_run_says_how_long_it_takes(checkout):
     write_notebook(checkout, "02_more", "import time; time.sleep(1)")
     (checkout / "notebooks/seconds.toml").write_text("01_good = 100\n02_more = 200\n", "utf-8")
@@ -364,6 +366,7 @@ for part in range(3):
         write_notebook(folder, name, source, PARAMETERS + f"\nname = {name!r}")
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_killed_continues(tmp_path):
     reference, killed = tmp_path / "reference", tmp_path / "killed"
     for folder in (reference, killed):
@@ -419,6 +422,7 @@ def test_ctrl_c_stops_all_and_says_how_to_continue(tmp_path):
     assert not (tmp_path / "executed/quick/01_one.ipynb").exists()
 
 
+@pytest.mark.slow
 def test_a_notebook_that_reads_what_others_write_follows_them(checkout, monkeypatch):
     monkeypatch.setitem(READS, "02_reads", ("claims.toml", "{profile}/0*.csv"))
     place = 'from pathlib import Path\nresults = Path("../results")\n'

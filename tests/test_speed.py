@@ -104,6 +104,7 @@ def test_rows(model, tmp_path):
     assert (thin.roofline_limit > 1).all() and (thin.parameters < dense.parameters.iloc[0]).all()
 
 
+@pytest.mark.slow
 def test_the_command_adds_rows_to_its_file(tmp_path, capsys):
     out = tmp_path / "new" / "speed.csv"
     arguments = ["benchmark-speed", "gpt2", "--layers", "1", "--rounds", "1", "--tokens", "2", "--out", str(out)]
@@ -118,6 +119,7 @@ def test_the_command_adds_rows_to_its_file(tmp_path, capsys):
     assert "06_gpt2_table_ranks.csv is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_budgets_that_count_different_things():
     table = compare_budgets({"linear": 0.5, "flops": 0.6, "latency": 0.97}, tokens=32, rounds=3).set_index("budget")
     assert list(table.index) == ["50% of linear", "60% of flops", "97% of latency"]
