@@ -91,6 +91,10 @@ def mrpc(options):
                 )  # fmt: skip
                 train(trainer)
                 softlms.deploy(model)
+                if options.models:
+                    folder = f"{options.models}/{factors}-{keep}-{seed}"
+                    model.save_pretrained(folder)
+                    tokenizer.save_pretrained(folder)
                 kept = softlms.count_parameters(model).kept("linear")
                 row = known | {"kept_linear": kept, "deadline": DEADLINE, "budget": trainer.schedule.note["budget"]}
                 row |= {"frozen_at": trainer.schedule.frozen_at, "steps": trainer.state.max_steps, "data": data.source}
@@ -125,6 +129,7 @@ def main():
     parser.add_argument("--data", default="hub", help="folder in GLUE's layout, or hub")
     parser.add_argument("--dense", default="dense-{seed}", help="folders of the fine-tuned models")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of MRPC (default 0 1 2)")
+    parser.add_argument("--models", help="folder that keeps the compressed models of MRPC, as for measure_int8.py")
     parser.add_argument("--out", required=True, help="CSV file that gets these rows more")
     options = parser.parse_args()
     be_quiet()
