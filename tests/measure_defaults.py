@@ -72,7 +72,7 @@ def mrpc(options):
     data = softlms.load_task("mrpc", options.data)
     rows, collator = softlms.encode(data, tokenizer), DataCollatorWithPadding(tokenizer)
     for seed in options.seeds:
-        for keep in KEEPS:
+        for keep in options.keeps:
             for factors in FACTORS:
                 known = {"task": "mrpc", "factors": factors, "keep": keep, "seed": seed}
                 if has(options.out, **known):
@@ -109,7 +109,7 @@ def language(options):
     for family in chosen.models:
         bench = open_language_book(f"defaults_{family}", family, profile="quick").bench
         recipe = chosen.grid.recipe.changed(**chosen.grid.tasks[family].changes)
-        for keep in KEEPS:
+        for keep in options.keeps:
             for method in ("whitened+soft", "svd+soft"):
                 for name, changes in (("defaults", {}), ("tuned", TUNED[method])):
                     known = {"model": family, "method": method, "keep": keep, "seed": 0, "settings": name}
@@ -129,6 +129,7 @@ def main():
     parser.add_argument("--data", default="hub", help="folder in GLUE's layout, or hub")
     parser.add_argument("--dense", default="dense-{seed}", help="folders of the fine-tuned models")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of MRPC (default 0 1 2)")
+    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, help="budgets (default 0.5 0.35)")
     parser.add_argument("--models", help="folder that keeps the compressed models of MRPC, as for measure_int8.py")
     parser.add_argument("--out", required=True, help="CSV file that gets these rows more")
     options = parser.parse_args()
