@@ -59,7 +59,7 @@ def pretrained(kind: Any, location: str | Path, **options: Any) -> Any:
 
 
 def commit_of(location: str) -> str:
-    """The commit that a hub name stands for now; "unknown" where neither the hub nor the cache can say."""
+    """The commit of a hub name when it was first asked for; "unknown" where neither the hub nor the cache can say."""
     try:
         return _found_commit(*split_revision(location))
     except EntryNotFoundError:  # what loads the model next says why

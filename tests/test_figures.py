@@ -417,7 +417,8 @@ def test_ctrl_c_stops_all_and_says_how_to_continue(tmp_path):
     assert stop_figures(process, 3, signal.SIGINT)
     assert process.returncode == 130
     stopped = "stopped; what is finished stays, and the same command with --resume continues."
-    assert process.stderr.read() == f"softlms figures: {stopped}\n"
+    told = process.stderr.read()  # before it, IPython has a warning where the home is read-only
+    assert told.endswith(f"softlms figures: {stopped}\n") and "Traceback" not in told
     assert survivors(tmp_path, patience=2) == [] and broken_files(tmp_path) == []
     assert not (tmp_path / "executed/quick/01_one.ipynb").exists()
 

@@ -6,7 +6,7 @@ from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
 from softlms.experiments import Bench
 from softlms.full_size import find_full_size
-from softlms.hub import commit_of, is_hub, pretrained, split_revision
+from softlms.hub import _found_commit, commit_of, is_hub, pretrained, split_revision
 from softlms.provenance import weights_hash
 from softlms.recipe import Recipe
 from softlms.tasks import TASKS, TaskData
@@ -27,9 +27,9 @@ def hub(tmp_path, monkeypatch):
         (place / "refs" / ref).write_text(commit, "utf-8")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
-    weights_hash.cache_clear()
+    _found_commit.cache_clear()
     yield {commit: BertForSequenceClassification.from_pretrained(place / "snapshots" / commit) for commit in (OLD, NEW)}
-    weights_hash.cache_clear()
+    _found_commit.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_runs_key_knows_the_commit(hub, tmp_path):
     assert place(NAME) != place(f"{NAME}@v1")
     before = place(NAME)
     (tmp_path / "models--someone--tiny/refs/main").write_text(OLD, "utf-8")  # the name now stands for other weights
-    weights_hash.cache_clear()
+    _found_commit.cache_clear()
     assert place(NAME) != before
     assert weights_hash(f"{NAME}@v1") == f"{NAME}@v1, commit {OLD}"
 
