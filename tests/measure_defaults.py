@@ -27,7 +27,7 @@ from softlms.provenance import append_rows, hardware, versions
 from softlms.training import DEADLINE
 from softlms.zoo import find_encoder, load_classifier
 
-KEEPS, FACTORS = (0.5, 0.35), ("whitened", "svd")
+KEEPS, FACTORS = (0.5, 0.35), ("svd", "whitened")
 
 
 def has(out, **row):
@@ -72,8 +72,8 @@ def mrpc(options):
     data = softlms.load_task("mrpc", options.data)
     rows, collator = softlms.encode(data, tokenizer), DataCollatorWithPadding(tokenizer)
     for seed in options.seeds:
-        for keep in options.keeps:
-            for factors in FACTORS:
+        for factors in FACTORS:
+            for keep in options.keeps:
                 known = {"task": "mrpc", "factors": factors, "keep": keep, "seed": seed}
                 if has(options.out, **known):
                     continue
