@@ -75,6 +75,14 @@ def trainer(model, rows, folder, *, steps=24, keep=0.5, count="linear", **option
     )
 
 
+def one_step(folder, batch, accumulate):
+    """Arguments of a single step whose gradients are not clipped."""
+    return TrainingArguments(
+        str(folder), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        max_grad_norm=0, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+
+
 def test_training_meets_the_budget_exactly_then_recovers(tiny_bert, rows, tmp_path):
     model = decompose(tiny_bert())
     run = trainer(model, rows, tmp_path, steps=40)
@@ -391,10 +399,7 @@ def test_accumulated_rows_count_by_their_labels(tiny_llama, tmp_path, trainer_cl
 
     def gradient(build, batch, accumulate, **options):
         seen = Gradient()
-        args = TrainingArguments(
-            str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
-            max_grad_norm=0, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True,
-        )  # fmt: skip
+        args = one_step(tmp_path, batch, accumulate)
         torch.manual_seed(0)
         model = tiny_llama()
         model = decompose(model) if build is SoftTrainer else model
@@ -420,10 +425,7 @@ def test_a_loss_of_the_users_accumulates_like_one_batch(tiny_bert, rows, tmp_pat
 
     def gradient(build, batch, accumulate, **options):
         seen = Gradient()
-        args = TrainingArguments(
-            str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
-            max_grad_norm=0, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True,
-        )  # fmt: skip
+        args = one_step(tmp_path, batch, accumulate)
         torch.manual_seed(0)
         model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         model = decompose(model) if build is SoftTrainer else model
