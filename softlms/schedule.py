@@ -67,6 +67,11 @@ class SoftSchedule(TrainerCallback):
         for alpha in self.trainer.alphas:
             alpha.requires_grad_(self.frozen_at is None)
 
+    def changed(self, state: TrainerState) -> list[str]:
+        """Settings that are others than those of the run that made a checkpoint."""
+        before = state.stateful_callbacks.get(self.KEY, {}).get("settings", {})
+        return [name for name, value in before.items() if self.trainer.settings.get(name) != value]
+
     def check_finite(self, state: TrainerState) -> None:
         """An error that names the layer where training has diverged."""
         for name, layer in self.trainer.soft_layers.items():
@@ -78,8 +83,7 @@ class SoftSchedule(TrainerCallback):
     ) -> None:
         """Take over settings that are others than those of the checkpoint that is resumed."""
         trainer = self.trainer
-        before = state.stateful_callbacks.get(self.KEY, {}).get("settings", {})
-        changed = {name for name, value in before.items() if trainer.settings.get(name) != value}
+        changed = set(self.changed(state))
         if self.frozen_at is None and "alpha_learning_rate" in changed:
             trainer.set_alpha_rate(state.max_steps)
         if self.frozen_at is not None and BUDGET & changed and trainer.cost() > trainer.limit:

@@ -277,7 +277,8 @@ class SoftTrainer(DistillingTrainer):
         file = Path(folder or "", TRAINER_STATE_NAME)
         if not folder or not file.is_file():
             return
-        stored = TrainerState.load_from_json(str(file)).stateful_callbacks.get(SoftSchedule.KEY, {})
+        state = TrainerState.load_from_json(str(file))
+        stored = state.stateful_callbacks.get(SoftSchedule.KEY, {})
         before, fixed = stored.get("settings", {}), stored.get("frozen_at")
         forms, own = stored.get("layers", {}), self.layer_forms()
         for name in sorted(forms.keys() | own.keys()) if forms else ():
@@ -286,7 +287,7 @@ class SoftTrainer(DistillingTrainer):
                     f"{folder} has {forms.get(name)} for {name}, and this model {own.get(name)}: decompose it with the "
                     "same targets and settings, or train from the start."
                 )
-        changed = [name for name, value in before.items() if self.settings.get(name) != value]
+        changed = self.schedule.changed(state)
         was, now = (", ".join(f"{n}={of.get(n)!r}" for n in changed) for of in (before, self.settings))
         if fixed is not None and BUDGET & set(changed):
             if self.costs.of(stored["ranks"]) <= self.limit:

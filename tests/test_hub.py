@@ -63,6 +63,13 @@ def test_what_is_not_there_is_said_by_what_loads(hub):
             pretrained(AutoConfig, name)
 
 
+def test_an_unknown_commit_is_asked_for_again(hub, tmp_path):
+    ref = tmp_path / "models--someone--tiny/refs/later"
+    assert commit_of(f"{NAME}@later") == "unknown"
+    ref.write_text(OLD, "utf-8")
+    assert commit_of(f"{NAME}@later") == OLD
+
+
 def test_a_folder_may_have_the_sign_in_its_name(tiny_folder, tmp_path):
     place = tmp_path / "tiny@home"
     pretrained(AutoConfig, tiny_folder).save_pretrained(place)
