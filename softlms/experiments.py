@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import torch
@@ -31,15 +31,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from softlms.allocation import sensitivity_curves
 from softlms.architectures import find_targets
-from softlms.calibration import LayerStatistics, calibrate
-from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
-from softlms.factorization import Factors, factorize
+from softlms.closure import code_of, not_in_keys
+from softlms.evaluation import evaluate
 from softlms.hub import pretrained
 from softlms.jobs import Job, available_processes, run_jobs, tell_stored, use_threads
-from softlms.methods import cut_and_recover, learn_ranks, train_dense
-from softlms.provenance import code_hash, commit, hardware, lock, versions, weights_hash, whole_file
+from softlms.methods import Step, cut_and_recover, learn_ranks, train_dense
+from softlms.provenance import commit, hardware, lock, versions, weights_hash
 from softlms.recipe import Recipe, parse_method
 from softlms.run_key import DEPENDS, key, why_missing
 from softlms.scan import fast_scan
@@ -47,13 +45,6 @@ from softlms.tasks import TaskData, encode
 from softlms.zoo import Encoder, device, load_classifier
 
 __all__ = ["Bench", "Run"]
-
-# what a run's numbers depend on; plotting and the workbook are not among them
-_SOURCES = (
-    "thresholds", "losses", "lazy", "layers", "architectures", "inputs", "calibration", "factorization", "allocation",
-    "masks", "surgery", "budget", "distillation", "schedule", "training", "evaluation", "tasks", "glue", "corpus",
-    "hub", "zoo", "recipe", "methods", "experiments",
-)  # fmt: skip
 
 # a run's numbers do not depend on how many cores are free, nor on whether others run beside it
 _THREADS = 1
@@ -102,14 +93,14 @@ class Bench:
     max_length: int = 128
     train_rows: int | None = None
     note: Callable[[str], None] = field(default=print, repr=False)
-    sources: ClassVar[tuple[str, ...]] = ()  # modules that runs of a subclass depend on besides those of all
-    _factored: tuple[Any, ...] = field(default=(), init=False, repr=False)
-    _known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _shared_of: tuple[Any, ...] = field(default=(), init=False, repr=False)
+    _shared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
+    @not_in_keys
     def __getstate__(self) -> dict[str, Any]:
         """To another process goes what defines the bench: a note may be anything, and what is derived is large."""
         kept = {k: v for k, v in self.__dict__.items() if not isinstance(getattr(type(self), k, None), cached_property)}
-        return kept | {"note": print, "_factored": (), "_known": {}}
+        return kept | {"note": print, "_shared_of": (), "_shared": {}}
 
     @cached_property
     def splits(self) -> dict[str, datasets.Dataset]:
@@ -138,6 +129,7 @@ class Bench:
     def collator(self) -> DataCollatorWithPadding:
         return DataCollatorWithPadding(self.encoder.tokenizer())
 
+    @not_in_keys
     def _inputs(self, pair: str) -> dict[str, Any]:
         """Model and data that a method's run depends on."""
         return {
@@ -154,6 +146,7 @@ class Bench:
         content = {split: rows.to_dict() for split, rows in self.data.splits.items()}
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @not_in_keys
     def run(self, method: str, recipe: Recipe, seed: int) -> Run:
         """Do a run, or take it from its folder if it is there.
 
@@ -175,20 +168,17 @@ class Bench:
         if stored is not None:
             return stored
         pair, folder = self._place(method, recipe, seed)
-        if pair != "dense" and (recipe.start == "fine-tuned" or recipe.distillation):
+        if _needs_dense(pair, recipe):
             self.run("dense", recipe, seed)  # first, so that its time is not counted here
         with lock(folder):
             return self.stored(method, recipe, seed) or self._run(pair, folder, method, recipe, seed)
 
+    @not_in_keys
     def _run(self, pair: str, folder: Path, method: str, recipe: Recipe, seed: int) -> Run:
         partial = folder.with_name(f"{folder.name}.partial")  # one that a killed process left is continued
         partial.mkdir(exist_ok=True)
         started = time.monotonic()
-        transformers.set_seed(seed)
-        do = train_dense if pair == "dense" else learn_ranks if pair.endswith("+soft") else cut_and_recover
-        with use_threads(_THREADS), fast_scan():
-            result = {"seed": seed} | do(self, recipe, seed, partial, pair)
-        result |= {
+        result = self._make(_step(pair), recipe, seed, partial, pair) | {
             "seconds": round(time.monotonic() - started, 1),
             "hardware": hardware(_THREADS),
             "versions": versions(),
@@ -202,6 +192,12 @@ class Bench:
         partial.rename(folder)
         return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
 
+    def _make(self, step: Step, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
+        transformers.set_seed(seed)
+        with use_threads(_THREADS), fast_scan():
+            return {"seed": seed} | step(self, recipe, seed, folder, pair)
+
+    @not_in_keys
     def stored(self, method: str, recipe: Recipe, seed: int) -> Run | None:
         """A run that was done before, as `run` gives it, or None."""
         pair, folder = self._place(method, recipe, seed)
@@ -210,16 +206,19 @@ class Bench:
         result = json.loads((folder / "result.json").read_text("utf-8"))
         return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
 
+    @not_in_keys
     def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
         """A method's name in full, and the folder of its run."""
         pair = "dense" if method == "dense" else "+".join(parse_method(method))
         return pair, self.folder / f"{pair}-{seed}-{key(self._depends(pair, recipe, seed))}"
 
+    @not_in_keys
     def why_missing(self, method: str, recipe: Recipe, seed: int) -> str:
         """Why a run is not there yet; see `softlms.run_key.why_missing`."""
         pair, folder = self._place(method, recipe, seed)
         return why_missing(self.folder, folder.name.rsplit("-", 1)[0], self._depends(pair, recipe, seed))
 
+    @not_in_keys
     def runs(self, methods: tuple[str, ...], recipe: Recipe, seeds: tuple[int, ...]) -> list[Run]:
         """All methods at all seeds, in that order; seeds side by side, with a line of progress for each run."""
         started, total = time.monotonic(), len(methods) * len(seeds)
@@ -255,59 +254,23 @@ class Bench:
 
     def dense_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
         """The dense model of `seed`, trained now if it was not before, where the training will be."""
-        return self.load_model(self._dense_folder(recipe, seed)).to(device())
+        return self.load_model(self.dense_folder(recipe, seed)).to(device())
 
-    def _dense_folder(self, recipe: Recipe, seed: int) -> Path:
+    @not_in_keys
+    def dense_folder(self, recipe: Recipe, seed: int) -> Path:
+        """Where the dense model of `seed` is stored, trained now if it was not before."""
         folder = self.run("dense", recipe, seed).model
         assert folder is not None  # dense runs keep their model
         return folder
 
-    def training_rows(self, recipe: Recipe, seed: int) -> datasets.Dataset:
-        """The training split, with the dense model's logits where the recipe distils; those are stored with it."""
-        rows = self.splits["train"]
-        if not recipe.distillation:
-            return rows
-        stored = self._dense_folder(recipe, seed).parent / "teacher_logits.json"
-        if not stored.is_file():
-            taught = add_teacher_logits(rows, self.dense_model(recipe, seed), self.collator)
-            with whole_file(stored) as partial:
-                partial.write_text(json.dumps(list(taught["teacher_logits"])), "utf-8")
-        return rows.add_column("teacher_logits", json.loads(stored.read_text("utf-8")))
-
-    def factors(self, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Factors]:
-        """Factors of a dense model; those of one model are kept in memory, to be shared by several allocations."""
-        model_key = (key(self._depends("dense", recipe, seed)), recipe.start, recipe.calibration_rows)
-        if self._factored != model_key:
-            self._factored = model_key
-            self._known.clear()
-        if factorization not in self._known:
-            needed = factorization != "svd"
-            statistics = self._statistics(model, recipe, seed, factorization == "fwsvd") if needed else None
-            self._known[factorization] = factorize(model, factorization, statistics)
-        return self._known[factorization]
-
-    def _statistics(
-        self, model: PreTrainedModel, recipe: Recipe, seed: int, fisher: bool
-    ) -> dict[str, LayerStatistics]:
-        key = f"statistics, {fisher=}"
-        if key not in self._known:
-            rows = self.calibration_rows(recipe.calibration_rows, seed)
-            self._known[key] = calibrate(model, rows, self.collator, rows=len(rows), fisher=fisher)
-        return self._known[key]
-
-    def curves(self, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Any]:
-        """Sensitivity curves of a dense model, kept in memory like its factors."""
-        factors = self.factors(model, factorization, recipe, seed)
-        key = f"{factorization}: curves"
-        if key not in self._known:
-            rows = self.calibration_rows(max(1, recipe.calibration_rows // 4), seed)
-            self._known[key] = sensitivity_curves(model, factors, lambda: mean_loss(model, rows, self.collator))
-        return self._known[key]
-
-    def calibration_rows(self, number: int, seed: int) -> datasets.Dataset:
-        """Training rows drawn by `seed`; all of them where there are fewer."""
-        rows = self.splits["train"].shuffle(seed=seed)
-        return rows.select(range(min(number, len(rows))))
+    @not_in_keys
+    def shared(self, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """What methods of one model share in memory, such as its factors; empty where the last model was another."""
+        model = (key(self._depends("dense", recipe, seed)), recipe.start, recipe.calibration_rows)
+        if self._shared_of != model:
+            self._shared_of = model
+            self._shared.clear()
+        return self._shared
 
     def starting_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
         """What every method cuts: the fine-tuned dense model, or the pretrained encoder with a new head."""
@@ -348,11 +311,24 @@ class Bench:
         )
         return {"args": args, "train_dataset": self.splits["train"], "data_collator": self.collator}
 
+    @not_in_keys
     def _depends(self, pair: str, recipe: Recipe, seed: int) -> dict[str, Any]:
         """All that a run's numbers depend on."""
+        step, bench = _step(pair), type(self)
+        code = code_of(*(f"{start.__module__}:{start.__qualname__}" for start in (step, bench)))
+        dense = {"dense": self._place("dense", recipe, seed)[1].name} if _needs_dense(pair, recipe) else {}
         return (
             self._inputs(pair)
             | {f"recipe.{name}": value for name, value in recipe.used(pair).items()}
-            | {f"code.{module}": code_hash(module) for module in (*_SOURCES, *self.sources)}
-            | {"seed": seed, "versions": versions(), "hardware": hardware(_THREADS)}
+            | {"code": code, "seed": seed, "versions": versions(), "hardware": hardware(_THREADS)}
+            | dense
         )
+
+
+def _step(pair: str) -> Step:
+    """What makes a run of a method, named in full."""
+    return train_dense if pair == "dense" else learn_ranks if pair.endswith("+soft") else cut_and_recover
+
+
+def _needs_dense(pair: str, recipe: Recipe) -> bool:
+    return pair != "dense" and (recipe.start == "fine-tuned" or recipe.distillation > 0)

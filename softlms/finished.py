@@ -14,10 +14,11 @@ from typing import Any
 
 import nbformat
 
+from softlms.closure import library_hash
 from softlms.durations import read_seconds
 from softlms.folders import Folders, folder_state
 from softlms.profiles import DATA_VARIABLE
-from softlms.provenance import hardware, library_hash, versions, whole_file
+from softlms.provenance import hardware, versions, whole_file
 from softlms.reads import read_tables
 
 __all__ = ["depends_on", "mark_finished", "reason_to_run", "stored_seconds", "unmark"]

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from softlms.calibration import in_eval_mode
+from softlms.closure import not_in_keys
 from softlms.experiments import Bench, Run
 from softlms.fused import split_fused
 from softlms.hub import pretrained
@@ -121,8 +122,6 @@ class LanguageBench(Bench):
         A window that the model cannot read, or longer than a split.
     """
 
-    sources = ("language_models", "likelihood", "text", "scan", "scan_kernel", "fused")
-
     def __init__(
         self,
         model: SmallModel | Encoder,
@@ -209,14 +208,17 @@ class LanguageBench(Bench):
             )  # fmt: skip
         return {"prompt": tokenizer.decode(ids[0, :PROMPT]), "sample": tokenizer.decode(ids[0, PROMPT:])}
 
+    @not_in_keys
     def run(self, method: str, recipe: Recipe, seed: int) -> Run:
         if recipe.distillation:
             raise ValueError("Language models are trained without distillation here: set distillation=0.")
         return super().run(method, recipe, 0 if method == "dense" else seed)
 
+    @not_in_keys
     def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
         return super()._place(method, recipe, 0 if method == "dense" else seed)
 
+    @not_in_keys
     def _inputs(self, pair: str) -> dict[str, Any]:
         ids = hashlib.sha256(b"".join(self.text.splits[split].tobytes() for split in sorted(self.text.splits)))
         known = weights_hash(self.model.location) if isinstance(self.model, Encoder) else self.model.config.to_dict()

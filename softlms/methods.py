@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import datasets
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 
-from softlms.allocation import allocate
+from softlms.allocation import allocate, sensitivity_curves
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
+from softlms.calibration import LayerStatistics, calibrate
 from softlms.distillation import DistillingTrainer
-from softlms.factorization import Factors
+from softlms.evaluation import add_teacher_logits, mean_loss
+from softlms.factorization import Factors, factorize
 from softlms.masks import MaskTrainer
+from softlms.provenance import whole_file
 from softlms.recipe import Recipe, parse_method
 from softlms.surgery import decompose, deploy, truncate
 from softlms.training import SoftTrainer
@@ -25,9 +30,10 @@ from softlms.zoo import device
 if TYPE_CHECKING:
     from softlms.experiments import Bench
 
-__all__ = ["cut_and_recover", "last_checkpoint", "learn_ranks", "train_dense"]
+__all__ = ["Step", "cut_and_recover", "last_checkpoint", "learn_ranks", "train_dense"]
 
 Trained = TypeVar("Trained", bound=DistillingTrainer)
+Step = Callable[["Bench", Recipe, int, Path, str], dict[str, Any]]
 
 SAVE_STEPS = 250  # a dense model may take hours; what comes after the cut takes minutes
 
@@ -50,12 +56,12 @@ def cut_and_recover(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair:
     """Factors, ranks, the cut, recovery."""
     factorization, allocation = parse_method(pair)
     model = bench.starting_model(recipe, seed)
-    factors = bench.factors(model, factorization, recipe, seed)
+    factors = _factors(bench, model, factorization, recipe, seed)
     spent = 0
     if allocation == "mask":
         ranks, spent = _learn_mask(bench, recipe, seed, folder, factors)
     else:
-        curves = bench.curves(model, factorization, recipe, seed) if allocation == "sensitivity" else None
+        curves = _curves(bench, model, factorization, recipe, seed) if allocation == "sensitivity" else None
         ranks = allocate(model, factors, allocation, keep=recipe.keep, count=recipe.count, curves=curves)
     truncate(model, ranks, factors)
     untuned = bench.scores(model, ("dev",))
@@ -90,7 +96,7 @@ def _learn_mask(
 def learn_ranks(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
     """Factors, soft thresholds that learn ranks, recovery."""
     model = bench.starting_model(recipe, seed)
-    factors = bench.factors(model, parse_method(pair)[0], recipe, seed)
+    factors = _factors(bench, model, parse_method(pair)[0], recipe, seed)
     decompose(model, factors, s=recipe.s, unit=recipe.unit)
     untrained = deploy(copy.deepcopy(model), recipe.keep, recipe.count)
     untuned = bench.scores(untrained, ("dev",))
@@ -124,6 +130,55 @@ def learn_ranks(bench: Bench, recipe: Recipe, seed: int, folder: Path, pair: str
     } | _outcome(bench, model, trainer)
 
 
+def _training_rows(bench: Bench, recipe: Recipe, seed: int) -> datasets.Dataset:
+    """The training split, with the dense model's logits where the recipe distils; those are stored with it."""
+    rows = bench.splits["train"]
+    if not recipe.distillation:
+        return rows
+    stored = bench.dense_folder(recipe, seed).parent / "teacher_logits.json"
+    if not stored.is_file():
+        taught = add_teacher_logits(rows, bench.dense_model(recipe, seed), bench.collator)
+        with whole_file(stored) as partial:
+            partial.write_text(json.dumps(list(taught["teacher_logits"])), "utf-8")
+    return rows.add_column("teacher_logits", json.loads(stored.read_text("utf-8")))
+
+
+def _factors(bench: Bench, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Factors]:
+    """Factors of a dense model, to be shared by several allocations."""
+    known = bench.shared(recipe, seed)
+    if factorization not in known:
+        needed = factorization != "svd"
+        statistics = _statistics(bench, model, recipe, seed, factorization == "fwsvd") if needed else None
+        known[factorization] = factorize(model, factorization, statistics)
+    return known[factorization]
+
+
+def _statistics(
+    bench: Bench, model: PreTrainedModel, recipe: Recipe, seed: int, fisher: bool
+) -> dict[str, LayerStatistics]:
+    known, name = bench.shared(recipe, seed), f"statistics, {fisher=}"
+    if name not in known:
+        rows = _calibration_rows(bench, recipe.calibration_rows, seed)
+        known[name] = calibrate(model, rows, bench.collator, rows=len(rows), fisher=fisher)
+    return known[name]
+
+
+def _curves(bench: Bench, model: PreTrainedModel, factorization: str, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Sensitivity curves of a dense model, shared like its factors."""
+    factors = _factors(bench, model, factorization, recipe, seed)
+    known, name = bench.shared(recipe, seed), f"{factorization}: curves"
+    if name not in known:
+        rows = _calibration_rows(bench, max(1, recipe.calibration_rows // 4), seed)
+        known[name] = sensitivity_curves(model, factors, lambda: mean_loss(model, rows, bench.collator))
+    return known[name]
+
+
+def _calibration_rows(bench: Bench, number: int, seed: int) -> datasets.Dataset:
+    """Training rows drawn by `seed`; all of them where there are fewer."""
+    rows = bench.splits["train"].shuffle(seed=seed)
+    return rows.select(range(min(number, len(rows))))
+
+
 def _ranks(model: PreTrainedModel) -> dict[str, int]:
     """Of a deployed model; a dense layer counts all its components."""
     return {t.name: getattr(t.module, "rank", min(t.shape)) for t in find_targets(model)}
@@ -154,7 +209,7 @@ def _is_json(file: Path) -> bool:
 
 def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: float) -> dict[str, Any]:
     options = bench.trainer_options(folder, seed, recipe, rate, recipe.epochs)
-    return options | {"train_dataset": bench.training_rows(recipe, seed), "distillation": recipe.distillation}
+    return options | {"train_dataset": _training_rows(bench, recipe, seed), "distillation": recipe.distillation}
 
 
 def _outcome(bench: Bench, model: PreTrainedModel, trainer: DistillingTrainer | None) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""What a number depends on: machine, library versions, code, weights; and files that are there whole or not at all."""
+"""What a number depends on: machine, library versions, weights; and files that are there whole or not at all."""
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import io
 import os
@@ -25,8 +24,8 @@ from softlms.hub import commit_of
 from softlms.precision import fast_bf16
 
 __all__ = [
-    "append_rows", "code_hash", "commit", "hardware", "is_orphaned", "library_hash", "lock", "process_mark", "versions",
-    "weights_hash", "whole_file",
+    "append_rows", "commit", "hardware", "is_orphaned", "lock", "process_mark", "versions", "weights_hash",
+    "whole_file",
 ]  # fmt: skip
 
 WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model")  # and what belongs to them
@@ -73,30 +72,6 @@ def commit() -> str:
     except FileNotFoundError:  # no git
         return "none"
     return "none" if head.returncode else head.stdout.strip() + ("+" if changed.returncode else "")
-
-
-@cache
-def code_hash(*modules: str) -> str:
-    """Hash of some of the library's modules without comments and docstrings: only a change of what runs counts.
-
-    Parameters
-    ----------
-    *modules : str
-        Names without the package: "layers", "training", ...
-    """
-    digest = hashlib.sha256()
-    for name in modules:
-        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text("utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()
-
-
-def library_hash() -> str:
-    """`code_hash` of all modules."""
-    return code_hash(*sorted(path.stem for path in Path(__file__).parent.glob("*.py")))
 
 
 def weights_hash(location: str) -> str:

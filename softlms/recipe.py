@@ -8,6 +8,7 @@ from typing import Any
 
 from softlms.allocation import ALLOCATIONS
 from softlms.budget import Budget
+from softlms.closure import not_in_keys
 from softlms.factorization import FACTORIZATIONS
 from softlms.layers import UNIT, UNITS
 from softlms.losses import COMPRESSION_LOSSES
@@ -15,11 +16,12 @@ from softlms.ranges import check_at_least_one, check_positive, check_share
 from softlms.thresholds import SHARPNESS
 from softlms.training import DEADLINE
 
-__all__ = ["PAPER_NAMES", "Recipe", "parse_method"]
+__all__ = ["ABSENT", "PAPER_NAMES", "Recipe", "parse_method"]
 
 # the paper's names of two of the pairs
 PAPER_NAMES = {"static": "svd+uniform", "adaptive": "svd+soft"}
 LEARNED = ("mask", "soft")
+ABSENT = "absent"
 _RATES = ("dense_learning_rate", "learning_rate", "static_learning_rate", "mask_learning_rate")
 _DENSE = ("dense_learning_rate", "dense_epochs", "batch_size", "bf16")
 _SOFT_ONLY = (
@@ -51,9 +53,13 @@ def parse_method(method: str) -> tuple[str, str]:
     return factorization, allocation
 
 
+@not_in_keys  # what a run uses of it, by value, is
 @dataclass(frozen=True)
 class Recipe:
     """Every setting of a run; epochs may be fractions.
+
+    A setting that is added later says with ``field(..., metadata={ABSENT: value})`` at what value a run is the one that
+    it was before there was the setting: then its key is the same too.
 
     Attributes
     ----------
@@ -137,9 +143,13 @@ class Recipe:
 
     def used(self, pair: str) -> dict[str, Any]:
         """The settings that runs of a method, named in full, depend on."""
-        settings = dataclasses.asdict(self)
+        settings = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if ABSENT not in f.metadata or getattr(self, f.name) != f.metadata[ABSENT]
+        }
         if pair == "dense":
-            return {name: settings[name] for name in _DENSE}
+            return {name: settings[name] for name in _DENSE if name in settings}
         unused: tuple[str, ...] = ("static_learning_rate",) if pair.endswith("+soft") else _SOFT_ONLY
         unused += () if pair.endswith("+mask") else ("mask_learning_rate",)
         # a plain SVD takes no calibration, unless its allocation does

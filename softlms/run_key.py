@@ -13,6 +13,7 @@ __all__ = ["ALIKE", "DEPENDS", "key", "why_missing"]
 
 DEPENDS = "depends.json"  # beside a run's result
 ALIKE = 6  # names that may differ between runs worth comparing
+SHOWN = 4  # of the definitions that differ
 
 
 def key(depends: Mapping[str, Any]) -> str:
@@ -41,8 +42,8 @@ def why_missing(folder: Path, kind: str, depends: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        "changed: " and the names, with both values where these are short; "none like it is stored" where more than
-        `ALIKE` differ: then it is another model's or task's.
+        "changed: " and the names, with both values where these are short, or with what of the code differs; "none like
+        it is stored" where more than `ALIKE` differ: then it is another model's or task's.
     """
     here = json.loads(json.dumps(depends))
     results = folder.glob(f"{glob.escape(kind)}-*/result.json")
@@ -57,5 +58,8 @@ def why_missing(folder: Path, kind: str, depends: Mapping[str, Any]) -> str:
 
 
 def _change(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):  # of code: definitions
+        names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        return f" of {', '.join(names[:SHOWN])}" + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
     change = f" {before} -> {now}"
     return change if len(change) < 40 else ""

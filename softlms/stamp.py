@@ -21,11 +21,12 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from softlms.closure import library_hash
 from softlms.durations import keep_seconds
 from softlms.lanes import read_lanes
 from softlms.notebook_lint import lint
 from softlms.profiles import project_root
-from softlms.provenance import library_hash, whole_file
+from softlms.provenance import whole_file
 from softlms.reads import read_tables
 from softlms.workbook import choose_notebooks
 

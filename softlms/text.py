@@ -16,9 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from softlms import corpus
+from softlms.closure import code_of
 from softlms.hub import is_hub, split_revision
 from softlms.language import SPLITS, load_text
-from softlms.provenance import code_hash, process_mark, weights_hash
+from softlms.provenance import process_mark, weights_hash
 from softlms.zoo import load_tokenizer
 
 __all__ = ["TokenizedText", "blocks", "tokenize_text", "train_tokenizer"]
@@ -74,7 +75,8 @@ def tokenize_text(
     texts = {} if embedded else load_text(data)
     content = [f"{name} {version(name)}" for name in libraries] if embedded else [texts[s] for s in SPLITS]
     known = tokenizer if isinstance(tokenizer, int) else weights_hash(tokenizer)
-    depends = json.dumps([known, code_hash("corpus", "language", "text"), version("tokenizers"), *content])
+    code = code_of("softlms.language:load_text", "softlms.text:train_tokenizer")
+    depends = json.dumps([known, code, version("tokenizers"), *content])
     place = folder / f"text-{hashlib.sha256(depends.encode()).hexdigest()[:12]}"
     if not place.is_dir():
         given = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else None

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ from softlms import experiments
 from softlms.budget import BudgetNotMet
 from softlms.distillation import DistillingTrainer
 from softlms.experiments import Bench
-from softlms.recipe import Recipe
+from softlms.recipe import ABSENT, Recipe
 from softlms.tasks import TaskData, load_task
 from softlms.zoo import Encoder, find_encoder
 
@@ -77,9 +78,12 @@ def test_it_says_what_has_changed_since_a_stored_run(bench, monkeypatch):
     monkeypatch.setattr("softlms.run_key.ALIKE", 1)
     assert bench.why_missing("dense", changed.changed(batch_size=4), 0) == "none like it is stored"
     monkeypatch.undo()
-    known = experiments.code_hash
-    monkeypatch.setattr(experiments, "code_hash", lambda module: "other" if module == "training" else known(module))
-    assert "code.training" in bench.why_missing("dense", changed, 0)
+    known = experiments.code_of
+    monkeypatch.setattr(experiments, "code_of", lambda *starts: known(*starts) | {"DistillingTrainer": "other"})
+    assert bench.why_missing("dense", RECIPE, 0) == "changed: code of DistillingTrainer"
+    monkeypatch.setattr(experiments, "code_of", lambda *starts: dict.fromkeys("edcba", "other") | known(*starts))
+    assert bench.why_missing("dense", RECIPE, 0) == "changed: code of a, b, c, d and 1 more"
+    monkeypatch.undo()
     bench.run("dense", changed, 0)  # the most similar of two counts
     assert bench.why_missing("dense", changed.changed(batch_size=4), 0) == "changed: recipe.batch_size 8 -> 4"
 
@@ -205,11 +209,55 @@ def test_masks_may_take_all_the_steps_there_are(bench, monkeypatch):
     assert result["steps"] == result["mask_steps"] == 24 and result["history"] == []
 
 
+def steps(bench):
+    """What the key of each step knows of the library."""
+    return {pair: set(bench._depends(pair, RECIPE, 0)["code"]) for pair in ("dense", "svd+energy", "svd+soft")}
+
+
+def test_each_step_has_a_key_of_its_own(bench):
+    code = steps(bench)
+    assert {"train_dense", "Bench", "DistillingTrainer", "evaluate"} <= code["dense"]
+    assert {"allocate", "factorize", "truncate"} <= code["svd+energy"] - code["dense"]
+    assert {"SoftTrainer", "SoftSchedule", "soft_threshold", "AIM"} <= code["svd+soft"] - code["dense"] - code[
+        "svd+energy"
+    ]
+    for names in code.values():  # what keeps runs and tells of them is not among what makes them
+        assert not names & {"Recipe", "Job", "run_jobs", "tell_stored", "why_missing", "hardware", "lock", "Book"}
+
+
+def test_what_follows_depends_on_the_dense_run(bench, monkeypatch):
+    before = {pair: bench._place(pair, RECIPE, 0)[1].name for pair in ("dense", "svd+energy", "svd+soft")}
+    known = experiments.code_of
+
+    def changed(step, of):
+        return known(step, of) | ({"DistillingTrainer": "other"} if step.endswith("train_dense") else {})
+
+    monkeypatch.setattr(experiments, "code_of", changed)
+    assert all(bench._place(pair, RECIPE, 0)[1].name != name for pair, name in before.items())
+    scratch = RECIPE.changed(start="pretrained", distillation=0.0)
+    own = bench._place("svd+soft", scratch, 0)[1].name
+    monkeypatch.undo()
+    assert bench._place("svd+soft", scratch, 0)[1].name == own  # it needs no dense run
+
+
+def test_a_new_setting_at_the_value_that_stands_for_none_changes_no_key(bench):
+    @dataclasses.dataclass(frozen=True)
+    class Larger(Recipe):
+        heads: int = dataclasses.field(default=1, metadata={ABSENT: 1})
+        depth: int = dataclasses.field(default=2, metadata={ABSENT: 0})  # a default that is not what was before
+
+    def place(recipe):
+        return bench._place("svd+soft", recipe, 0)[1].name
+
+    settings = dataclasses.asdict(RECIPE)
+    assert place(Larger(**settings, depth=0)) == place(RECIPE)
+    assert len({place(RECIPE), place(Larger(**settings)), place(Larger(**settings, depth=0, heads=2))}) == 3
+
+
 @pytest.mark.parametrize("method", ["dense", "static"])
 def test_a_run_that_two_processes_want_is_made_once(bench, monkeypatch, method):
     """Threads stand for processes: the lock is between open files. Neither deletes what the other made."""
-    name = {"dense": "train_dense", "static": "cut_and_recover"}[method]
-    make, made = getattr(experiments, name), []
+    make, made = Bench._make, []
     bench.run("dense", RECIPE, 1 if method == "dense" else 0)
 
     def slowly(*args):
@@ -217,7 +265,7 @@ def test_a_run_that_two_processes_want_is_made_once(bench, monkeypatch, method):
         time.sleep(0.3)
         return make(*args)
 
-    monkeypatch.setattr(experiments, name, slowly)
+    monkeypatch.setattr(Bench, "_make", slowly)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: bench.run(method, RECIPE, 0), range(2))
     assert len(made) == 1 and first.result == second.result == bench.stored(method, RECIPE, 0).result
