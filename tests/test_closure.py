@@ -1,8 +1,10 @@
 """The code behind a run's key: what counts of it, and what does not."""
 
+import ast
+
 import pytest
 
-from softlms.closure import code_of, library_hash
+from softlms.closure import PACKAGE, code_of, library_hash
 
 FILES = {
     "__init__.py": "from toy.maths import double\n",
@@ -143,3 +145,19 @@ def test_what_cannot_be_followed_is_refused(package):
             code_of("toy.steps:train", package=package(number, [("from toy import maths", line)]))
     with pytest.raises(ValueError, match="toy.steps does not define 'nothing'"):
         code_of("toy.steps:nothing", package=package(9))
+
+
+def test_modules_are_named_with_what_is_taken_of_them():
+    """A module that is handed on as a whole could not be followed: its code would be in no key."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        whole = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == PACKAGE.name
+            for alias in node.names
+            if (PACKAGE.parent / str(node.module).replace(".", "/") / f"{alias.name}.py").is_file()
+        }
+        taken = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in whole]
+        assert [f"{path.name}: {node.id}" for node in names if id(node) not in taken] == []
