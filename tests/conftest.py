@@ -79,3 +79,19 @@ def tiny_folder(tmp_path_factory):
     BertForSequenceClassification(config).save_pretrained(place)
     find_encoder("minilm").tokenizer().save_pretrained(place)
     return place
+
+
+@pytest.fixture
+def rows():
+    """48 sentences of differing length whose first token tells the label."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, 200, (4 + i % 9,), generator=generator).tolist() for i in range(48)]
+    labels = [int(row[0] > 100) for row in ids]
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": ids,
+            "attention_mask": [[1] * len(row) for row in ids],
+            "labels": labels,
+            "length": [len(row) for row in ids],
+        }
+    )

@@ -1,44 +1,23 @@
-import inspect
 import logging
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler
 from transformers import (
-    EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
 
 from softlms.architectures import find_targets
-from softlms.budget import BudgetNotMet, Costs, count_parameters
+from softlms.budget import BudgetNotMet, count_parameters
 from softlms.distillation import DistillingTrainer
 from softlms.layers import kept_parameters
 from softlms.surgery import decompose, deploy, ranks, soft_layers
 from softlms.training import SoftTrainer
-
-
-@pytest.fixture
-def rows():
-    """48 sentences of differing length whose first token tells the label."""
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(5, 200, (4 + i % 9,), generator=generator).tolist() for i in range(48)]
-    labels = [int(row[0] > 100) for row in ids]
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": ids,
-            "attention_mask": [[1] * len(row) for row in ids],
-            "labels": labels,
-            "length": [len(row) for row in ids],
-        }
-    )
 
 
 def collate(features):
@@ -148,131 +127,6 @@ def test_total_budget_counts_the_whole_model(tiny_bert, rows, tmp_path):
     assert 0.78 < counted.kept("total") <= 0.8
 
 
-@pytest.mark.parametrize("stop_at", [3, 9, 13, 20])
-def test_resumed_run_equals_uninterrupted(tiny_bert, rows, tmp_path, stop_at):
-    """Before the budget is met, and after: same phase, alphas, optimizer state, and the same numbers at the end."""
-    arguments = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
-    # the deadline: when the budget is met depends on the processor's rounding
-    whole = trainer(decompose(tiny_bert()), rows, tmp_path / "whole", deadline=0.5, arguments=arguments)
-    whole.train()
-
-    torch.manual_seed(1)  # another process has other random numbers
-    model = decompose(tiny_bert())
-    resumed = trainer(model, rows, tmp_path / "resumed", deadline=0.5, arguments=arguments)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop_at}"))
-
-    assert resumed.schedule.frozen_at == whole.schedule.frozen_at
-    assert 3 < whole.schedule.frozen_at < 20  # the four stops lie on both sides of it
-    expected = whole.model.state_dict()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-    losses = [{e["step"]: e["loss"] for e in run.state.log_history if "loss" in e} for run in (whole, resumed)]
-    assert losses[0] == losses[1]
-
-
-def test_a_run_resumed_after_the_cut_says_the_same_in_the_model_card(tiny_bert, rows, tmp_path):
-    arguments = {"save_strategy": "steps", "save_steps": 1}
-    whole = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments)
-    whole.train()
-    resumed = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
-    assert whole.schedule.frozen_at < 20
-    assert resumed.model.config.softlms == whole.model.config.softlms
-    assert resumed.model.config.softlms["ranks_fixed_at_step"] == whole.schedule.frozen_at
-
-
-def test_resuming_with_a_larger_budget_is_refused_once_the_ranks_are_fixed(
-    tiny_bert, rows, tmp_path, caplog, monkeypatch
-):
-    arguments = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
-    run = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments)
-    run.train()
-    cut = run.schedule.frozen_at
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    for changes, named in (
-        ({"keep": 0.6}, "were fixed at step .* with keep=0.5, and this run has keep=0.6: what was cut does not come"),
-        ({"count": "total", "keep": 0.9}, "with count='linear', keep=0.5, and this run has count='total', keep=0.9"),
-        ({"multiple": 4}, "with multiple=1, and this run has multiple=4"),
-    ):
-        model = decompose(tiny_bert())
-        before = {name: values.clone() for name, values in model.state_dict().items()}
-        changed = trainer(model, rows, tmp_path, deadline=0.5, arguments=arguments, **changes)
-        with pytest.raises(ValueError, match=named):
-            changed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{cut}"))
-        assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
-    # a smaller one is met, before the cut and after it, and what changed is said
-    for step in (cut + 8, cut + 2, cut - 1):  # the later first: each writes over the checkpoints after it
-        caplog.clear()
-        smaller = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments, keep=0.4)
-        smaller.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert 0.39 < count_parameters(smaller.model).kept("linear") <= 0.4
-        assert "was made with keep=0.5; from here on it is keep=0.4" in caplog.text
-        assert ("the ranks are cut further" in caplog.text) == (step > cut)
-        assert smaller.model.config.softlms["keep"] == 0.4
-
-
-def test_costs_measured_anew_leave_fixed_ranks_alone(tiny_bert, rows, tmp_path, caplog, monkeypatch):
-    arguments = {"save_strategy": "steps", "save_steps": 1}
-
-    def run(noise):
-        model = decompose(tiny_bert())
-        shapes = {target.name: target.shape for target in find_targets(model)}
-        price = {
-            n: lambda rank, a=a, b=b, i=i: rank * (a + b + noise * (i % 3))
-            for i, (n, (a, b)) in enumerate(shapes.items())
-        }
-        costs = Costs("latency", shapes, price, 100.0)
-        return trainer(model, rows, tmp_path, count="latency", costs=costs, deadline=0.5, arguments=arguments)
-
-    whole = run(0)
-    whole.train()
-    fixed, note = ranks(whole.model), dict(whole.model.config.softlms)
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    resumed = run(20)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-22"))
-    assert ranks(resumed.model) == fixed and resumed.model.config.softlms == note
-    assert "was made with costs=" in caplog.text and "and the ranks stay" in caplog.text
-    assert resumed.cost() > resumed.limit  # the case: by the new prices the old ranks are too large
-
-
-def test_a_smaller_budget_on_resuming_forgets_the_best_model_of_the_larger(tiny_bert, rows, tmp_path):
-    arguments = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    options = {"arguments": arguments, "eval_dataset": rows.select(range(8)), "deadline": 0.5}
-    trainer(decompose(tiny_bert()), rows, tmp_path, **options).train()
-    smaller = trainer(decompose(tiny_bert()), rows, tmp_path, keep=0.2, **options)
-    smaller.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
-    assert count_parameters(smaller.model).kept("linear") <= 0.2 and smaller.cost() <= smaller.limit
-
-
-@pytest.mark.parametrize("rate", [0.01, None])
-def test_the_rate_of_the_thresholds_is_taken_over_on_resuming(tiny_bert, rows, tmp_path, rate):
-    arguments = {"save_strategy": "steps", "save_steps": 1}
-    trainer(decompose(tiny_bert()), rows, tmp_path, alpha_learning_rate=1e-4, arguments=arguments).train()
-    seen = []
-
-    class Rate(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-            seen.append(optimizer.param_groups[-1]["lr"])
-
-    resumed = trainer(decompose(tiny_bert()), rows, tmp_path, alpha_learning_rate=rate, callbacks=[Rate()])
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert len(set(seen[:3])) == 1 and (seen[0] == rate if rate else seen[0] > 1e-3)
-
-
-def test_layers_decomposed_otherwise_are_refused_on_resuming(tiny_bert, rows, tmp_path):
-    arguments = {"save_strategy": "steps", "save_steps": 1}
-    trainer(decompose(tiny_bert()), rows, tmp_path, arguments=arguments).train()
-    for options, named in (
-        ({"s": 1.0}, r"has .*'s': 12.5.* and this model .*'s': 1.0.*: decompose it with the same targets"),
-        ({"targets": lambda name, _: name.endswith("query")}, "has .* for bert.*, and this model None"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            trainer(decompose(tiny_bert(), **options), rows, tmp_path).train(
-                resume_from_checkpoint=str(tmp_path / "checkpoint-2")
-            )
-
-
 def test_of_a_frozen_model_the_ranks_alone_are_learned(tiny_bert, rows, tmp_path):
     model = tiny_bert().requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters() if "classifier" in name}
@@ -355,104 +209,6 @@ def test_stall_is_warned_about(tiny_bert, rows, tmp_path, monkeypatch, caplog):
     with pytest.raises(BudgetNotMet):
         run.train()
     assert "The ranks have not moved for 5 steps, with 1.000 of the linears" in caplog.text
-
-
-def test_gradient_accumulation_is_one_batch_in_parts(tiny_bert, rows, tmp_path):
-    """A batch of 8, and 2 x 4 and 4 x 2 accumulated: the same gradients of task, distillation and alpha."""
-
-    class Gradients(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            self.seen = [p.grad.clone() for p in (model.classifier.weight, run.alphas[0], run.alphas[7])]
-
-    seen = []
-    same_length = rows.select([i for i in range(48) if len(rows[i]["input_ids"]) == 8][:4] * 2)
-    taught = same_length.add_column("teacher_logits", [[1.0, -1.0]] * 8)
-    for batch, accumulate in ((8, 1), (4, 2), (2, 4)):
-        torch.manual_seed(0)
-        model = decompose(tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-        arguments = {"gradient_accumulation_steps": accumulate, "max_grad_norm": 0.0}
-        recorder = Gradients()
-        options = {"distillation": 0.5, "callbacks": [recorder], "arguments": arguments, "batch": batch, "gamma": 0.1}
-        run = trainer(model, taught, tmp_path, steps=1, **options)
-        run.train()
-        seen.append(recorder.seen)
-    for other in seen[1:]:
-        for a, b in zip(seen[0], other, strict=True):
-            assert a.abs().max() > 0
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("trainer_class", [SoftTrainer, DistillingTrainer])
-def test_accumulated_rows_count_by_their_labels(tiny_llama, tmp_path, trainer_class):
-    """Rows of a language model differ in length: 4 x 2 accumulated are 8 x 1, as with transformers' own Trainer."""
-    generator = torch.Generator().manual_seed(1)
-    ids = [torch.randint(5, 120, (n,), generator=generator).tolist() for n in (4, 30, 6, 28, 5, 25, 7, 31)]
-    rows = datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
-
-    def collate_text(features):
-        batch = collate(features)
-        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
-
-    class Gradient(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            self.seen = model.model.embed_tokens.weight.grad.clone()
-
-    def gradient(build, batch, accumulate, **options):
-        seen = Gradient()
-        args = one_step(tmp_path, batch, accumulate)
-        torch.manual_seed(0)
-        model = tiny_llama()
-        model = decompose(model) if build is SoftTrainer else model
-        build(model, args=args, train_dataset=rows, data_collator=collate_text, callbacks=[seen], **options).train()
-        return seen.seen
-
-    options = {"keep": 0.5, "gamma": 0.1} if trainer_class is SoftTrainer else {}
-    own = gradient(Trainer, 8, 1)
-    for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
-        torch.testing.assert_close(gradient(trainer_class, batch, accumulate, **options), own, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("trainer_class", [SoftTrainer, DistillingTrainer])
-def test_a_loss_of_the_users_accumulates_like_one_batch(tiny_bert, rows, tmp_path, trainer_class):
-    """The form that transformers documents, a sum over the number of items."""
-
-    class Gradient(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            self.seen = model.classifier.weight.grad.clone()
-
-    def loss(outputs, labels, num_items_in_batch=None):
-        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-
-    def gradient(build, batch, accumulate, **options):
-        seen = Gradient()
-        args = one_step(tmp_path, batch, accumulate)
-        torch.manual_seed(0)
-        model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        model = decompose(model) if build is SoftTrainer else model
-        options |= {"train_dataset": rows, "data_collator": collate, "callbacks": [seen], "compute_loss_func": loss}
-        build(model, args=args, **options).train()
-        return seen.seen
-
-    options = {"keep": 0.5} if trainer_class is SoftTrainer else {}
-    own = gradient(Trainer, 8, 1)
-    for batch, accumulate in ((8, 1), (2, 4)):
-        torch.testing.assert_close(gradient(trainer_class, batch, accumulate, **options), own, rtol=1e-3, atol=1e-6)
-
-
-def test_a_forward_of_the_users_is_there_after_training(tiny_bert, rows, tmp_path):
-    model = decompose(tiny_bert())
-    calls, plain = [], model.forward
-
-    def forward(*args, **kwargs):
-        calls.append(1)
-        return plain(*args, **kwargs)
-
-    model.forward = forward
-    model.forward.__signature__ = inspect.signature(plain)
-    trainer(model, rows, tmp_path, steps=2, arguments={"bf16": True}).train()
-    trained = len(calls)
-    model(input_ids=torch.ones(1, 4, dtype=torch.long))
-    assert vars(model)["forward"] is forward and trained >= 2 and len(calls) == trained + 1
 
 
 @pytest.mark.parametrize("batch", [8, 1])
@@ -588,16 +344,6 @@ def test_the_best_model_is_one_within_the_budget(tiny_bert, rows, tmp_path):
     assert run.cost() <= run.limit
 
 
-def test_interrupted_notebook_cell_resumes_in_the_same_trainer(tiny_bert, rows, tmp_path):
-    arguments = {"save_strategy": "steps", "save_steps": 1}
-    run = trainer(decompose(tiny_bert()), rows, tmp_path, arguments=arguments)
-    run.train()
-    frozen_at, expected = run.schedule.frozen_at, {k: v.clone() for k, v in run.model.state_dict().items()}
-    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # back to before the freeze
-    assert run.schedule.frozen_at == frozen_at
-    assert all(torch.equal(v, expected[k]) for k, v in run.model.state_dict().items())
-
-
 def test_training_again_recovers_only(tiny_bert, rows, tmp_path):
     run = trainer(decompose(tiny_bert()), rows, tmp_path)
     run.train()
@@ -605,32 +351,6 @@ def test_training_again_recovers_only(tiny_bert, rows, tmp_path):
     run.train()
     rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
     assert ranks(run.model) == before and len(rates) == 24 and rates[-1] > 0 and rates == sorted(rates, reverse=True)
-
-
-def test_callback_states_may_be_restored(tiny_bert, rows, tmp_path):
-    arguments = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    arguments |= {"restore_callback_states_from_checkpoint": True, "metric_for_best_model": "loss"}
-    arguments |= {"load_best_model_at_end": True}
-    for checkpoint in (None, str(tmp_path / "checkpoint-20")):
-        stop = EarlyStoppingCallback(early_stopping_patience=100)
-        options = {"arguments": arguments, "eval_dataset": rows.select(range(8)), "callbacks": [stop]}
-        run = trainer(decompose(tiny_bert()), rows, tmp_path, **options)
-        run.train(resume_from_checkpoint=checkpoint)
-        assert run.schedule.frozen_at is not None
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_resumed_batches_are_the_same_in_every_process(tiny_bert, rows, tmp_path, processes):
-    """The order depends on seed and epoch alone, through all of accelerate's wrappers."""
-    run = trainer(decompose(tiny_bert()), rows, tmp_path)
-    sampler = run._get_train_sampler(rows)
-    orders = {}
-    for epoch in (0.0, 0.5, 1.0, 1.5, 0.0):
-        run.state.epoch = epoch
-        batches = BatchSampler(sampler, 8, drop_last=False)
-        order = list(BatchSamplerShard(batches, processes, processes - 1))
-        assert orders.setdefault(int(epoch), order) == order
-    assert orders[0] != orders[1]
 
 
 def test_divergence_is_called_by_its_name(tiny_bert, rows, tmp_path):
