@@ -4,8 +4,6 @@ Three verbs: `decompose` a model, train it with `SoftTrainer` until it meets its
 """
 
 import softlms.adapters  # noqa: F401 (teaches PEFT to put LoRA around thin layers)
-from softlms.allocation import ALLOCATIONS, allocate, sensitivity_curves
-from softlms.allocator import keep_memory
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import (
     Budget,
@@ -17,22 +15,24 @@ from softlms.budget import (
     refill,
     uniform_ranks,
 )
-from softlms.calibration import LayerStatistics, calibrate
-from softlms.checkpoint import SoftLMsConfig  # teaches transformers to save and load factored layers
-from softlms.costs import count_flops, measure_latency
+from softlms.data.tasks import TASKS, encode, load_task
+from softlms.data.text import load_text
 from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.export import export_onnx
-from softlms.factorization import FACTORIZATIONS, Factors, factorize
 from softlms.fused import split_fused
-from softlms.language import load_text
+from softlms.kernels.allocator import keep_memory
+from softlms.kernels.selective_scan import fast_scan
 from softlms.layers import LowRankLinear, SoftLinear
 from softlms.likelihood import perplexity
 from softlms.losses import adaptive_compression_loss, distillation_loss, linear_compression_loss
-from softlms.masks import MaskTrainer
-from softlms.scan import fast_scan
+from softlms.lowrank.allocation import ALLOCATIONS, allocate, sensitivity_curves
+from softlms.lowrank.calibration import LayerStatistics, calibrate
+from softlms.lowrank.factorization import FACTORIZATIONS, Factors, factorize
+from softlms.lowrank.masks import MaskTrainer
+from softlms.measure import count_flops, measure_latency
+from softlms.saving.origin import SoftLMsConfig  # teaches transformers to save and load factored layers
 from softlms.surgery import decompose, deploy, ranks, truncate
-from softlms.tasks import TASKS, encode, load_task
 from softlms.thresholds import SoftThreshold, hard_threshold, shifted_tanh, soft_threshold
 from softlms.training import SoftTrainer
 

@@ -30,17 +30,17 @@ COMPRESSION_OPTIONS = {
 
 # command to module and function of softlms, which takes the command's options; what it returns is the exit status
 FUNCTIONS = {
-    "figures": "workbook:make_figures",
-    "gallery": "gallery:print_gallery",
-    "doctor": "doctor:print_findings",
-    "check-notebooks": "notebook_checks:check_notebooks",
-    "stamp": "stamp:stamp_notebooks",
-    "verify": "verify:verify",
-    "full-size": "full_size:print_full_size",
-    "training-memory": "memory:print_training_memory",
-    "benchmark": "latency:print_step_times",
-    "benchmark-scan": "latency:print_scan_times",
-    "benchmark-speed": "speed:print_speed",
+    "figures": "workbook.run:make_figures",
+    "gallery": "workbook.gallery:print_gallery",
+    "doctor": "workbook.doctor:print_findings",
+    "check-notebooks": "workbook.check:check_notebooks",
+    "stamp": "workbook.stamp:stamp_notebooks",
+    "verify": "workbook.verify:verify",
+    "full-size": "experiments.full_size:print_full_size",
+    "training-memory": "experiments.training_memory:print_training_memory",
+    "benchmark": "experiments.latency:print_step_times",
+    "benchmark-scan": "experiments.latency:print_scan_times",
+    "benchmark-speed": "experiments.speed:print_speed",
 }
 
 
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "figures" and options.pop("replot"):
             if given := [n for n in options if n not in ("names", "profile") and options[n] != figures.get_default(n)]:
                 raise ValueError(f"--replot runs no notebook: {', '.join(given)} would mean nothing.")
-            return _call("workbook:replot_figures", names=options["names"], profile=options["profile"])
+            return _call("workbook.run:replot_figures", names=options["names"], profile=options["profile"])
         if command == "compress":
             return _compress(options.pop("out"), options)
         return _call(FUNCTIONS[command], **options)

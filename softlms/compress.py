@@ -21,21 +21,21 @@ from rich.table import Table
 from transformers import DataCollator, DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
 from softlms.budget import Budget, Costs, count_parameters, parameter_costs
-from softlms.calibration import calibrate
-from softlms.costs import TimePrice, count_flops, measure_latency
+from softlms.data.encoders import Encoder, find_encoder, load_classifier
+from softlms.data.hub import weights_hash
+from softlms.data.tasks import TaskData, encode, load_task
 from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, evaluate
-from softlms.factorization import FACTORIZATIONS, linear_targets
-from softlms.folders import check_writable
-from softlms.methods import last_checkpoint
-from softlms.model_card import plain
-from softlms.precision import fast_bf16
-from softlms.provenance import weights_hash
+from softlms.experiments.steps import last_checkpoint
+from softlms.files import check_writable
+from softlms.lowrank.calibration import calibrate
+from softlms.lowrank.factorization import FACTORIZATIONS, linear_targets
+from softlms.machine import device, fast_bf16
+from softlms.measure import TimePrice, count_flops, measure_latency
 from softlms.ranges import check_at_least_one, check_positive, check_share
+from softlms.saving.model_card import plain
 from softlms.surgery import decompose, deploy, ranks
-from softlms.tasks import TaskData, encode, load_task
 from softlms.training import SoftTrainer
-from softlms.zoo import Encoder, device, find_encoder, load_classifier
 
 __all__ = ["Compression", "compress"]
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from softlms.inputs import IGNORED, prepared
+from softlms.data.inputs import IGNORED, prepared
 from softlms.losses import distillation_loss
 
 __all__ = ["DistillingTrainer"]

@@ -12,9 +12,9 @@ from sklearn import metrics as sk
 from torch import Tensor
 from transformers import DataCollator, EvalPrediction, PreTrainedModel
 
-from softlms.calibration import in_eval_mode
-from softlms.inputs import IGNORED, batches, lengths
-from softlms.tasks import Task, TaskData
+from softlms.data.inputs import IGNORED, batches, lengths
+from softlms.data.tasks import Task, TaskData
+from softlms.lowrank.calibration import in_eval_mode
 
 __all__ = ["METRICS", "add_teacher_logits", "compute_metrics", "evaluate", "mean_loss", "paired_difference"]
 

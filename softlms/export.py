@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader
 from transformers import DataCollator, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from softlms.basis import balance, change_basis_, rotate
-from softlms.costs import random_rows
-from softlms.inputs import positions, wants_positions
+from softlms.data.inputs import positions, wants_positions
+from softlms.kernels.selective_scan import fast_scan
 from softlms.layers import SoftLinear
-from softlms.masks import MaskedLinear
-from softlms.scan import fast_scan
+from softlms.lowrank.basis import balance, change_basis_, rotate
+from softlms.lowrank.masks import MaskedLinear
+from softlms.measure import random_rows
 
 __all__ = ["export_onnx", "onnx_logits"]
 
@@ -43,7 +43,7 @@ logger = transformers_logging.get_logger(__name__)
 
 
 class _Logits(nn.Module):
-    """The graph: a row means what it means alone, whatever padding stands before it (see `softlms.inputs`)."""
+    """The graph: a row means what it means alone, whatever padding stands before it (see `softlms.data.inputs`)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -81,10 +81,10 @@ def export_onnx(
     int8 : bool
         Store the weights of linear layers in 8 bits on top, with a scale for each output (onnxruntime's dynamic
         quantization; inputs of the layers are rounded to 8 bits as they come), thin layers in a basis that loses
-        little (`softlms.basis`). Of the 8 bits 7 are used, so that processors without VNNI instructions, on which
-        16-bit sums would overflow, answer like the others. The check against torch is that of the model before. What
-        the rounding then does is measured and logged as a warning, in one line: on `rows`, else on random tokens, which
-        say nothing of a task.
+        little (`softlms.lowrank.basis`). Of the 8 bits 7 are used, so that processors without VNNI instructions, on
+        which 16-bit sums would overflow, answer like the others. The check against torch is that of the model before.
+        What the rounding then does is measured and logged as a warning, in one line: on `rows`, else on random tokens,
+        which say nothing of a task.
     rows : Dataset, optional
         For int8: a split from `softlms.encode`, such as dev. The share on which the answer (the largest logit) is not
         torch's is the most that an accuracy can lose.

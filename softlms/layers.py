@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
-from softlms.lazy import lazy_product
+from softlms.kernels.lazy import lazy_product
 from softlms.thresholds import SHARPNESS, SoftThreshold, inverse_soft_threshold
 
 __all__ = [
@@ -78,7 +78,7 @@ class Factored(nn.Module):
         """The same modules and shapes in place of a dense layer, on its device; the values mean nothing."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # a saved model has an empty tensor where the dense layer has its weight, see softlms.checkpoint
+        # a saved model has an empty tensor where the dense layer has its weight, see softlms.saving.checkpoint
         if (marker := state_dict.get(f"{prefix}weight")) is not None and not marker.numel():
             del state_dict[f"{prefix}weight"]
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Budget, Costs, count_parameters, parameter_costs, refill
-from softlms.factorization import (
+from softlms.layers import UNIT, UNITS, LowRankLinear, Ranked, SoftLinear, kept_parameters, replace
+from softlms.lowrank.factorization import (
     Factors,
     Statistics,
     as_conv1d,
@@ -20,8 +21,7 @@ from softlms.factorization import (
     factorize_weight,
     linear_targets,
 )
-from softlms.layers import UNIT, UNITS, LowRankLinear, Ranked, SoftLinear, kept_parameters, replace
-from softlms.origin import remember
+from softlms.saving.origin import remember
 from softlms.thresholds import SHARPNESS, SoftThreshold
 
 __all__ = ["decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from softlms.zoo import find_encoder
+from softlms.data.encoders import find_encoder
 
 # timings on a shared machine say nothing about the code
 hypothesis.settings.register_profile("softlms", deadline=None, max_examples=50)

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments, default_data_collator
 
 import softlms
-from softlms.costs import FlopPrice
+from softlms.measure import FlopPrice
 
 
 def main(folder: str, batch: int, count: str) -> None:

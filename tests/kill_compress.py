@@ -29,7 +29,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 from softlms.compress import Compression, compress
-from softlms.zoo import find_encoder
+from softlms.data.encoders import find_encoder
 
 TOUCHES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 

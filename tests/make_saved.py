@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from transformers import TrainingArguments
 
 import softlms
-from softlms.factorization import factorize
 from softlms.layers import Ranked
-from softlms.masks import MaskedLinear, MaskTrainer
+from softlms.lowrank.factorization import factorize
+from softlms.lowrank.masks import MaskedLinear, MaskTrainer
 from softlms.surgery import soft_layers
 
 BLOCKS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

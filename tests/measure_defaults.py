@@ -19,13 +19,14 @@ from transformers import DataCollatorWithPadding, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 import softlms
-from softlms.comparison import TUNED
-from softlms.jobs import be_quiet
-from softlms.language_profiles import LANGUAGE_PROFILES, open_language_book
-from softlms.precision import fast_bf16
-from softlms.provenance import append_rows, hardware, versions
+from softlms.data.encoders import find_encoder, load_classifier
+from softlms.experiments.grid import TUNED
+from softlms.experiments.jobs import be_quiet
+from softlms.experiments.profiles import LANGUAGE_PROFILES
+from softlms.experiments.provenance import append_rows
+from softlms.machine import fast_bf16, hardware, versions
 from softlms.training import DEADLINE
-from softlms.zoo import find_encoder, load_classifier
+from softlms.workbook.book import open_language_book
 
 KEEPS, FACTORS = (0.5, 0.35), ("svd", "whitened")
 

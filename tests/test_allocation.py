@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlms.allocation import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, parameter_costs
-from softlms.factorization import factorize
 from softlms.layers import kept_parameters
+from softlms.lowrank.allocation import ALLOCATIONS, allocate, sensitivity_curves
+from softlms.lowrank.factorization import factorize
 from softlms.surgery import truncate
 
 

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 import softlms
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import count_parameters
-from softlms.calibration import LayerStatistics
 from softlms.layers import Factored, LowRankLinear, SoftLinear
+from softlms.lowrank.calibration import LayerStatistics
 from softlms.surgery import shrink, soft_layers
 
 COMMON = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2}

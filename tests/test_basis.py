@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import softlms
-from softlms.basis import balance, change_basis_, rotate
 from softlms.layers import LowRankLinear
+from softlms.lowrank.basis import balance, change_basis_, rotate
 
 
 def factors(r, m=24, n=40):

@@ -4,8 +4,8 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding
 
 import softlms
-from softlms.calibration import calibrate, in_eval_mode
-from softlms.zoo import find_encoder
+from softlms.data.encoders import find_encoder
+from softlms.lowrank.calibration import calibrate, in_eval_mode
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,19 @@ import pytest
 from rich.console import Console
 from test_project import ROOT
 
-from softlms.claims import DIFFERS, NOT_COMPARABLE, NOT_RUN, REPRODUCED, WITHIN, claims_table, judge, load_claims
 from softlms.cli import main
-from softlms.readme_tables import two_digits
-from softlms.verify import verify
+from softlms.workbook.claims import (
+    DIFFERS,
+    NOT_COMPARABLE,
+    NOT_RUN,
+    REPRODUCED,
+    WITHIN,
+    claims_table,
+    judge,
+    load_claims,
+)
+from softlms.workbook.readme_tables import two_digits
+from softlms.workbook.verify import verify
 
 CLAIM = {
     "id": "better", "who": "softlms", "ground": "OURS", "text": "It is better.", "unit": "points", "profile": "laptop",

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from softlms.closure import PACKAGE, code_of, library_hash
+from softlms.experiments.closure import PACKAGE, code_of, library_hash
 
 FILES = {
     "__init__.py": "from toy.maths import double\n",

@@ -4,13 +4,13 @@ import pandas as pd
 import pytest
 import torch
 
-from softlms.comparison import GRIDS, Grid, Pass, Setting, costs, grid_rows, rank_rows, run_grid, summarize
-from softlms.experiments import Bench
-from softlms.profiles import PROFILES
-from softlms.recipe import Recipe, parse_method
+from softlms.data.encoders import find_encoder
+from softlms.data.tasks import TASKS, TaskData, load_task
+from softlms.experiments.bench import Bench
+from softlms.experiments.grid import GRIDS, Grid, Pass, Setting, costs, grid_rows, rank_rows, run_grid, summarize
+from softlms.experiments.profiles import PROFILES
+from softlms.experiments.recipe import Recipe, parse_method
 from softlms.surgery import truncate
-from softlms.tasks import TASKS, TaskData, load_task
-from softlms.zoo import find_encoder
 
 
 @pytest.fixture

@@ -28,12 +28,12 @@ from softlms.architectures import find_targets
 from softlms.budget import Costs
 from softlms.cli import COMPRESSION_OPTIONS, main
 from softlms.compress import NOTE, Compression, compress
-from softlms.costs import TimePrice
+from softlms.data.encoders import find_encoder
+from softlms.data.tasks import encode, load_task
 from softlms.evaluation import evaluate
-from softlms.methods import last_checkpoint
-from softlms.tasks import encode, load_task
+from softlms.experiments.steps import last_checkpoint
+from softlms.measure import TimePrice
 from softlms.training import SoftTrainer
-from softlms.zoo import find_encoder
 
 
 @pytest.fixture

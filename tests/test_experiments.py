@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from softlms import experiments
 from softlms.budget import BudgetNotMet
+from softlms.data.encoders import Encoder, find_encoder
+from softlms.data.tasks import TaskData, load_task
 from softlms.distillation import DistillingTrainer
-from softlms.experiments import Bench
-from softlms.recipe import ABSENT, Recipe
-from softlms.tasks import TaskData, load_task
-from softlms.zoo import Encoder, find_encoder
+from softlms.experiments import bench as experiments
+from softlms.experiments.bench import Bench
+from softlms.experiments.recipe import ABSENT, Recipe
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_it_says_what_has_changed_since_a_stored_run(bench, monkeypatch):
     changed = RECIPE.changed(dense_epochs=0.5)
     assert bench.why_missing("dense", changed, 0) == "changed: recipe.dense_epochs 1 -> 0.5"
     assert bench.why_missing("dense", RECIPE, 1) == "none like it is stored"
-    monkeypatch.setattr("softlms.run_key.ALIKE", 1)
+    monkeypatch.setattr("softlms.experiments.run_key.ALIKE", 1)
     assert bench.why_missing("dense", changed.changed(batch_size=4), 0) == "none like it is stored"
     monkeypatch.undo()
     known = experiments.code_of
@@ -92,7 +92,7 @@ def test_a_killed_run_leaves_nothing_that_counts(bench, monkeypatch):
     def killed(trainer, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("softlms.methods.DistillingTrainer.train", killed)
+    monkeypatch.setattr("softlms.experiments.steps.DistillingTrainer.train", killed)
     with pytest.raises(KeyboardInterrupt):
         bench.run("dense", RECIPE, 0)
     assert not list(bench.folder.glob("*/result.json"))
@@ -101,7 +101,7 @@ def test_a_killed_run_leaves_nothing_that_counts(bench, monkeypatch):
 
 
 def test_a_dense_training_continues_where_it_was_killed(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr("softlms.methods.SAVE_STEPS", 2)
+    monkeypatch.setattr("softlms.experiments.steps.SAVE_STEPS", 2)
     whole = Bench(bench.encoder, bench.data, tmp_path / "whole", max_length=32).run("dense", RECIPE, 0).result
     step, steps = DistillingTrainer.training_step, []
 
@@ -111,7 +111,7 @@ def test_a_dense_training_continues_where_it_was_killed(bench, tmp_path, monkeyp
             raise KeyboardInterrupt
         return step(trainer, *args)
 
-    monkeypatch.setattr("softlms.methods.DistillingTrainer.training_step", killed)
+    monkeypatch.setattr("softlms.experiments.steps.DistillingTrainer.training_step", killed)
     with pytest.raises(KeyboardInterrupt):
         bench.run("dense", RECIPE, 0)
     (partial,) = folders(bench)
@@ -204,7 +204,7 @@ def test_masks_may_take_all_the_steps_there_are(bench, monkeypatch):
     def search(bench, recipe, seed, folder, factors):
         return dict.fromkeys(factors, 5), bench.steps(recipe)
 
-    monkeypatch.setattr("softlms.methods._learn_mask", search)
+    monkeypatch.setattr("softlms.experiments.steps._learn_mask", search)
     result = bench.run("svd+mask", RECIPE, 0).result
     assert result["steps"] == result["mask_steps"] == 24 and result["history"] == []
 
@@ -287,7 +287,8 @@ def test_the_papers_names_are_pairs(bench):
 
 
 def test_runs_side_by_side_are_those_of_one_process(bench):
-    from softlms.jobs import Job, run_jobs, use_threads
+    from softlms.experiments.jobs import Job, run_jobs
+    from softlms.machine import use_threads
 
     units = [[Job(bench, method, RECIPE, seed) for method in ("dense", "static")] for seed in (0, 1)]
     there = {(job.method, job.seed): run.result for job, run in run_jobs(units, processes=2)}
@@ -306,7 +307,7 @@ def test_runs_side_by_side_are_those_of_one_process(bench):
 
 
 def test_a_failing_run_names_its_error_and_spares_the_others(bench):
-    from softlms.jobs import Job, run_jobs
+    from softlms.experiments.jobs import Job, run_jobs
 
     units = [[Job(bench, "dense", RECIPE, 0)], [Job(bench, "adaptive", RECIPE.changed(epochs=0.2, deadline=1.0), 1)]]
     with pytest.raises(BudgetNotMet):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from softlms.explorer import rank_explorer, speed_explorer, threshold_explorer
-from softlms.grid_pictures import draw_rank_bars
-from softlms.pictures import describe_cut, draw_cut, draw_speed_bars
+from softlms.workbook.plots.explorer import rank_explorer, speed_explorer, threshold_explorer
+from softlms.workbook.plots.grid_pictures import draw_rank_bars
+from softlms.workbook.plots.pictures import describe_cut, draw_cut, draw_speed_bars
 
 LAPTOP = Path(__file__).parent.parent / "results" / "laptop"
 SIGMA = torch.linspace(5, 0.05, 100)

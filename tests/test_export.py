@@ -25,17 +25,17 @@ from transformers import (
 
 import softlms
 from softlms.architectures import find_targets
-from softlms.basis import change_basis_
-from softlms.corpus import docstrings
-from softlms.costs import random_rows
+from softlms.data.corpus import docstrings
+from softlms.data.encoders import find_encoder
+from softlms.data.inputs import prepared
+from softlms.data.tasks import TASKS
 from softlms.evaluation import METRICS
+from softlms.experiments.language_models import SmallModel
 from softlms.export import export_onnx, onnx_logits
-from softlms.factorization import factorize_weight
-from softlms.inputs import prepared
-from softlms.language_models import SmallModel
-from softlms.masks import MaskedLinear
-from softlms.tasks import TASKS
-from softlms.zoo import find_encoder
+from softlms.lowrank.basis import change_basis_
+from softlms.lowrank.factorization import factorize_weight
+from softlms.lowrank.masks import MaskedLinear
+from softlms.measure import random_rows
 
 pytest.importorskip("onnxruntime")
 FAMILIES = [("bert", False), ("gpt2", False), ("gpt2", True), ("llama", False), ("mamba", False)]

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from softlms.calibration import LayerStatistics
-from softlms.factorization import FACTORIZATIONS, factorize, factorize_weight
+from softlms.lowrank.calibration import LayerStatistics
+from softlms.lowrank.factorization import FACTORIZATIONS, factorize, factorize_weight
 from softlms.surgery import decompose, truncate
 
 SHAPES = [(12, 12), (24, 10), (10, 24)]

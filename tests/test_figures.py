@@ -28,12 +28,13 @@ from kill_figures import (
 )
 from rich.console import Console
 
-from softlms import batch, cli
-from softlms.finished import depends_on, reason_to_run
-from softlms.folders import Folders
-from softlms.progress import Progress
-from softlms.reads import READS
-from softlms.workbook import make_figures, replot_figures
+from softlms import cli
+from softlms.workbook import batch
+from softlms.workbook.finished import depends_on, reason_to_run
+from softlms.workbook.folders import Folders
+from softlms.workbook.progress import Progress
+from softlms.workbook.reads import READS
+from softlms.workbook.run import make_figures, replot_figures
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 PARAMETERS = 'profile = "quick"\ndata = ""\nmodel = ""'
@@ -201,7 +202,7 @@ def test_read_only_disk(small_disk, capsys):
 @pytest.mark.slow
 def test_full_disk(small_disk, capsys):
     """A table, then a notebook's own output, then the driver's first file does not fit."""
-    table = "from softlms.provenance import whole_file\nwith whole_file(folder / '01_table.csv') as partial:\n"
+    table = "from softlms.files import whole_file\nwith whole_file(folder / '01_table.csv') as partial:\n"
     write_notebook(small_disk, "01_table", SAVE + table + "    partial.write_bytes(bytes(2**22))")
     write_notebook(small_disk, "02_output", "print('x' * 2**22)")
     status, _ = run()
@@ -280,7 +281,7 @@ def test_a_first_run_says_how_long_it_takes(checkout):
 
 def test_time_left_without_times_comes_from_cells(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("softlms.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("softlms.workbook.progress.time.monotonic", lambda: now[0])
     bars = Progress(Console(file=io.StringIO()), {"01": None, "02": 60.0}, jobs=1)
     bars.start("01")
     assert bars._left() == "more than 1:00 left, not known for 01"
@@ -352,7 +353,7 @@ def slow_notebooks(folder):
     """Three notebooks that write a table each, slowly, half by half."""
     source = """
 import time
-from softlms.provenance import whole_file
+from softlms.files import whole_file
 from pathlib import Path
 for part in range(3):
     with whole_file(Path("../results") / profile / f"{name}_{part}.csv") as partial, partial.open("w") as file:
@@ -393,7 +394,7 @@ def test_processes_that_runs_use_end_with_a_killed_kernel(tmp_path):
     source = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
-from softlms.jobs import _begin
+from softlms.experiments.jobs import _begin
 
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)

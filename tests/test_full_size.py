@@ -4,10 +4,10 @@ import torch
 import transformers
 
 from softlms import cli
-from softlms.full_size import FULL_SIZE, compress_full_size
-from softlms.language_models import FAMILIES, SmallModel
-from softlms.latency import scan_times
-from softlms.scan import selective_scan
+from softlms.experiments.full_size import FULL_SIZE, compress_full_size
+from softlms.experiments.language_models import FAMILIES, SmallModel
+from softlms.experiments.latency import scan_times
+from softlms.kernels.selective_scan import selective_scan
 
 # parameters as the models' authors count them, tied heads once
 PUBLISHED = {"bert-base": 109.5e6, "gpt2": 124.4e6, "tinyllama-1.1b": 1100e6, "mamba-130m": 129.1e6}
@@ -70,7 +70,7 @@ def test_bad_input(arguments, message, capsys):
 def test_scans_take_turns(inference, monkeypatch):
     calls = []
     scan = lambda *args, **options: calls.append(args) or selective_scan(*args, **options)  # noqa: E731
-    monkeypatch.setattr("softlms.scan.selective_scan", scan)
+    monkeypatch.setattr("softlms.kernels.selective_scan.selective_scan", scan)
     seconds = scan_times(hidden=64, layers=1, batch=2, tokens=32, rounds=2, threads=1, inference=inference)
     assert {"transformers' loop", "softlms"} <= seconds.keys() and all(len(taken) == 2 for taken in seconds.values())
     assert len(calls) == 4  # two calls that warm up, two that are measured, and none of the other forms'

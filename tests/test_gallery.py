@@ -11,9 +11,10 @@ from PIL import Image
 from test_project import PYPROJECT, ROOT
 
 import softlms
-from softlms import cli, gallery
-from softlms.gallery import build_gallery
-from softlms.notebook_pages import markdown
+from softlms import cli
+from softlms.workbook import gallery
+from softlms.workbook.gallery import build_gallery
+from softlms.workbook.pages import markdown
 
 BOOKS = ("01_threshold_functions", "03_block_sensitivity")  # formulas, a widget; figures with and without tables
 

@@ -4,14 +4,13 @@ import pytest
 import torch
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
-from softlms.experiments import Bench
-from softlms.full_size import find_full_size
-from softlms.hub import _found_commit, commit_of, is_hub, pretrained, split_revision
-from softlms.provenance import weights_hash
-from softlms.recipe import Recipe
-from softlms.tasks import TASKS, TaskData
-from softlms.workbook import _resolve
-from softlms.zoo import MINILM_HUB, Encoder, find_encoder
+from softlms.data.encoders import MINILM_HUB, Encoder, find_encoder
+from softlms.data.hub import _found_commit, commit_of, is_hub, pretrained, split_revision, weights_hash
+from softlms.data.tasks import TASKS, TaskData
+from softlms.experiments.bench import Bench
+from softlms.experiments.full_size import find_full_size
+from softlms.experiments.recipe import Recipe
+from softlms.workbook.run import _resolve
 
 NAME, OLD, NEW = "someone/tiny", "a" * 40, "b" * 40
 

@@ -6,10 +6,10 @@ import torch
 import transformers
 from transformers import DefaultDataCollator
 
-from softlms.calibration import calibrate
+from softlms.data.inputs import batches, prepared
+from softlms.data.tasks import TASKS
 from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
-from softlms.inputs import batches, prepared
-from softlms.tasks import TASKS
+from softlms.lowrank.calibration import calibrate
 
 SMALL = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 1}
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 2}

@@ -1,8 +1,8 @@
 import pytest
 
-from softlms import corpus
-from softlms.language import load_text
-from softlms.text import tokenize_text
+from softlms.data import corpus
+from softlms.data.text import load_text
+from softlms.experiments.tokenized import tokenize_text
 
 
 def write(folder, **texts):

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softlms.language_models import FAMILIES, LanguageBench, SmallModel
-from softlms.language_profiles import open_language_book
-from softlms.recipe import Recipe
-from softlms.text import blocks, tokenize_text, train_tokenizer
-from softlms.zoo import find_encoder
+from softlms.data.encoders import find_encoder
+from softlms.experiments.language_models import FAMILIES, LanguageBench, SmallModel
+from softlms.experiments.recipe import Recipe
+from softlms.experiments.tokenized import blocks, tokenize_text, train_tokenizer
+from softlms.workbook.book import open_language_book
 
 SIZE = {"hidden": 64, "layers": 1, "vocabulary": 300}
 RECIPE = Recipe(
@@ -42,7 +42,7 @@ def test_text_is_tokenized_once(folder, tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(text.tokenizer)
     assert tokenizer.decode(text.splits["test"]) == (folder / "test.txt").read_text("utf-8")
     assert text.source == "folder: wiki0" and [p.name for p in tmp_path.iterdir()] == [text.tokenizer.name]
-    monkeypatch.setattr("softlms.text.train_tokenizer", None)
+    monkeypatch.setattr("softlms.experiments.tokenized.train_tokenizer", None)
     again = tokenize_text(folder, 300, tmp_path)
     assert all(np.array_equal(ids, again.splits[split]) for split, ids in text.splits.items())
     with pytest.raises(ValueError, match="got 256"):

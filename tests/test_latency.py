@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from softlms.latency import step_times
+from softlms.experiments.latency import step_times
 
 
 def test_every_form_is_timed_and_the_model_left_alone(tiny_bert):

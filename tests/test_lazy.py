@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
 import softlms
+from softlms.kernels.lazy import lazy_product
 from softlms.layers import LowRankLinear, SoftLinear
-from softlms.lazy import lazy_product
 
 
 def gradients(value, *factors):

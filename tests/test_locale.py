@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from test_project import ROOT
 
-from softlms.stamp import describe, stale_parts
+from softlms.workbook.stamp import describe, stale_parts
 
 TEXT_FILES = {"open", "fdopen", "TemporaryFile", "NamedTemporaryFile"}
 ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # what a locale without UTF-8 is on any machine

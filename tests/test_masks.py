@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM, DataCollatorWithPadding, Training
 
 from softlms.architectures import find_targets
 from softlms.budget import BudgetNotMet, count_parameters
-from softlms.factorization import factorize
-from softlms.language_models import FAMILIES, SmallModel
-from softlms.masks import MaskedLinear, MaskTrainer
+from softlms.data.encoders import find_encoder
+from softlms.experiments.language_models import FAMILIES, SmallModel
+from softlms.experiments.tokenized import blocks
+from softlms.lowrank.factorization import factorize
+from softlms.lowrank.masks import MaskedLinear, MaskTrainer
 from softlms.surgery import ranks, truncate
-from softlms.text import blocks
-from softlms.zoo import find_encoder
 
 
 def trainer(model, factors, folder, steps=60, data=None, collator=None, **options):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from softlms.cli import main
-from softlms.memory import training_memory
+from softlms.experiments.training_memory import training_memory
 
 
 def test_states_are_counted_and_a_step_is_measured():
@@ -17,7 +17,9 @@ def test_states_are_counted_and_a_step_is_measured():
 
 
 def test_what_does_not_fit_is_not_tried(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("softlms.memory.psutil.virtual_memory", lambda: SimpleNamespace(total=2**24))
+    monkeypatch.setattr(
+        "softlms.experiments.training_memory.psutil.virtual_memory", lambda: SimpleNamespace(total=2**24)
+    )
     out = tmp_path / "memory.csv"
     assert main(["training-memory", "gpt2", "--form", "soft", "--layers", "1", "--out", str(out)]) == 0
     assert "does not fit this machine" in capsys.readouterr().out

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import softlms
-from softlms.tasks import TASKS
-from softlms.zoo import find_encoder
+from softlms.data.encoders import find_encoder
+from softlms.data.tasks import TASKS
 
 
 @pytest.fixture

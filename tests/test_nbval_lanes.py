@@ -11,11 +11,11 @@ import nbformat
 import pytest
 
 from softlms import cli
-from softlms.durations import keep_seconds, read_seconds
-from softlms.lanes import read_lanes
-from softlms.notebook_checks import check_notebooks
-from softlms.reads import READS
-from softlms.stamp import make_stamp, stamp_notebooks
+from softlms.workbook.check import check_notebooks
+from softlms.workbook.durations import keep_seconds, read_seconds
+from softlms.workbook.lanes import read_lanes
+from softlms.workbook.reads import READS
+from softlms.workbook.stamp import make_stamp, stamp_notebooks
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = 'profile = "quick"\nsteps = 4'
@@ -169,7 +169,7 @@ def test_changed_sources_fail_and_a_changed_library_warns(checkout, capfd):
     assert "01_small: fresh" in capfd.readouterr().out
 
     def other_library(book):
-        book.metadata.softlms.stamp.library = book.metadata.softlms.stamp.environment = "of last week"
+        book.metadata.softlms.workbook.stamp.library = book.metadata.softlms.workbook.stamp.environment = "of last week"
 
     change(checkout, other_library, restamp=False)
     assert cli.main(["stamp", "--check"]) == 1

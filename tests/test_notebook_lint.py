@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from softlms.lanes import read_lanes
-from softlms.notebook_lint import MIN_COMPARED, lint
-from softlms.stamp import OWN_PARTS, describe, stale_parts
+from softlms.workbook.lanes import read_lanes
+from softlms.workbook.lint import MIN_COMPARED, lint
+from softlms.workbook.stamp import OWN_PARTS, describe, stale_parts
 
 ROOT = Path(__file__).parent.parent
 LISTED = {path: lane for job in read_lanes(ROOT / "notebooks").values() for path, lane in job.items()}

@@ -1,7 +1,7 @@
 import nbformat
 import pytest
 
-from softlms.parameters import assign_parameters, parse_value, split_assignments
+from softlms.workbook.parameters import assign_parameters, parse_value, split_assignments
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 

@@ -13,8 +13,8 @@ import nbformat
 import pandas as pd
 import yaml
 
-from softlms.full_size import FULL_SIZE
-from softlms.readme_tables import check_tables
+from softlms.experiments.full_size import FULL_SIZE
+from softlms.workbook.readme_tables import check_tables
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))

@@ -2,8 +2,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 
-from softlms import provenance
-from softlms.provenance import append_rows, weights_hash
+from softlms.data.hub import weights_hash
+from softlms.experiments import provenance
+from softlms.experiments.provenance import append_rows
 
 
 def test_rows_of_two_processes_are_all_there(tmp_path, monkeypatch):

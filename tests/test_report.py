@@ -4,17 +4,18 @@ import pandas as pd
 import pytest
 
 from softlms.budget import Budget, parameter_costs, uniform_ranks
-from softlms.experiments import Bench, Run
-from softlms.grid_pictures import plot_quality, plot_ranks
-from softlms.jobs import Job
-from softlms.language import SPLITS
-from softlms.language_models import LanguageBench, SmallModel
-from softlms.profiles import PROFILES, Book
-from softlms.recipe import Recipe
-from softlms.report import Report
-from softlms.tasks import TASKS, TaskData
-from softlms.text import TokenizedText
-from softlms.zoo import find_encoder
+from softlms.data.encoders import find_encoder
+from softlms.data.tasks import TASKS, TaskData
+from softlms.data.text import SPLITS
+from softlms.experiments.bench import Bench, Run
+from softlms.experiments.jobs import Job
+from softlms.experiments.language_models import LanguageBench, SmallModel
+from softlms.experiments.profiles import PROFILES
+from softlms.experiments.recipe import Recipe
+from softlms.experiments.report import Report
+from softlms.experiments.tokenized import TokenizedText
+from softlms.workbook.book import Book
+from softlms.workbook.plots.grid_pictures import plot_quality, plot_ranks
 
 RECIPE = Recipe(further_keeps=(0.4,))
 F1 = {"dense": (0.9, 0.9), "svd+uniform": (0.7, 0.72), "whitened+uniform": (0.8, 0.84), "whitened+soft": (0.84, 0.86)}

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from softlms.checkpoint import describe
 from softlms.layers import Ranked
+from softlms.saving.checkpoint import describe
 
 SAVED = sorted(path for path in (Path(__file__).parent / "saved").glob("format-*/*") if path.is_dir())
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM
 
 import softlms
-from softlms.jobs import use_threads
-from softlms.scan import fast_scan, selective_scan
-from softlms.scan_kernel import BACKWARD_LANES, CHUNK, _exp
+from softlms.kernels.selective_scan import fast_scan, selective_scan
+from softlms.kernels.selective_scan_numba import BACKWARD_LANES, CHUNK, _exp
+from softlms.machine import use_threads
 
 
 def inputs(batch, d, states, length, seed=0):
@@ -158,7 +158,7 @@ def test_generation_continues_from_the_scans_state(mamba):
 
 
 def test_mambapy_is_taken_where_it_is_asked_for(mamba, monkeypatch):
-    monkeypatch.setattr("softlms.scan.selective_scan", None)
+    monkeypatch.setattr("softlms.kernels.selective_scan.selective_scan", None)
     for mixer in (layer.mixer for layer in mamba.backbone.layers):
         mixer.use_mambapy = True
     with fast_scan():
@@ -177,7 +177,7 @@ def test_it_ends_with_its_context(mamba):
 
 READ_ONLY = """
 import torch
-from softlms.scan import selective_scan
+from softlms.kernels.selective_scan import selective_scan
 u, dt, A, B, C = (torch.ones(1, *shape) for shape in ((4, 3), (4, 3), (4, 2), (2, 3), (2, 3)))
 y, _ = selective_scan(u, dt, -A[0], B, C)
 print(y.sum().item())

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import softlms
-from softlms.allocator import keep_memory
 from softlms.architectures import find_targets
 from softlms.budget import parameter_costs
 from softlms.cli import main
-from softlms.full_size import FULL_SIZE, find_full_size
-from softlms.speed import compare_speed
-from softlms.speed_limit import split_speed
-from softlms.stretch import half_ranks, stretch_ranks
+from softlms.experiments.full_size import FULL_SIZE, find_full_size
+from softlms.experiments.speed import compare_speed
+from softlms.experiments.speed_limit import split_speed
+from softlms.experiments.stretch import half_ranks, stretch_ranks
+from softlms.experiments.timed_budget import compare_budgets
+from softlms.kernels.allocator import keep_memory
 from softlms.surgery import shrink
-from softlms.timed_budget import compare_budgets
 
 RESULTS = Path(__file__).parents[1] / "results" / "laptop"
 

@@ -10,9 +10,9 @@ from transformers import Trainer, TrainingArguments
 
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import count_parameters
-from softlms.factorization import factorize
 from softlms.fused import split_fused
 from softlms.layers import LowRankLinear, Ranked, SoftLinear
+from softlms.lowrank.factorization import factorize
 from softlms.surgery import decompose, deploy, ranks, shrink, soft_layers, truncate
 from softlms.training import SoftTrainer
 

@@ -1,8 +1,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from softlms import corpus
-from softlms.tasks import TASKS, encode, load_task
+from softlms.data import corpus
+from softlms.data.tasks import TASKS, encode, load_task
 
 # each as GLUE's downloads have it: byte-order mark, quotes that do not close, no header
 FILES = {
@@ -164,7 +164,7 @@ def test_missing_library():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from softlms.zoo import find_encoder
+    from softlms.data.encoders import find_encoder
 
     return AutoTokenizer.from_pretrained(find_encoder("minilm").location)
 

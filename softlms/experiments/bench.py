@@ -1,0 +1,336 @@
+"""The runs behind the figures, each stored, so that none is done twice.
+
+A run is one method at one seed. Its folder under ``runs/`` is named by a key of everything it depends on: recipe,
+encoder, sentences, the library's code and versions. It is written under a temporary name and moved when whole, so a
+killed batch continues with the first run that is missing, and a dense model's training at its last checkpoint. One
+process at a time makes a run; others that want it wait, and take what is there then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+from softlms.architectures import find_targets
+from softlms.data.encoders import Encoder, load_classifier
+from softlms.data.hub import pretrained, weights_hash
+from softlms.data.tasks import TaskData, encode
+from softlms.evaluation import evaluate
+from softlms.experiments.closure import code_of, not_in_keys
+from softlms.experiments.jobs import Job, available_processes, run_jobs, tell_stored
+from softlms.experiments.provenance import commit
+from softlms.experiments.recipe import Recipe, parse_method
+from softlms.experiments.run_key import DEPENDS, key, why_missing
+from softlms.experiments.steps import Step, cut_and_recover, learn_ranks, train_dense
+from softlms.files import lock
+from softlms.kernels.selective_scan import fast_scan
+from softlms.machine import device, hardware, use_threads, versions
+
+__all__ = ["Bench", "Run"]
+
+# a run's numbers do not depend on how many cores are free, nor on whether others run beside it
+_THREADS = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run left.
+
+    Attributes
+    ----------
+    result : dict
+        "method", "seed", "scores" (split, then metric; 0 to 1, but for perplexity), "untuned" (those of dev before any
+        training after the cut), "ranks" (layer to components), "kept_linear", "kept_total", "steps", "frozen_at" (soft
+        thresholds: the step at which the budget was met), "further" (keep to scores on dev; see `Recipe`), "history"
+        (one entry a logging step), "seconds" (what several methods share, the teacher's logits, calibration and
+        factors, counts for the first that needs it; after an interruption, the rest), "hardware", "versions",
+        "commit", "encoder", "data".
+    model : Path or None
+        The saved model, where the run keeps one (the dense ones do).
+    """
+
+    result: dict[str, Any]
+    model: Path | None = None
+
+
+@dataclass(eq=False)  # by identity: the same bench, not one like it
+class Bench:
+    """An encoder, a task and a folder: where runs are made and found again.
+
+    Parameters
+    ----------
+    encoder : Encoder
+    data : TaskData
+    folder : Path
+        Holds a subfolder for each run.
+    max_length : int
+        Tokens a row at most.
+    train_rows : int, optional
+        Use only the first rows of the training split.
+    """
+
+    encoder: Encoder
+    data: TaskData
+    folder: Path
+    max_length: int = 128
+    train_rows: int | None = None
+    note: Callable[[str], None] = field(default=print, repr=False)
+    _shared_of: tuple[Any, ...] = field(default=(), init=False, repr=False)
+    _shared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    @not_in_keys
+    def __getstate__(self) -> dict[str, Any]:
+        """To another process goes what defines the bench: a note may be anything, and what is derived is large."""
+        kept = {k: v for k, v in self.__dict__.items() if not isinstance(getattr(type(self), k, None), cached_property)}
+        return kept | {"note": print, "_shared_of": (), "_shared": {}}
+
+    @cached_property
+    def splits(self) -> dict[str, datasets.Dataset]:
+        """Encoded rows of each split, the training split cut to `train_rows`."""
+        sentences = dict(self.data.splits)
+        if self.train_rows is not None:
+            sentences["train"] = sentences["train"].select(range(min(self.train_rows, len(sentences["train"]))))
+        return encode(dataclasses.replace(self.data, splits=sentences), self.encoder.tokenizer(), self.max_length)
+
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """(m, n) of each layer that is factored, by name."""
+        return {target.name: target.shape for target in find_targets(self.skeleton())}
+
+    def skeleton(self) -> PreTrainedModel:
+        """What is factored, without memory for its weights."""
+        with torch.device("meta"):
+            return self.prepare(self.untrained_model())
+
+    def untrained_model(self) -> PreTrainedModel:
+        """A dense model whose weights mean nothing: for what depends on shapes alone."""
+        # torch counts no FLOPs for its fused attention on a CPU
+        config = pretrained(AutoConfig, self.encoder.location, attn_implementation="eager")
+        return AutoModelForSequenceClassification.from_config(config)
+
+    @cached_property
+    def collator(self) -> DataCollatorWithPadding:
+        return DataCollatorWithPadding(self.encoder.tokenizer())
+
+    @not_in_keys
+    def _inputs(self, pair: str) -> dict[str, Any]:
+        """Model and data that a method's run depends on."""
+        return {
+            "encoder": weights_hash(self.encoder.location),
+            "task": self.data.task.name,
+            "rows": self._rows,
+            "max_length": self.max_length,
+            "train_rows": self.train_rows,
+        }
+
+    @cached_property
+    def _rows(self) -> str:
+        """Hash of all sentences and labels."""
+        content = {split: rows.to_dict() for split, rows in self.data.splits.items()}
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @not_in_keys
+    def run(self, method: str, recipe: Recipe, seed: int) -> Run:
+        """Do a run, or take it from its folder if it is there.
+
+        Parameters
+        ----------
+        method : str
+            "dense", or as for `parse_method`.
+        recipe : Recipe
+        seed : int
+            Of the head, the order of the rows, dropout and the choice of calibration rows. All methods start from the
+            dense run of the seed.
+
+        Raises
+        ------
+        ValueError
+            Unknown method.
+        """
+        stored = self.stored(method, recipe, seed)
+        if stored is not None:
+            return stored
+        pair, folder = self._place(method, recipe, seed)
+        if _needs_dense(pair, recipe):
+            self.run("dense", recipe, seed)  # first, so that its time is not counted here
+        with lock(folder):
+            return self.stored(method, recipe, seed) or self._run(pair, folder, method, recipe, seed)
+
+    @not_in_keys
+    def _run(self, pair: str, folder: Path, method: str, recipe: Recipe, seed: int) -> Run:
+        partial = folder.with_name(f"{folder.name}.partial")  # one that a killed process left is continued
+        partial.mkdir(exist_ok=True)
+        started = time.monotonic()
+        result = self._make(_step(pair), recipe, seed, partial, pair) | {
+            "seconds": round(time.monotonic() - started, 1),
+            "hardware": hardware(_THREADS),
+            "versions": versions(),
+            "commit": commit(),
+            "encoder": self.encoder.source,
+            "data": self.data.source,
+        }
+        (partial / DEPENDS).write_text(json.dumps(self._depends(pair, recipe, seed), indent=1), "utf-8")
+        (partial / "result.json").write_text(json.dumps(result, indent=1), "utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # a folder without result.json is no run
+        partial.rename(folder)
+        return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
+
+    def _make(self, step: Step, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
+        transformers.set_seed(seed)
+        with use_threads(_THREADS), fast_scan():
+            return {"seed": seed} | step(self, recipe, seed, folder, pair)
+
+    @not_in_keys
+    def stored(self, method: str, recipe: Recipe, seed: int) -> Run | None:
+        """A run that was done before, as `run` gives it, or None."""
+        pair, folder = self._place(method, recipe, seed)
+        if not (folder / "result.json").is_file():
+            return None
+        result = json.loads((folder / "result.json").read_text("utf-8"))
+        return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
+
+    @not_in_keys
+    def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
+        """A method's name in full, and the folder of its run."""
+        pair = "dense" if method == "dense" else "+".join(parse_method(method))
+        return pair, self.folder / f"{pair}-{seed}-{key(self._depends(pair, recipe, seed))}"
+
+    @not_in_keys
+    def why_missing(self, method: str, recipe: Recipe, seed: int) -> str:
+        """Why a run is not there yet; see `softlms.experiments.run_key.why_missing`."""
+        pair, folder = self._place(method, recipe, seed)
+        return why_missing(self.folder, folder.name.rsplit("-", 1)[0], self._depends(pair, recipe, seed))
+
+    @not_in_keys
+    def runs(self, methods: tuple[str, ...], recipe: Recipe, seeds: tuple[int, ...]) -> list[Run]:
+        """All methods at all seeds, in that order; seeds side by side, with a line of progress for each run."""
+        started, total = time.monotonic(), len(methods) * len(seeds)
+        units = [[Job(self, method, recipe, seed) for method in methods] for seed in seeds]
+        runs, metric = {}, self.data.task.metrics[0]
+        for line in tell_stored(job for unit in units for job in unit):
+            self.note(line)
+        for done, (job, run) in enumerate(run_jobs(units, available_processes()), 1):
+            left = (time.monotonic() - started) / done * (total - done)
+            self.note(
+                f"{done:>3} of {total}: {job.method:<8} seed {job.seed}, "
+                f"dev {metric} {run.result['scores']['dev'][metric]:.3f}, "
+                f"{run.result['kept_linear']:.3f} of the linears; about {left / 60:.0f} min left"
+            )
+            runs[job.method, job.seed] = run
+        return [runs[method, seed] for seed in seeds for method in methods]
+
+    def new_model(self) -> PreTrainedModel:
+        """What the dense model is trained from; torch's seed decides how what is new in it starts."""
+        return self.encoder.for_task(self.data.task)
+
+    def load_model(self, folder: Path) -> PreTrainedModel:
+        """A dense model as its run saved it."""
+        return load_classifier(folder)
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """What happens to a dense model before it is factored: nothing here."""
+        return model
+
+    def extras(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What a run's result holds besides scores and counts: nothing here."""
+        return {}
+
+    def dense_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
+        """The dense model of `seed`, trained now if it was not before, where the training will be."""
+        return self.load_model(self.dense_folder(recipe, seed)).to(device())
+
+    @not_in_keys
+    def dense_folder(self, recipe: Recipe, seed: int) -> Path:
+        """Where the dense model of `seed` is stored, trained now if it was not before."""
+        folder = self.run("dense", recipe, seed).model
+        assert folder is not None  # dense runs keep their model
+        return folder
+
+    @not_in_keys
+    def shared(self, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """What methods of one model share in memory, such as its factors; empty where the last model was another."""
+        model = (key(self._depends("dense", recipe, seed)), recipe.start, recipe.calibration_rows)
+        if self._shared_of != model:
+            self._shared_of = model
+            self._shared.clear()
+        return self._shared
+
+    def starting_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
+        """What every method cuts: the fine-tuned dense model, or the pretrained encoder with a new head."""
+        if recipe.start == "fine-tuned":
+            return self.prepare(self.dense_model(recipe, seed))
+        transformers.set_seed(seed)
+        return self.prepare(self.new_model().to(device()))
+
+    def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
+        """Metrics on those of the splits that the task has."""
+        present = {split: self.splits[split] for split in splits if split in self.splits}
+        return {split: evaluate(model, self.data.task, rows, self.collator) for split, rows in present.items()}
+
+    def steps(self, recipe: Recipe) -> int:
+        """Optimizer steps of a training on `recipe.epochs`."""
+        a_epoch = math.ceil(len(self.splits["train"]) / recipe.batch_size)
+        return math.ceil(recipe.epochs * a_epoch)
+
+    def trainer_options(self, folder: Path, seed: int, recipe: Recipe, rate: float, epochs: float) -> dict[str, Any]:
+        """Arguments that all trainers of a run share."""
+        args = TrainingArguments(
+            str(folder / "trainer"),
+            learning_rate=rate,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=recipe.batch_size,
+            weight_decay=0.01,
+            warmup_steps=0.06,
+            seed=seed,
+            bf16=recipe.bf16,
+            train_sampling_strategy="group_by_length",
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU must be asked for in these words
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            log_level="error",
+        )
+        return {"args": args, "train_dataset": self.splits["train"], "data_collator": self.collator}
+
+    @not_in_keys
+    def _depends(self, pair: str, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """All that a run's numbers depend on."""
+        step, bench = _step(pair), type(self)
+        code = code_of(*(f"{start.__module__}:{start.__qualname__}" for start in (step, bench)))
+        dense = {"dense": self._place("dense", recipe, seed)[1].name} if _needs_dense(pair, recipe) else {}
+        return (
+            self._inputs(pair)
+            | {f"recipe.{name}": value for name, value in recipe.used(pair).items()}
+            | {"code": code, "seed": seed, "versions": versions(), "hardware": hardware(_THREADS)}
+            | dense
+        )
+
+
+def _step(pair: str) -> Step:
+    """What makes a run of a method, named in full."""
+    return train_dense if pair == "dense" else learn_ranks if pair.endswith("+soft") else cut_and_recover
+
+
+def _needs_dense(pair: str, recipe: Recipe) -> bool:
+    return pair != "dense" and (recipe.start == "fine-tuned" or recipe.distillation > 0)

@@ -1,0 +1,1 @@
+"""How factors are made, and how many of their components stay."""

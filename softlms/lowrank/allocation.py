@@ -1,0 +1,152 @@
+"""Axis 2 of a low-rank method: how many components each layer keeps.
+
+Every allocation here is an order in which components are taken, best score first, until the budget is full:
+
+    uniform       the layer with the smallest kept share next: the same keep ratio in each ("static")
+    energy        the layer that holds the smallest share of its sum of sigma^2 next: one cut-off tau for all
+    greedy        the largest sigma^2 / (m + n) of any layer next: the most energy a weight
+    sensitivity   the layer whose own cut hurts the loss most next: ASVD's search (STRS), one cut-off for all
+
+The learned allocations are trainers: `softlms.SoftTrainer` (soft thresholds) and `softlms.MaskTrainer` (masks).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from softlms.budget import Budget, Costs, count_parameters, refill, uniform_ranks
+from softlms.layers import LowRankLinear, replace
+from softlms.lowrank.factorization import Factors
+
+__all__ = ["ALLOCATIONS", "allocate", "sensitivity_curves"]
+
+ALLOCATIONS = ("uniform", "energy", "greedy", "sensitivity")
+RATIOS = (0.2, 0.4, 0.6, 0.8)  # kept shares of a layer at which its sensitivity is measured, besides one component
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def allocate(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    method: str,
+    *,
+    keep: float,
+    count: str = "linear",
+    curves: Curves | None = None,
+    multiple: int = 1,
+    costs: Costs | None = None,
+) -> dict[str, int]:
+    """Components that each layer keeps under a budget, which is filled exactly: not one more would fit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model; its parameters outside the factored layers count where `count` is "total".
+    factors : mapping
+        From `softlms.factorize`.
+    method : {"uniform", "energy", "greedy", "sensitivity"}
+    keep, count, multiple
+        See `softlms.Budget`.
+    curves : mapping, optional
+        From `sensitivity_curves`; needed by "sensitivity".
+    costs : Costs, optional
+        Of the dense model, from `softlms.count_flops` or `softlms.measure_latency`; needed where `count` is one of
+        those. Where it counts parameters, layers that would not be faster count as dense.
+
+    Returns
+    -------
+    dict
+        Ranks by name, for `softlms.truncate`. A layer at or above break-even gets all its components: it is stored
+        dense.
+
+    Raises
+    ------
+    ValueError
+        Unknown method, `curves` missing, or the budget cannot be met.
+
+    Notes
+    -----
+    Bisecting a cut-off and taking components in the order of the cut-off that they fall under give the same ranks;
+    the second meets the budget exactly. Greedy compares energies of different layers as they are, whatever units the
+    factorization gives them: singular values of weights, or mean squares of outputs ("whitened").
+    """
+    if method not in ALLOCATIONS:
+        raise ValueError(f"Unknown allocation {method!r}; known: {', '.join(ALLOCATIONS)}.")
+    shapes = {name: (f.U.shape[0], f.V.shape[0]) for name, f in factors.items()}
+    budget = Budget(keep, count, multiple)
+    costs = budget.costs(shapes, count_parameters(model, lambda name, module: name in shapes).rest, costs)
+    limit = budget.limit(costs)
+    if method == "uniform":
+        return uniform_ranks(costs, limit, multiple)
+    if method == "sensitivity" and (curves is None or not shapes.keys() <= curves.keys()):
+        raise ValueError("'sensitivity' needs curves=softlms.sensitivity_curves(model, factors, loss), one a layer.")
+    scores: dict[str, Tensor] = {}
+    for name, (m, n) in shapes.items():
+        energy = factors[name].sigma.double().square().cpu()
+        if method == "energy":
+            scores[name] = -(energy.cumsum(0) - energy) / energy.sum()
+        elif method == "greedy":
+            scores[name] = energy / (m + n)
+        elif curves is not None:
+            scores[name] = _harm(curves[name], len(energy))
+    return refill(costs, budget.start(shapes), limit, scores, multiple)
+
+
+@torch.no_grad()
+def sensitivity_curves(
+    model: nn.Module, factors: Mapping[str, Factors], loss: Callable[[], float]
+) -> dict[str, list[tuple[int, float]]]:
+    """The loss with one layer alone cut: to one component, and to 0.2, 0.4, 0.6 and 0.8 of its weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model; unchanged afterwards, also when `loss` fails.
+    factors : mapping
+        From `softlms.factorize`.
+    loss : callable
+        ``loss() -> float`` of `model` as it is then, on calibration rows; lower is better. It is called five times a
+        layer, and once for the dense model.
+
+    Returns
+    -------
+    dict
+        For each layer (rank, loss) with rising rank; the last is the dense model's.
+
+    Raises
+    ------
+    ValueError
+        A loss is not finite; the layer is named.
+    """
+    dense = loss()
+    curves = {}
+    for name, f in track(factors.items(), "sensitivity of each layer", transient=True, disable=not sys.stdout.isatty()):
+        m, n = f.U.shape[0], f.V.shape[0]
+        layer: Any = model.get_submodule(name)
+        points = []
+        try:
+            for rank in sorted({1, *(max(1, int(ratio * m * n / (m + n))) for ratio in RATIOS)}):
+                cut = LowRankLinear.from_factors(f.U, f.sigma, f.V, layer.bias, rank)
+                replace(model, name, cut.to(layer.weight.dtype))
+                points.append((rank, loss()))
+        finally:
+            model.set_submodule(name, layer)
+        curves[name] = [*points, (len(f.sigma), dense)]
+        if not np.isfinite([value for _, value in curves[name]]).all():
+            raise ValueError(f"The loss with {name} cut is not finite: {curves[name]}.")
+    return curves
+
+
+def _harm(curve: Sequence[tuple[int, float]], components: int) -> Tensor:
+    """Loss with the layer cut just before each component, made to fall with the rank: (components,)."""
+    ranks, losses = np.array(curve).T
+    falling = np.maximum.accumulate(losses[::-1])[::-1]
+    return torch.from_numpy(np.interp(np.arange(components), ranks, falling))

@@ -1,0 +1,221 @@
+"""Axis 1 of a low-rank method: how a weight's factors are made.
+
+Every factorization here is an orthonormal basis U of a layer's outputs, its columns ordered by a score sigma; the
+layer cut to rank r is U_r U_r^T W. They differ in what the leading columns are best at:
+
+    svd        ||W - W'||_F (Eckart-Young); sigma are the singular values
+    fwsvd      the same, inputs weighed by the Fisher information (arXiv 2207.00112)
+    asvd       the same, inputs weighed by the root of their mean size (arXiv 2312.05821)
+    whitened   ||(W - W') X^T||_F, the error of the outputs themselves (arXiv 2403.07378; DRONE's objective)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from softlms.architectures import Predicate, check_factorable, find_targets
+from softlms.layers import svd
+from softlms.lowrank.calibration import LayerStatistics
+
+__all__ = [
+    "FACTORIZATIONS",
+    "Factors",
+    "as_conv1d",
+    "as_linear",
+    "check_method",
+    "factorize",
+    "factorize_weight",
+    "linear_targets",
+]
+
+FACTORIZATIONS = ("svd", "fwsvd", "asvd", "whitened")
+
+Statistics = Mapping[str, LayerStatistics]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """W = U diag(sigma) V^T with r = min(m, n) components, the most useful first.
+
+    Attributes
+    ----------
+    U : Tensor
+        Shape (m, r), orthonormal columns.
+    sigma : Tensor
+        Shape (r,), falling and positive: the score of each component.
+    V : Tensor
+        Shape (n, r); orthonormal for "svd" only.
+    """
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+
+
+def factorize_weight(weight: Tensor, method: str = "svd", statistics: LayerStatistics | None = None) -> Factors:
+    """Factors of one weight.
+
+    Parameters
+    ----------
+    weight : Tensor
+        W, shape (m, n).
+    method : {"svd", "fwsvd", "asvd", "whitened"}
+    statistics : LayerStatistics, optional
+        Needed by all but "svd"; "fwsvd" needs its `fisher`.
+
+    Returns
+    -------
+    Factors
+        In float32 or wider.
+
+    Raises
+    ------
+    ValueError
+        Unknown method, or the statistics that it needs are missing.
+
+    Notes
+    -----
+    Whitening takes the symmetric root of G, not its Cholesky factor, and nothing is inverted: a rank-deficient G
+    (fewer tokens than inputs) is no special case. Components whose outputs the calibration never excites come last,
+    with a small positive score, so that all components together still are W.
+    """
+    check_method(method, ["W"], None if statistics is None else {"W": statistics})
+    if method == "svd":
+        return Factors(*svd(weight))
+    assert statistics is not None  # just checked
+    W = weight.detach().double()
+    U, sigma = _basis(W, W @ _input_weights(method, statistics).to(W.device))
+    # W^T U rather than the second factor of the weighed SVD: nothing is divided by the weights of the inputs
+    V = W.T @ U / sigma
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return Factors(U.to(dtype), sigma.to(dtype), V.to(dtype))
+
+
+def factorize(
+    model: nn.Module,
+    method: str = "svd",
+    statistics: Statistics | None = None,
+    *,
+    targets: Predicate | None = None,
+) -> dict[str, Factors]:
+    """Factors of every target layer of a dense model; the model is not changed.
+
+    Parameters
+    ----------
+    model : nn.Module
+    method : {"svd", "fwsvd", "asvd", "whitened"}
+    statistics : mapping, optional
+        From `softlms.calibrate`; needed by all but "svd".
+    targets : callable, optional
+        Chooses the layers; see `find_targets`.
+
+    Raises
+    ------
+    ValueError
+        As from `factorize_weight`, `linear_targets`, or the statistics miss a layer.
+    """
+    linears = linear_targets(model, targets)
+    check_method(method, linears, statistics)
+    return {
+        name: factorize_weight(linear.weight, method, statistics[name] if statistics else None)
+        for name, linear in linears.items()
+    }
+
+
+def check_method(method: str, names: Iterable[str], statistics: Statistics | None) -> None:
+    """ValueError for an unknown method, or where the statistics it needs are missing."""
+    if method not in FACTORIZATIONS:
+        raise ValueError(f"Unknown factorization {method!r}; known: {', '.join(FACTORIZATIONS)}.")
+    if method == "svd":
+        return
+    known = statistics or {}
+    if not known or (method == "fwsvd" and any(entry.fisher is None for entry in known.values())):
+        fisher = ", fisher=True" if method == "fwsvd" else ""
+        raise ValueError(f"{method!r} needs statistics=softlms.calibrate(model, rows, collator{fisher}).")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"The statistics miss {name}: calibrate the same model with the same targets.")
+        seen = {"fwsvd": known[name].fisher, "asvd": known[name].mean_abs, "whitened": known[name].gram}[method]
+        if seen is None or not seen.any():
+            raise ValueError(f"The statistics of {name} are all zero: the calibration rows never excite it.")
+
+
+def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[str, nn.Linear]:
+    """All target layers by name, after a check that each can be factored; a Conv1D (GPT-2) as the equal nn.Linear.
+
+    Raises
+    ------
+    ValueError
+        The family is unknown, or a layer is factored already, or its weight is quantized, offloaded, parametrized,
+        shared with another layer, not finite or all zeros.
+    """
+    linears = {}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    found = find_targets(model, targets)
+    check_factorable(found)
+    for target in found:
+        name, linear = target.name, target.module
+        if not isinstance(linear, (nn.Linear, Conv1D)):
+            raise ValueError(f"{name} is factored already (a {type(linear).__name__}): load the dense model again.")
+        if uses[id(linear.weight)] > 1:
+            raise ValueError(f"{name}.weight is shared with another layer, it cannot be factored alone: leave it out.")
+        bad = [parameter for parameter, values in linear.named_parameters() if not torch.isfinite(values).all()]
+        if bad:
+            raise ValueError(f"{name}.{bad[0]} holds NaN or infinite values: repair the checkpoint first.")
+        if not linear.weight.any():
+            raise ValueError(f"{name}.weight is all zeros, it has no components: leave it out with targets=...")
+        linears[name] = as_linear(linear)
+    return linears
+
+
+def as_linear(layer: nn.Linear | Conv1D) -> nn.Linear:
+    """GPT-2's Conv1D, whose weight is stored (n, m), as an nn.Linear on the same memory; an nn.Linear as it is."""
+    if isinstance(layer, nn.Linear):
+        return layer
+    with torch.device("meta"):
+        linear = nn.Linear(layer.nx, layer.nf)
+    linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=layer.weight.requires_grad)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
+
+
+def as_conv1d(linear: nn.Linear) -> Conv1D:
+    """The Conv1D that GPT-2 has where another model has this nn.Linear."""
+    with torch.device("meta"):
+        conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=linear.weight.requires_grad)
+    conv.bias = linear.bias
+    return conv.train(linear.training)
+
+
+def _input_weights(method: str, statistics: LayerStatistics) -> Tensor:
+    """S, shape (n, n), such that the SVD of W S is the factorization."""
+    if method == "whitened":
+        eigenvalues, Q = torch.linalg.eigh(statistics.gram)
+        return (Q * eigenvalues.clamp(min=0).sqrt()) @ Q.T
+    if method == "asvd":
+        return torch.diag(statistics.mean_abs.sqrt() + 1e-6)
+    assert statistics.fisher is not None  # checked by the caller
+    return torch.diag(statistics.fisher.sqrt())
+
+
+def _basis(W: Tensor, weighed: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and values of the weighed W, completed where it has a lower rank than W."""
+    U, sigma, _ = torch.linalg.svd(weighed, full_matrices=False)
+    if not sigma[0] > 0:
+        raise ValueError("The statistics of a layer are all zero: the calibration rows never reach it.")
+    floor = sigma[0] * 1e-6  # float32's resolution: what is below carries no order any more
+    rank = int((sigma > floor).sum())
+    if rank < len(sigma):
+        U = U[:, :rank]
+        rest = torch.linalg.svd(W - U @ (U.T @ W), full_matrices=False)[0]
+        # twice is enough: what the subtraction left of U in the rest
+        rest = torch.linalg.qr(torch.cat([U, rest[:, : len(sigma) - rank]], dim=1))[0][:, rank:]
+        U = torch.cat([U, rest], dim=1)
+    return U, sigma.clamp(min=floor)

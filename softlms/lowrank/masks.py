@@ -1,0 +1,202 @@
+"""A learned mask over components, the rival of the soft threshold (in the style of ACIP, arXiv 2502.01717).
+
+One score a component; a component is on where its score is positive. The gate is a hard step forwards and the
+identity backwards (straight-through), an L1 term pulls open scores down, and its weight grows from step to step until
+the model meets its budget. The weights themselves stay as they are: what is learned is the allocation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from softlms.budget import Budget, BudgetNotMet, Costs, count_parameters, refill
+from softlms.distillation import DistillingTrainer
+from softlms.kernels.lazy import lazy_product
+from softlms.layers import Ranked, replace
+from softlms.lowrank.factorization import Factors, linear_targets
+from softlms.saving.origin import remember
+
+__all__ = ["MaskTrainer", "MaskedLinear"]
+
+
+class MaskedLinear(Ranked):
+    """y = x (U diag(sigma * gate) V^T)^T + bias with gate = 1 where score > 0; only the scores are trained.
+
+    Parameters
+    ----------
+    factors : Factors
+        Shapes (m, r), (r,), (n, r).
+    bias : Tensor, optional
+        Shape (m,).
+    """
+
+    form = "masked"
+    left: Tensor
+    V: Tensor
+    bias: Tensor | None
+
+    def __init__(self, factors: Factors, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("left", factors.U * factors.sigma)
+        self.register_buffer("V", factors.V)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.score = nn.Parameter(torch.ones_like(factors.sigma))
+
+    @classmethod
+    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
+        (m, n), new = linear.weight.shape, linear.weight.new_empty
+        r = min(m, n)
+        return cls(Factors(new(m, r), new(r), new(n, r)), linear.bias)
+
+    @property
+    def out_features(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.V.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Open gates."""
+        return int((self.score > 0).sum())
+
+    @property
+    def gate(self) -> Tensor:
+        """1 or 0 for each component, shape (r,); its gradient is the score's."""
+        hard = (self.score > 0).to(self.score.dtype)
+        return hard + self.score - self.score.detach()
+
+    @property
+    def weight(self) -> Tensor:
+        return lazy_product(self.left * self.gate, self.V.T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        return F.linear(F.linear(x, self.V.T) * self.gate, self.left, self.bias)
+
+
+class MaskTrainer(DistillingTrainer):
+    """Learns which components a budget should keep; `train`, then read `ranks`.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense. Its target layers are replaced by `MaskedLinear` and everything else is frozen: load it again for
+        `softlms.truncate`.
+    factors : mapping
+        From `softlms.factorize`.
+    keep, count, multiple, costs
+        See `softlms.Budget` and `softlms.allocate`.
+    l1 : tuple of float
+        Weight of the L1 term at the first step and, growing geometrically, half-way through the steps of `args`;
+        positive and rising. A component's score is weighed by the weights that it stores (mean 1).
+    distillation, **kwargs
+        See `DistillingTrainer`. The learning rate in `args` is that of the scores, which start at 1.
+
+    Raises
+    ------
+    ValueError
+        The budget cannot be met, the factors do not fit, or a setting is out of range: before any work.
+    BudgetNotMet
+        From `train`, when its steps end before the budget is met.
+
+    Notes
+    -----
+    ACIP trains low-rank adapters along with the masks and takes the components themselves from the scores. Here
+    the weights stay (recovery comes afterwards, as for every other allocation) and the scores decide how many
+    components a layer keeps, so that masks can be compared with the other allocations and nothing else differs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        factors: Mapping[str, Factors],
+        *,
+        keep: float,
+        count: str = "linear",
+        multiple: int = 1,
+        costs: Costs | None = None,
+        l1: tuple[float, float] = (1e-6, 1.0),
+        **kwargs: Any,
+    ) -> None:
+        if not 0 < l1[0] < l1[1] < math.inf:
+            raise ValueError(f"l1 must be two positive finite weights, the second larger; got {l1!r}.")
+        linears = linear_targets(model, lambda name, module: name in factors)
+        if linears.keys() != factors.keys():
+            raise ValueError(f"factors name layers that the model lacks: {sorted(factors.keys() - linears.keys())}.")
+        self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in linears.items()}
+        for name, shape in self.shapes.items():
+            if (len(factors[name].U), len(factors[name].V)) != shape:
+                raise ValueError(f"The factors of {name} do not fit its shape {shape}: factorize the same model.")
+        rest = count_parameters(model, lambda name, module: name in factors).rest
+        self.budget = Budget(keep, count, multiple)
+        self.costs = self.budget.costs(self.shapes, rest, costs)
+        self.limit = self.budget.limit(self.costs)
+        super().__init__(model, **kwargs)
+        model.requires_grad_(False)
+        remember(model, linears)
+        self.masks: dict[str, MaskedLinear] = {}
+        for name, linear in linears.items():
+            # as the layer is by now: the Trainer has moved the model
+            self.masks[name] = MaskedLinear(factors[name], linear.bias).to(next(model.get_submodule(name).parameters()))
+            replace(model, name, self.masks[name])
+        self.l1 = l1
+        prices = {name: float(m + n) for name, (m, n) in self.shapes.items()}
+        self.prices = {name: price * len(prices) / sum(prices.values()) for name, price in prices.items()}
+        self.add_callback(_StopAtBudget(self))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss, plus the L1 term in training."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not model.training:
+            return (loss, outputs) if return_outputs else loss
+        start, end = self.l1
+        weight = start * (end / start) ** (2 * self.state.global_step / self.state.max_steps)
+        # open components only: |score| would pull closed ones back up to the edge
+        size = sum(self.prices[name] * mask.score.clamp(min=0).sum() for name, mask in self.masks.items())
+        loss = loss + weight * size
+        return (loss, outputs) if return_outputs else loss
+
+    def cost(self) -> float:
+        """What the layers would cost, in the budget's count, if cut to their open gates now."""
+        return self.costs.of({name: mask.rank for name, mask in self.masks.items()})
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Components of each layer, taken by falling score until the budget is full."""
+        scores = {name: mask.score.detach().sort(descending=True).values for name, mask in self.masks.items()}
+        return refill(self.costs, self.budget.start(self.shapes), self.limit, scores, self.budget.multiple)
+
+
+class _StopAtBudget(TrainerCallback):
+    def __init__(self, trainer: MaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.cost() <= self.trainer.limit:
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept, limit = self.trainer.cost(), self.trainer.limit
+        if kept > limit:
+            raise BudgetNotMet(
+                f"After {state.global_step} steps the masks keep {kept:,} of {self.trainer.budget.count}, the budget "
+                f"allows {limit:,}. "
+                f"Train longer, or raise l1 ({self.trainer.l1}) or the learning rate."
+            )

@@ -1,0 +1,1 @@
+"""What a saved folder says, and how it is read again."""

@@ -1,0 +1,311 @@
+"""transformers' hook around the loading of weights: factored layers are built as the folder describes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from softlms.fused import SplitLinear
+from softlms.layers import Factored, LowRankLinear, SoftLinear
+from softlms.lowrank.factorization import as_linear
+from softlms.lowrank.masks import MaskedLinear
+from softlms.saving.origin import FORMAT, METHOD, REGISTRIES, REST, SoftLMsConfig, mark
+
+__all__ = ["FORMS", "MARKER", "SoftLMsQuantizer", "digest", "factor", "make_quantizer", "sha256", "verify"]
+
+logger = logging.get_logger(__name__)
+
+FORMS: dict[str, type[Factored]] = {c.form: c for c in (SoftLinear, LowRankLinear, SplitLinear, MaskedLinear)}
+MARKER = "weight"  # of no elements: where the dense layer has its matrix
+BY_HARDWARE = re.compile(r"paged\|.*|flash_attention_\d|flex_attention|.+/.+")  # the last: kernels of the hub
+ALIGNMENT = 64  # bytes
+
+
+class Loading(HfQuantizer):
+    """transformers' hook around the loading of weights: builds the factored layers that the folder has.
+
+    Where the folder's weights are dense after all, it does nothing.
+    """
+
+    mark: SoftLMsConfig
+    layers: Mapping[str, dict[str, Any]] = {}
+    rest: Mapping[str, int] = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what a newer version wrote."""
+        if self.mark.format > FORMAT:
+            raise ValueError(
+                f"The model has softlms format {self.mark.format}, this softlms knows {FORMAT}: update softlms."
+            )
+        super().validate_environment(*args, **kwargs)
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The saved model's attention, where nobody asks for one."""
+        saved = self.mark.attention
+        if config._attn_implementation_internal is None and saved is not None:
+            if BY_HARDWARE.fullmatch(saved):
+                logger.warning(
+                    f"The model was saved with attn_implementation={saved!r}, which not every machine has, and is "
+                    "loaded with transformers' default: give it to from_pretrained where you want it."
+                )
+            else:
+                _check_registered(saved, self.mark.registered)
+                config._attn_implementation = saved
+        return super().update_attn_implementation(config)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise ValueError(
+                "A state_dict alone does not say what layers a compressed model has: load its folder. (Is it a dense "
+                "one's? Then give a configuration without quantization_config.)"
+            )
+        files = [Path(file) for file in checkpoint_files]
+        if _is_described(files):
+            self._build(model, files)
+        else:
+            _check_dense(model, files)
+        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
+
+    def _build(self, model: PreTrainedModel, files: list[Path]) -> None:
+        description = verify(files)
+        changes = _changes(files[0].with_name("config.json"), description)
+        self.layers = _localized(model, description["layers"])
+        factor(model, self.layers)
+        _check_shapes(model, self.layers, files, changes)
+        if changes:
+            logger.warning(
+                f"{files[0].with_name('config.json')} differs from what was saved with these weights: {changes}."
+            )
+        soft = [re.escape(name) for name, layer in self.layers.items() if layer["form"] == SoftLinear.form]
+        wide = {rf"{name}\.(?:sigma|threshold\.alpha|threshold\.unit)$" for name in soft}
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *wide}
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        names = "|".join(re.escape(name) for name in description["layers"])
+        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"(^|\.)({names})\.{MARKER}$"}
+        own = dict(model.named_parameters())
+        rest = description.get("rest", {})
+        self.rest = {here: rest[name] for name in rest for here in _names(model, name) if here in own}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, layer in self.layers.items():
+            if layer["form"] == SoftLinear.form:
+                soft = model.get_submodule(name)
+                if any(values.is_meta for values in soft.parameters()):
+                    raise ValueError(
+                        f"{name} is offloaded by device_map, which a soft layer cannot be: give its block a device, or "
+                        "save the model after softlms.deploy."
+                    )
+                soft.threshold.alpha.requires_grad_(layer["learns"])  # loading makes new parameters
+        if self.rest:
+            vars(model)[REST] = dict(self.rest)
+        _align(model)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+
+class SoftLMsQuantizer(Loading):
+    """The hook for a model that is compressed and nothing else; also holds what is written."""
+
+    def __init__(self, quantization_config: SoftLMsConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.mark = quantization_config
+        self.state: dict[str, Tensor] = {}
+        self.metadata: dict[str, str] = {}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        # from here on it is a model like any other: to train, to change, and to save again
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        if self.layers:
+            mark(model)
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is written: see `_save`."""
+        return self.state, self.metadata
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def make_quantizer(config: SoftLMsConfig, **options: Any) -> HfQuantizer:
+    """The hook for a folder; where another library is to quantize it at loading, that one's hook around ours."""
+    if config.then is None:
+        return SoftLMsQuantizer(config, **options)
+    other = auto.AutoHfQuantizer.from_config(config.then, pre_quantized=False)
+    kind = type(other)
+
+    class Both(Loading, kind):  # type: ignore[misc, valid-type]
+        mark = config
+
+        def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+            super()._process_model_after_weight_loading(model, **kwargs)
+            self.__class__ = kind  # the model is the other library's from here on
+            return model
+
+    other.__class__ = Both
+    return other
+
+
+def verify(files: list[Path]) -> dict[str, Any]:
+    """The description in the headers of a folder's weights, after a check of every byte that matters.
+
+    Raises
+    ------
+    ValueError
+        Something is missing, damaged, or of another model.
+    """
+    seen: dict[str, Any] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            checksum, _, text = (tensors.metadata() or {}).get(METHOD, "").partition(" ")
+            if not text or sha256(text.encode()) != checksum:
+                raise ValueError(f"{file} has no whole softlms description: it is damaged, or of another model.")
+            description = json.loads(text)
+            if seen and seen != description:
+                raise ValueError(f"{file} and {files[0].name} are parts of different models: save the model again.")
+            seen = description
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if digest(tensors.get_tensor(name)) != description["tensors"].get(name):
+                    raise ValueError(f"{name} in {file} is damaged: its checksum differs. Save or copy it again.")
+    return seen
+
+
+def _changes(config: Path, description: dict[str, Any]) -> str:
+    """The entries of ``config.json`` that are not as they were saved with the weights; empty where there are none."""
+    if not config.is_file() or sha256(config.read_bytes()) == description["config"]:
+        return ""
+    if "configuration" not in description:
+        return "its entries (older versions did not note them)"
+    now, then = json.loads(config.read_text(encoding="utf-8")), description["configuration"]
+    differing = {name for name in now.keys() | then.keys() if now.get(name) != then.get(name)}
+    return ", ".join(sorted(differing - {"transformers_version"}))
+
+
+def factor(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> None:
+    """Factored layers, of values that mean nothing, in place of a dense model's."""
+    for name, layer in layers.items():
+        dense = as_linear(model.get_submodule(name))
+        model.set_submodule(name, FORMS[layer["form"]].skeleton(dense, layer))
+
+
+def _names(model: PreTrainedModel, name: str) -> list[str]:
+    """What a name of the saved model may be in this class, which may have (or be) the saved one's base model."""
+    prefix = f"{model.base_model_prefix}."
+    return [name, name.removeprefix(prefix), prefix + name]
+
+
+def _localized(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The layers by their names in this class."""
+    own = {name for name, _ in model.named_modules()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        # a part of a split layer is there as soon as that one is built
+        here = [c for c in _names(model, name) if c in own or c.rpartition(".")[0] in found]
+        if here:  # a head may be another one, or none
+            found[here[0]] = layer
+    if not found:
+        raise ValueError(f"A {type(model).__name__} has none of the saved layers, such as {next(iter(layers))}.")
+    return found
+
+
+def _check_shapes(
+    model: PreTrainedModel, layers: Mapping[str, dict[str, Any]], files: Sequence[Path], changes: str
+) -> None:
+    """Refuse factored weights that do not fit the layers of this configuration: they would be left out."""
+    own = {name: values for name, values in model.state_dict().items() if any(name.startswith(f"{n}.") for n in layers)}
+    missing = set(own)
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                here = next((c for c in _names(model, name) if c in own), None)
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if here is not None and tuple(own[here].shape) != shape:
+                    raise ValueError(
+                        f"{name} is of shape {shape}, where the configuration asks for {tuple(own[here].shape)}. What "
+                        f"differs from the saved one: {changes or 'what was given to from_pretrained'}. Restore it."
+                    )
+                missing.discard(here or "")
+    if missing:
+        raise ValueError(f"The weights lack {min(missing)} of a factored layer: it would be random. Save them again.")
+
+
+def _is_described(files: Sequence[Path]) -> bool:
+    """Whether any of these weights were written by softlms."""
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                if METHOD in (tensors.metadata() or {}):
+                    return True
+    return False
+
+
+def _check_dense(model: PreTrainedModel, files: Sequence[Path]) -> None:
+    """Refuse weights of factored layers that say nothing of them: they would be left out."""
+    linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    for file in files:
+        for name in _tensor_names(file):
+            for here in _names(model, name):
+                stems = [here[: dot.start()] for dot in re.finditer(r"\.", here)]
+                layer = next((stem for stem in stems if stem in linears), None)
+                if layer is not None and here[len(layer) + 1 :] not in ("weight", "bias"):
+                    raise ValueError(
+                        f"{file} has no whole softlms description, but {name}: it is damaged, or was not written by "
+                        "save_pretrained of the compressed model. Save it so."
+                    )
+
+
+def _tensor_names(file: Path) -> list[str]:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    return list(torch.load(file, map_location="meta", weights_only=True))
+
+
+def _check_registered(attention: str, registries: Sequence[str]) -> None:
+    for registry in registries:
+        if attention not in REGISTRIES[registry]:
+            raise ValueError(
+                f"The model was saved with the attention function {attention!r}: call "
+                f"{registry}.register({attention!r}, ...) first, or give from_pretrained another, such as "
+                "attn_implementation='sdpa'."
+            )
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest(values: Tensor) -> str:
+    """Of type, shape and bytes."""
+    digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
+    digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _align(model: nn.Module) -> None:
+    """Own memory for tensors that a mapped file left at odd addresses: there products differ in the last bits."""
+    for values in (*model.parameters(), *model.buffers()):
+        if values.device.type == "cpu" and values.data_ptr() % ALIGNMENT:
+            values.data = values.data.clone()

@@ -1,0 +1,1 @@
+"""The notebooks: run, checked, drawn, and held against what is claimed."""

@@ -1,0 +1,254 @@
+"""An opened notebook: its profile and bench, and where it leaves what it made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+import torch
+from transformers import AutoConfig
+
+from softlms.data.encoders import Encoder, find_encoder
+from softlms.data.hub import is_hub, pretrained
+from softlms.data.tasks import load_task
+from softlms.experiments.bench import Bench
+from softlms.experiments.grid import Setting
+from softlms.experiments.jobs import be_quiet
+from softlms.experiments.language_models import FAMILIES, LanguageBench
+from softlms.experiments.profiles import LANGUAGE_PROFILES, PROFILES, SPEED_PROFILES
+from softlms.experiments.provenance import commit
+from softlms.experiments.report import Report
+from softlms.experiments.tokenized import tokenize_text
+from softlms.files import whole_file
+from softlms.machine import hardware, versions
+from softlms.workbook.folders import project_root
+from softlms.workbook.plots import style as plotting
+from softlms.workbook.plots.drawing import draw
+
+__all__ = ["DATA_VARIABLE", "Book", "make_book", "open_book", "open_language_book", "open_speed_book"]
+
+DATA_VARIABLE = "SOFTLMS_DATA"
+
+
+class Named(Protocol):
+    """A profile of any kind."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@dataclass
+class Book:
+    """An opened notebook: its profile, its bench, and the folders that it writes to.
+
+    Attributes
+    ----------
+    name : str
+        The notebook's name; figures and tables are named after it.
+    profile : Profile
+        Or a `softlms.experiments.profiles.LanguageProfile`.
+    bench : Bench, optional
+        None where nothing is trained.
+    figures, results : Path
+        ``figures/<profile>`` and ``results/<profile>``.
+    data : str
+        Where tasks come from; see `softlms.data.tasks.load_task`.
+    """
+
+    name: str
+    profile: Named
+    bench: Any
+    figures: Path
+    results: Path
+    data: str
+    written: list[Path] = field(default_factory=list)
+
+    def benches(self, tasks: Mapping[str, Setting]) -> dict[str, Bench]:
+        """A bench for each task, on the book's encoder and data.
+
+        Raises
+        ------
+        ValueError, FileNotFoundError
+            As from `softlms.load_task`, before any work.
+        """
+        folder = self.bench.folder
+        return {
+            name: Bench(self.bench.encoder, load_task(name, self.data), folder, setting.max_length, setting.train_rows)
+            for name, setting in tasks.items()
+        }
+
+    def draw(self, suffix: str = "") -> None:
+        """Draw and show one of the notebook's figures from the tables that it wrote; see `drawing.draw`."""
+        self.written += draw(self.name + suffix, self.figures, self.results)
+
+    def save_table(self, table: pd.DataFrame, suffix: str = "", *, data: Mapping[str, str] | None = None) -> None:
+        """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware, versions and commit.
+
+        Rows of stored runs bring the last three along, as they were when the run was made. A table of several tasks
+        takes each row's source from `data`, by its task.
+        """
+        path = self.results / f"{self.name}{suffix}.csv"
+        provenance = {"profile": self.profile.name}
+        if self.bench is not None:
+            provenance |= {
+                "task": self.bench.data.task.name,
+                "data": self.bench.data.source if data is None else table["task"].map(data),
+                "encoder": self.bench.encoder.source,
+            }
+        provenance |= {"hardware": hardware(), "versions": versions(), "commit": commit()}
+        missing = {name: value for name, value in provenance.items() if name not in table}
+        with whole_file(path) as partial:
+            table.assign(**missing).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+        self.written.append(path)
+
+    def save_report(self, report: Report) -> None:
+        """Write a grid's rows, ranks, means and verdicts, each row with its task's data, and tables for people."""
+        data = {task: bench.data.source for task, bench in report.benches.items()}
+        self.save_table(report.rows)
+        self.save_table(report.ranks, "_ranks", data=data)
+        self.save_table(report.summary, "_summary", data=data)
+        self.save_table(report.verdicts(), "_verdicts", data=data)
+        for split in ("dev", "test"):
+            if (table := report.table(split)) is not None:
+                table.columns = pd.Index([" ".join(column) for column in table.columns])
+                self.save_text(table.reset_index().to_markdown(index=False), f"_{split}.md")
+                self.save_text(table.reset_index().to_latex(index=False, escape=True), f"_{split}.tex")
+
+    def save_text(self, text: str, suffix: str) -> None:
+        """Write a table for people, Markdown or LaTeX; `suffix` ends in the file's kind."""
+        path = self.results / f"{self.name}{suffix}"
+        with whole_file(path) as partial:
+            partial.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
+        self.written.append(path)
+
+    def check(self) -> None:
+        """Say what was written; an error if a file is missing or empty."""
+        missing = [path for path in self.written if not path.is_file() or path.stat().st_size == 0]
+        if missing or not self.written:
+            raise FileNotFoundError(f"The notebook should have written {missing or 'a figure and a table'}.")
+        print("written:", ", ".join(sorted({path.name for path in self.written})))
+
+
+def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Book:
+    """Open a notebook for a profile.
+
+    Parameters
+    ----------
+    name : str
+        The notebook's name without ending.
+    profile : str
+        A key of `PROFILES`.
+    data : str
+        Replaces the profile's data: a folder in GLUE's layout, "hub" or "embedded".
+    model : str
+        Replaces the profile's encoder; see `softlms.data.encoders.find_encoder`.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Unknown profile, or as from `load_task` and `find_encoder`: before any work.
+
+    Notes
+    -----
+    It sets up the whole kernel, as `make_book` says.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
+    chosen = PROFILES[profile]
+    source = data or (os.environ.get(DATA_VARIABLE, "") if chosen.data == "hub" else "") or chosen.data
+    runs = project_root() / "runs"
+    task = load_task(chosen.task, source)
+    bench = Bench(find_encoder(model or chosen.encoder), task, runs, chosen.max_length, chosen.train_rows)
+    return make_book(name, chosen, bench, source)
+
+
+def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book:
+    """Set this process up for a notebook, and open its book; see `Book`.
+
+    Notes
+    -----
+    For the rest of the process torch has one thread (runs have it anyway; cells that call the library themselves have
+    numbers too, whose last digits depend on it), matplotlib has the workbook's style, and transformers and datasets
+    show no bars and tell nothing but errors. ``torch.set_num_threads``, ``transformers.utils.logging`` and
+    ``datasets.enable_progress_bars`` undo it.
+    """
+    plotting.use_style()
+    be_quiet()
+    torch.set_num_threads(1)  # as in the processes of runs: a number depends on nothing that is free by chance
+    root = project_root()
+    return Book(name, profile, bench, root / "figures" / profile.name, root / "results" / profile.name, data)
+
+
+def open_language_book(
+    name: str, family: str, *, profile: str, text: str = "", checkpoint: str = "", split: bool = False
+) -> Book:
+    """Open a language-model notebook for a profile; its bench is a `LanguageBench`.
+
+    Parameters
+    ----------
+    name : str
+        The notebook's name without ending.
+    family : {"gpt2", "llama", "mamba"}
+    profile : str
+        A key of `LANGUAGE_PROFILES`.
+    text : str
+        Replaces the profile's text: a folder, "hub" or "embedded"; see `softlms.data.text.load_text`.
+    checkpoint : str
+        Replaces the profile's model: folder or hub name of a causal language model of this family.
+    split : bool
+        See `LanguageBench`.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Unknown profile or family, a model of another family, or as from `tokenize_text` and `find_encoder`: before any
+        work.
+
+    Notes
+    -----
+    It sets up the whole kernel, as `make_book` says.
+    """
+    if profile not in LANGUAGE_PROFILES:
+        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(LANGUAGE_PROFILES)}.")
+    chosen = LANGUAGE_PROFILES[profile]
+    if family not in FAMILIES:
+        raise ValueError(f"Unknown family {family!r}; known: {', '.join(FAMILIES)}.")
+    known = checkpoint or chosen.models[family]
+    model = find_encoder(known) if isinstance(known, str) else known
+    if isinstance(model, Encoder):
+        found = pretrained(AutoConfig, model.location).model_type
+        if found != family:
+            raise ValueError(f"{known} is a {found} model; this notebook is about {family}.")
+    runs = project_root() / "runs"
+    tokenizer = model.location if isinstance(model, Encoder) else model.vocabulary
+    source = text or chosen.text
+    if source != "embedded" and not is_hub(source):
+        source = str(Path(source).expanduser())
+    bench = LanguageBench(
+        model,
+        family,
+        tokenize_text(source, tokenizer, runs, libraries=chosen.libraries),
+        runs,
+        window=chosen.window,
+        train_tokens=chosen.train_tokens,
+        test_tokens=chosen.test_tokens,
+        split=split,
+    )
+    return make_book(name, chosen, bench, source)
+
+
+def open_speed_book(name: str, *, profile: str) -> Book:
+    """Open a notebook that trains nothing; see `open_book`.
+
+    Raises
+    ------
+    ValueError
+        Unknown profile.
+    """
+    if profile not in SPEED_PROFILES:
+        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(SPEED_PROFILES)}.")
+    return make_book(name, SPEED_PROFILES[profile], None, "")
