@@ -31,7 +31,7 @@ from softlms.lowrank.calibration import LayerStatistics, calibrate
 from softlms.lowrank.factorization import FACTORIZATIONS, Factors, factorize
 from softlms.lowrank.masks import MaskTrainer
 from softlms.measure import count_flops, measure_latency
-from softlms.saving.origin import SoftLMsConfig  # teaches transformers to save and load factored layers
+from softlms.origin import SoftLMsConfig  # teaches transformers to save and load factored layers
 from softlms.surgery import decompose, deploy, ranks, truncate
 from softlms.thresholds import SoftThreshold, hard_threshold, shifted_tanh, soft_threshold
 from softlms.training import SoftTrainer

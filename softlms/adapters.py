@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers.utils import is_peft_available
 
-from softlms.layers import LowRankLinear, make_linear, replace
+from softlms.layers import LowRankLinear
+from softlms.modules import make_linear, replace
 
 __all__: list[str] = []
 

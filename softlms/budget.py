@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from softlms.architectures import Predicate, find_targets
 from softlms.layers import Ranked, kept_parameters
+from softlms.origin import check_rest
 from softlms.ranges import check_at_least_one
-from softlms.saving.origin import check_rest
 
 __all__ = [
     "Budget",

@@ -26,8 +26,7 @@ from softlms.data.hub import weights_hash
 from softlms.data.tasks import TaskData, encode, load_task
 from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, evaluate
-from softlms.experiments.steps import last_checkpoint
-from softlms.files import check_writable
+from softlms.files import check_writable, last_checkpoint
 from softlms.lowrank.calibration import calibrate
 from softlms.lowrank.factorization import FACTORIZATIONS, linear_targets
 from softlms.machine import device, fast_bf16

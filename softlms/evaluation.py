@@ -12,9 +12,8 @@ from sklearn import metrics as sk
 from torch import Tensor
 from transformers import DataCollator, EvalPrediction, PreTrainedModel
 
-from softlms.data.inputs import IGNORED, batches, lengths
+from softlms.data.inputs import IGNORED, batches, in_eval_mode, lengths
 from softlms.data.tasks import Task, TaskData
-from softlms.lowrank.calibration import in_eval_mode
 
 __all__ = ["METRICS", "add_teacher_logits", "compute_metrics", "evaluate", "mean_loss", "paired_difference"]
 

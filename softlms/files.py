@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 from filelock import BaseFileLock, FileLock
 
-__all__ = ["check_writable", "is_orphaned", "lock", "process_mark", "remove_leftovers", "whole_file"]
+__all__ = ["check_writable", "is_orphaned", "last_checkpoint", "lock", "process_mark", "remove_leftovers", "whole_file"]
 
 
 def process_mark() -> str:
@@ -96,3 +97,20 @@ def remove_leftovers(folders: Iterable[Path]) -> list[Path]:
     for file in removed:
         file.unlink(missing_ok=True)
     return removed
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """A Trainer's newest checkpoint that is whole; None where there is none.
+
+    A kill leaves a half one: its state, which is written last, is missing or broken off.
+    """
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json") if _is_json(state)]
+    return str(max(whole, key=lambda found: int(found.name.removeprefix("checkpoint-")))) if whole else None
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_bytes())
+    except ValueError:
+        return False
+    return True

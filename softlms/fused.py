@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softlms.layers import Factored, make_linear, replace
-from softlms.lowrank.factorization import as_linear
-from softlms.saving.origin import mark
+from softlms.layers import Factored
+from softlms.modules import as_linear, make_linear, replace
+from softlms.origin import mark
 
 __all__ = ["SplitLinear", "split_fused"]
 

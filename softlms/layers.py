@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
 from softlms.kernels.lazy import lazy_product
+from softlms.modules import make_linear, stand_in
 from softlms.thresholds import SHARPNESS, SoftThreshold, inverse_soft_threshold
 
 __all__ = [
@@ -23,9 +23,6 @@ __all__ = [
     "Ranked",
     "SoftLinear",
     "kept_parameters",
-    "make_linear",
-    "replace",
-    "stand_in",
     "svd",
 ]
 
@@ -421,50 +418,3 @@ class LowRankLinear(Ranked):
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""
         return self.up(self.down(x))
-
-
-def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """An nn.Linear with copies of a weight, shape (m, n), and a bias, shape (m,)."""
-    m, n = weight.shape
-    linear = nn.utils.skip_init(nn.Linear, n, m, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    linear.weight.data.copy_(weight)
-    if bias is not None:
-        linear.bias.data.copy_(bias)
-    return linear
-
-
-N = TypeVar("N", bound=nn.Module)
-CHOICES = ("threshold.alpha", "score")  # they choose a rank, and are no part of what the layer computes
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
-
-def stand_in(layer: N, old: nn.Module) -> N:
-    """`layer` itself, in the mode of the old one, and as frozen: its weight, or the factors of it, and its bias."""
-    learns = {False: False, True: False}
-    for name, parameter in old.named_parameters():
-        if not name.endswith(CHOICES):
-            learns[name.endswith("bias")] |= parameter.requires_grad
-    for name, parameter in layer.named_parameters():
-        if not name.endswith(CHOICES):
-            parameter.requires_grad_(learns[name.endswith("bias")])
-    return layer.train(old.training)
-
-
-def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer into another one's place: in its mode, as frozen, and with its hooks, whose handles stay valid."""
-    old = model.get_submodule(name)
-    stand_in(layer, old)
-    for hooks in HOOKS:
-        setattr(layer, hooks, getattr(old, hooks))
-    if hasattr(old, "_hf_hook"):  # of accelerate's: brings the input to the layer's device
-        add_hook_to_module(layer, old._hf_hook)
-    model.set_submodule(name, layer)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from softlms.lowrank.calibration import in_eval_mode
+from softlms.data.inputs import in_eval_mode
 
 __all__ = ["Trigram", "perplexity"]
 

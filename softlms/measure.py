@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Costs
 from softlms.kernels.selective_scan import fast_scan
-from softlms.layers import Factored, LowRankLinear, kept_parameters, make_linear
+from softlms.layers import Factored, LowRankLinear, kept_parameters
 from softlms.machine import use_threads
+from softlms.modules import make_linear
 from softlms.ranges import check_at_least_one
 
 __all__ = ["count_flops", "measure_latency", "random_rows"]

@@ -11,17 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Budget, Costs, count_parameters, parameter_costs, refill
-from softlms.layers import UNIT, UNITS, LowRankLinear, Ranked, SoftLinear, kept_parameters, replace
-from softlms.lowrank.factorization import (
-    Factors,
-    Statistics,
-    as_conv1d,
-    as_linear,
-    check_method,
-    factorize_weight,
-    linear_targets,
-)
-from softlms.saving.origin import remember
+from softlms.layers import UNIT, UNITS, LowRankLinear, Ranked, SoftLinear, kept_parameters
+from softlms.lowrank.factorization import Factors, Statistics, check_method, factorize_weight, linear_targets
+from softlms.modules import as_conv1d, as_linear, replace
+from softlms.origin import remember
 from softlms.thresholds import SHARPNESS, SoftThreshold
 
 __all__ = ["decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]

@@ -5,7 +5,8 @@ from transformers import DataCollatorWithPadding
 
 import softlms
 from softlms.data.encoders import find_encoder
-from softlms.lowrank.calibration import calibrate, in_eval_mode
+from softlms.data.inputs import in_eval_mode
+from softlms.lowrank.calibration import calibrate
 
 
 @pytest.fixture(scope="module")

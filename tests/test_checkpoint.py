@@ -43,9 +43,9 @@ from softlms.experiments.language_models import SmallModel
 from softlms.layers import LowRankLinear, SoftLinear
 from softlms.lowrank.factorization import factorize_weight
 from softlms.lowrank.masks import MaskedLinear
+from softlms.origin import REST
 from softlms.saving.loading import verify
 from softlms.saving.model_card import notes
-from softlms.saving.origin import REST
 
 IDS = torch.arange(20)[None]
 FAMILIES = [("bert", False), ("gpt2", False), ("gpt2", True), ("llama", False), ("mamba", False)]
@@ -617,7 +617,7 @@ def test_a_registered_attention_function_is_taken_up_or_asked_for(tiny_bert, tmp
 def test_attention_that_not_every_machine_has_is_told(tiny_bert, tmp_path, caplog):
     model = softlms.deploy(soft(tiny_bert()))
     model.config._attn_implementation = "flash_attention_2"
-    softlms.saving.origin.mark(model)
+    softlms.origin.mark(model)
     noted = model.config.quantization_config
     model.config._attn_implementation = "sdpa"
     model.save_pretrained(tmp_path)

@@ -31,7 +31,7 @@ from softlms.compress import NOTE, Compression, compress
 from softlms.data.encoders import find_encoder
 from softlms.data.tasks import encode, load_task
 from softlms.evaluation import evaluate
-from softlms.experiments.steps import last_checkpoint
+from softlms.files import last_checkpoint
 from softlms.measure import TimePrice
 from softlms.training import SoftTrainer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, DataCollator, PreTrainedModel
 
-__all__ = ["IGNORED", "batches", "lengths", "positions", "prepared", "token_mask", "wants_positions"]
+__all__ = ["IGNORED", "batches", "in_eval_mode", "lengths", "positions", "prepared", "token_mask", "wants_positions"]
 
 IGNORED = -100  # a label that no loss counts
 ANSWERS = ("start_positions", "end_positions")  # labels that are not called so
@@ -152,3 +153,15 @@ def _is_causal(model: Any) -> bool:
     """Whether its loss compares a token's label with what the token before says."""
     can_generate = getattr(model, "can_generate", None)
     return can_generate is not None and can_generate() and not model.config.is_encoder_decoder
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model has no dropout; afterwards, and after an error, each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

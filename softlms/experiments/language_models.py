@@ -22,6 +22,7 @@ from transformers import (
 
 from softlms.data.encoders import Encoder, attention, load_tokenizer
 from softlms.data.hub import pretrained, weights_hash
+from softlms.data.inputs import in_eval_mode
 from softlms.data.tasks import Task, TaskData
 from softlms.experiments.bench import Bench, Run
 from softlms.experiments.closure import not_in_keys
@@ -29,7 +30,6 @@ from softlms.experiments.recipe import Recipe
 from softlms.experiments.tokenized import TokenizedText, blocks
 from softlms.fused import split_fused
 from softlms.likelihood import Trigram, perplexity
-from softlms.lowrank.calibration import in_eval_mode
 
 __all__ = ["FAMILIES", "LanguageBench", "SmallModel"]
 

@@ -18,7 +18,7 @@ from softlms.budget import count_parameters
 from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, mean_loss
 from softlms.experiments.recipe import Recipe, parse_method
-from softlms.files import whole_file
+from softlms.files import last_checkpoint, whole_file
 from softlms.lowrank.allocation import allocate, sensitivity_curves
 from softlms.lowrank.calibration import LayerStatistics, calibrate
 from softlms.lowrank.factorization import Factors, factorize
@@ -30,7 +30,7 @@ from softlms.training import SoftTrainer
 if TYPE_CHECKING:
     from softlms.experiments.bench import Bench
 
-__all__ = ["Step", "cut_and_recover", "last_checkpoint", "learn_ranks", "train_dense"]
+__all__ = ["Step", "cut_and_recover", "learn_ranks", "train_dense"]
 
 Trained = TypeVar("Trained", bound=DistillingTrainer)
 Step = Callable[["Bench", Recipe, int, Path, str], dict[str, Any]]
@@ -188,23 +188,6 @@ def _train(trainer: Trained, checkpoint: str | None = None) -> Trained:
     trainer.remove_callback(PrinterCallback)  # the history is stored; a notebook shows one line a run
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """A Trainer's newest checkpoint that is whole; None where there is none.
-
-    A kill leaves a half one: its state, which is written last, is missing or broken off.
-    """
-    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json") if _is_json(state)]
-    return str(max(whole, key=lambda found: int(found.name.removeprefix("checkpoint-")))) if whole else None
-
-
-def _is_json(file: Path) -> bool:
-    try:
-        json.loads(file.read_bytes())
-    except ValueError:
-        return False
-    return True
 
 
 def _after_the_cut(bench: Bench, recipe: Recipe, seed: int, folder: Path, rate: float) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from softlms.experiments.full_size import find_full_size, peak_gb
 from softlms.experiments.provenance import append_rows
 from softlms.experiments.stretch import half_ranks
 from softlms.kernels.selective_scan import fast_scan
-from softlms.layers import SoftLinear, replace
-from softlms.lowrank.factorization import as_linear
+from softlms.layers import SoftLinear
 from softlms.machine import hardware, versions
 from softlms.measure import random_rows
+from softlms.modules import as_linear, replace
 from softlms.ranges import check_at_least_one
 from softlms.surgery import shrink
 

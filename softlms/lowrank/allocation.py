@@ -22,8 +22,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from softlms.budget import Budget, Costs, count_parameters, refill, uniform_ranks
-from softlms.layers import LowRankLinear, replace
+from softlms.layers import LowRankLinear
 from softlms.lowrank.factorization import Factors
+from softlms.modules import replace
 
 __all__ = ["ALLOCATIONS", "allocate", "sensitivity_curves"]
 

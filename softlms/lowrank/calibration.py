@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel
 
 from softlms.architectures import Predicate, Target, check_factorable, find_targets
-from softlms.data.inputs import batches, token_mask
+from softlms.data.inputs import batches, in_eval_mode, token_mask
 
 __all__ = ["LayerStatistics", "calibrate"]
 
@@ -142,18 +142,6 @@ def _watching(layers: dict[str, Any], moments: dict[str, _Moments]) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model has no dropout; afterwards, and after an error, each module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _fisher(

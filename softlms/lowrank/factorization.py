@@ -22,12 +22,11 @@ from transformers.pytorch_utils import Conv1D
 from softlms.architectures import Predicate, check_factorable, find_targets
 from softlms.layers import svd
 from softlms.lowrank.calibration import LayerStatistics
+from softlms.modules import as_linear
 
 __all__ = [
     "FACTORIZATIONS",
     "Factors",
-    "as_conv1d",
-    "as_linear",
     "check_method",
     "factorize",
     "factorize_weight",
@@ -172,26 +171,6 @@ def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[s
             raise ValueError(f"{name}.weight is all zeros, it has no components: leave it out with targets=...")
         linears[name] = as_linear(linear)
     return linears
-
-
-def as_linear(layer: nn.Linear | Conv1D) -> nn.Linear:
-    """GPT-2's Conv1D, whose weight is stored (n, m), as an nn.Linear on the same memory; an nn.Linear as it is."""
-    if isinstance(layer, nn.Linear):
-        return layer
-    with torch.device("meta"):
-        linear = nn.Linear(layer.nx, layer.nf)
-    linear.weight = nn.Parameter(layer.weight.detach().T, requires_grad=layer.weight.requires_grad)
-    linear.bias = layer.bias
-    return linear.train(layer.training)
-
-
-def as_conv1d(linear: nn.Linear) -> Conv1D:
-    """The Conv1D that GPT-2 has where another model has this nn.Linear."""
-    with torch.device("meta"):
-        conv = Conv1D(linear.out_features, linear.in_features)
-    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=linear.weight.requires_grad)
-    conv.bias = linear.bias
-    return conv.train(linear.training)
 
 
 def _input_weights(method: str, statistics: LayerStatistics) -> Tensor:

@@ -19,9 +19,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from softlms.budget import Budget, BudgetNotMet, Costs, count_parameters, refill
 from softlms.distillation import DistillingTrainer
 from softlms.kernels.lazy import lazy_product
-from softlms.layers import Ranked, replace
+from softlms.layers import Ranked
 from softlms.lowrank.factorization import Factors, linear_targets
-from softlms.saving.origin import remember
+from softlms.modules import replace
+from softlms.origin import remember
 
 __all__ = ["MaskTrainer", "MaskedLinear"]
 

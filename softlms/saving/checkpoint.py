@@ -34,9 +34,9 @@ from transformers.utils.hub import PushToHubMixin
 
 from softlms.files import is_orphaned, process_mark
 from softlms.layers import Factored
+from softlms.origin import METHOD, REST, SoftLMsConfig, is_marked, mark
 from softlms.saving.loading import FORMS, MARKER, SoftLMsQuantizer, digest, factor, make_quantizer, sha256, verify
 from softlms.saving.model_card import class_name, is_ours, notes, write_card
-from softlms.saving.origin import METHOD, REST, SoftLMsConfig, is_marked, mark
 
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "verify"]
 

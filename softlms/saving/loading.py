@@ -20,9 +20,9 @@ from transformers.utils import logging
 
 from softlms.fused import SplitLinear
 from softlms.layers import Factored, LowRankLinear, SoftLinear
-from softlms.lowrank.factorization import as_linear
 from softlms.lowrank.masks import MaskedLinear
-from softlms.saving.origin import FORMAT, METHOD, REGISTRIES, REST, SoftLMsConfig, mark
+from softlms.modules import as_linear
+from softlms.origin import FORMAT, METHOD, REGISTRIES, REST, SoftLMsConfig, mark
 
 __all__ = ["FORMS", "MARKER", "SoftLMsQuantizer", "digest", "factor", "make_quantizer", "sha256", "verify"]
 
