@@ -1,7 +1,8 @@
 """PEFT's LoRA around a whole thin layer, by the name that the dense layer has, such as ``q_proj``.
 
-``import softlms`` is all it takes, where peft is installed. An adapter of rank k is k components more: merging adds
-them to the layer, which stays thin. An adapter that was trained on the dense model fits the thin one too.
+``import softlms`` is all it takes: this is imported as soon as peft is (`softlms.imports`). An adapter of rank k is k
+more components: merging adds them to the layer, which stays thin. An adapter that was trained on the dense model fits
+the thin one too.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import functools
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
-from transformers.utils import is_peft_available
 
 from softlms.layers import LowRankLinear
 from softlms.modules import make_linear, replace
@@ -20,61 +23,60 @@ __all__: list[str] = []
 
 PLAIN = (True, False, "gaussian")  # LoRA's other starts change the weight, which a thin layer does not have
 
-if is_peft_available():
-    from peft import LoraConfig
-    from peft.tuners.lora import Linear
-    from peft.tuners.tuners_utils import check_adapters_to_merge
 
-    class ThinLora(Linear):  # type: ignore[misc, unused-ignore]
-        """LoRA beside a `LowRankLinear`."""
+class ThinLora(Linear):  # type: ignore[misc, unused-ignore]
+    """LoRA beside a `LowRankLinear`."""
 
-        def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
-            if config.init_lora_weights not in PLAIN:
-                raise ValueError(
-                    f"init_lora_weights={config.init_lora_weights!r} changes a dense weight, and this layer is thin: "
-                    "leave it at True."
-                )
-            if config.lora_bias:
-                raise ValueError("lora_bias=True cannot be merged into a thin layer: leave it at False.")
-            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **options)
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
+        if config.init_lora_weights not in PLAIN:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} changes a dense weight, and this layer is thin: "
+                "leave it at True."
+            )
+        if config.lora_bias:
+            raise ValueError("lora_bias=True cannot be merged into a thin layer: leave it at False.")
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **options)
 
-        def _get_in_out_features(self, module: LowRankLinear) -> tuple[int, int]:
-            return module.in_features, module.out_features
+    def _get_in_out_features(self, module: LowRankLinear) -> tuple[int, int]:
+        return module.in_features, module.out_features
 
-        @property
-        def lora_variants(self) -> dict[tuple[str, ...], None]:
-            return {(): None}
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], None]:
+        return {(): None}
 
-        @torch.no_grad()
-        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            """The adapters as components more."""
-            thin = self.get_base_layer()
-            for name in check_adapters_to_merge(self, adapter_names):
-                if name not in self.lora_A:
-                    continue
-                A, B = self.lora_A[name].weight, self.scaling[name] * self.lora_B[name].weight
-                if safe_merge and not (A.isfinite().all() and B.isfinite().all()):
-                    raise ValueError(f"The adapter {name} holds NaN or infinite values: train it again.")
-                down, up = thin.down.weight, thin.up.weight
-                _set_factors(thin, torch.cat([down, A.to(down)]), torch.cat([up, B.to(up)], dim=1))
-                self.merged_adapters.append(name)
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """The adapters as components more."""
+        thin = self.get_base_layer()
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            A, B = self.lora_A[name].weight, self.scaling[name] * self.lora_B[name].weight
+            if safe_merge and not (A.isfinite().all() and B.isfinite().all()):
+                raise ValueError(f"The adapter {name} holds NaN or infinite values: train it again.")
+            down, up = thin.down.weight, thin.up.weight
+            _set_factors(thin, torch.cat([down, A.to(down)]), torch.cat([up, B.to(up)], dim=1))
+            self.merged_adapters.append(name)
 
-        def unmerge(self) -> None:
-            """Without these components again."""
-            thin = self.get_base_layer()
-            while self.merged_adapters:
-                rank = thin.rank - self.r[self.merged_adapters.pop()]
-                _set_factors(thin, thin.down.weight[:rank], thin.up.weight[:, :rank])
+    def unmerge(self) -> None:
+        """Without these components again."""
+        thin = self.get_base_layer()
+        while self.merged_adapters:
+            rank = thin.rank - self.r[self.merged_adapters.pop()]
+            _set_factors(thin, thin.down.weight[:rank], thin.up.weight[:, :rank])
 
-    _original = getattr(LoraConfig.__post_init__, "before_softlms", LoraConfig.__post_init__)
 
-    @functools.wraps(_original)
-    def _post_init(self: LoraConfig) -> None:
-        _original(self)
-        self._register_custom_module({LowRankLinear: ThinLora})
+_original = getattr(LoraConfig.__post_init__, "before_softlms", LoraConfig.__post_init__)
 
-    _post_init.before_softlms = _original  # type: ignore[attr-defined]  # this module may be loaded again, as in a notebook
-    LoraConfig.__post_init__ = _post_init
+
+@functools.wraps(_original)
+def _post_init(self: LoraConfig) -> None:
+    _original(self)
+    self._register_custom_module({LowRankLinear: ThinLora})
+
+
+_post_init.before_softlms = _original  # type: ignore[attr-defined]  # this module may be loaded again, as in a notebook
+LoraConfig.__post_init__ = _post_init
 
 
 def _set_factors(thin: LowRankLinear, down: Tensor, up: Tensor) -> None:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softlms.layers import Factored, LowRankLinear, Ranked
+from softlms.layers import LowRankLinear, Ranked
+from softlms.modules import Replacement
 
-__all__ = ["ARCHITECTURES", "Architecture", "Predicate", "Target", "check_factorable", "find_targets"]
+__all__ = [
+    "ARCHITECTURES", "Architecture", "Predicate", "Target", "check_factorable", "find_targets", "named_targets",
+]  # fmt: skip
 
 Predicate = Callable[[str, nn.Module], bool]
 LINEAR = (nn.Linear, Conv1D, Ranked)
@@ -159,7 +162,7 @@ def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Tar
     found = []
     for name, module in named:
         # a thin layer's factors are no layers of their own, and a split one's parts are named for themselves
-        if name.startswith(thin) or (isinstance(module, Factored) and not isinstance(module, Ranked)):
+        if name.startswith(thin) or (isinstance(module, Replacement) and not isinstance(module, Ranked)):
             continue
         target = choose(name, _wrapped(module))
         if target is None:
@@ -175,6 +178,15 @@ def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Tar
     if not found:
         raise ValueError("No linear layer of this model matches the targets: nothing to factor.")
     return found
+
+
+def named_targets(model: nn.Module) -> list[str]:
+    """Names of the modules that the family's table chooses, whatever they are; none where the family is unknown."""
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family not in ARCHITECTURES:
+        return []
+    choose = _by_table(model)
+    return [name for name, module in model.named_modules() if choose(name, module) is not None]
 
 
 def check_factorable(targets: Iterable[Target]) -> None:

@@ -6,14 +6,14 @@ import hashlib
 import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from softlms.architectures import Predicate, find_targets
 from softlms.layers import Ranked, kept_parameters
-from softlms.origin import check_rest
+from softlms.origin import DenseModel
 from softlms.ranges import check_at_least_one
 
 __all__ = [
@@ -39,19 +39,24 @@ class BudgetNotMet(RuntimeError):
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model, as deployed.
+    """Parameters of a model, as deployed, and of the dense model that it was before the first change.
 
     Attributes
     ----------
     linear, linear_dense : int
         Weights of the target linears: kept, and in the dense model. Biases are not among them.
-    rest : int
-        Everything else: embeddings, biases, norms, heads; a tied tensor counts once.
+    rest, rest_dense : int
+        Everything else: embeddings, biases, norms, heads; a tied tensor counts once. A head or an adapter that came
+        after the first change counts in both.
+    moved : int
+        Of `linear`: matrices that took the place of target linears, and that no rank changes.
     """
 
     linear: int
     linear_dense: int
     rest: int
+    rest_dense: int
+    moved: int = 0
 
     @property
     def total(self) -> int:
@@ -59,13 +64,21 @@ class ParameterCount:
 
     @property
     def total_dense(self) -> int:
-        return self.linear_dense + self.rest
+        return self.linear_dense + self.rest_dense
 
     def kept(self, count: str) -> float:
         """Kept share of the dense model's parameters, `count` "linear" or "total"."""
         if count not in PARAMETERS:
             raise ValueError(f"Parameters are counted as 'linear' or 'total', got {count!r}.")
-        return self.linear / self.linear_dense if count == "linear" else self.total / self.total_dense
+        return (self.linear if count == "linear" else self.total) / self.dense(count)
+
+    def dense(self, count: str) -> int:
+        """Of the dense model."""
+        return self.linear_dense if count == "linear" else self.total_dense
+
+    def fixed(self, count: str) -> int:
+        """What no rank changes now."""
+        return self.moved + (self.rest if count == "total" else 0)
 
 
 def count_parameters(model: nn.Module, targets: Predicate | None = None) -> ParameterCount:
@@ -74,19 +87,28 @@ def count_parameters(model: nn.Module, targets: Predicate | None = None) -> Para
     Raises
     ------
     ValueError
-        The family is unknown and `targets` is not given (see `find_targets`); or something outside the targets, such as
-        the embeddings, has another size than in the dense model.
+        The family is unknown and `targets` is not given (see `find_targets`).
     """
     found = find_targets(model, targets)
-    check_rest(model, {target.name for target in found})
-    linear_dense = sum(m * n for m, n in (t.shape for t in found))
-    linear = sum(
-        kept_parameters(*t.shape, t.module.rank if isinstance(t.module, Ranked) else min(t.shape)) for t in found
+    names = {target.name for target in found}
+    dense = DenseModel(model, names)
+    ranked = {name: module for name, module in model.named_modules() if isinstance(module, Ranked)}
+    inside = {id(p) for module in (*(t.module for t in found), *ranked.values()) for p in module.parameters()}
+    others = {id(p): p.numel() for p in model.parameters() if id(p) not in inside}
+    biased = [t.module for t in found] + list(ranked.values())
+    others |= {id(m.bias): m.bias.numel() for m in biased if m.bias is not None}  # masks hold no parameter
+    moved = sum(size for key, size in others.items() if key in dense.moved)
+    return ParameterCount(
+        moved + sum(_kept(target.module, target.shape) for target in found),
+        dense.gone + sum(m * n for m, n in (target.shape for target in found)),
+        sum(others.values()) - moved + sum(_kept(m, m.shape) for name, m in ranked.items() if name not in names),
+        dense.rest,
+        moved,
     )
-    inside = {id(p) for t in found for p in t.module.parameters()}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    biases = {id(t.module.bias): t.module.bias for t in found if t.module.bias is not None}  # masks hold no parameter
-    return ParameterCount(linear, linear_dense, sum(p.numel() for p in (*rest, *biases.values())))
+
+
+def _kept(layer: nn.Module, shape: tuple[int, int]) -> int:
+    return kept_parameters(*shape, layer.rank if isinstance(layer, Ranked) else min(shape))
 
 
 @dataclass(frozen=True)
@@ -103,12 +125,15 @@ class Costs:
         a smaller rank costs as much, the layer is better kept dense.
     rest : float
         What no rank changes, in the same unit.
+    gone : float
+        What the dense model had besides, in the same unit.
     """
 
     count: str
     shapes: Shapes
     prices: Mapping[str, Price]
     rest: float = 0
+    gone: float = 0
 
     def check(self, shapes: Shapes) -> None:
         """Raise ValueError unless these are the costs of layers with these names and shapes."""
@@ -118,7 +143,7 @@ class Costs:
     @property
     def dense(self) -> float:
         """Of the whole dense model."""
-        return self.rest + sum(price(min(self.shapes[name])) for name, price in self.prices.items())
+        return self.rest + self.gone + sum(price(min(self.shapes[name])) for name, price in self.prices.items())
 
     def of(self, ranks: Mapping[str, int]) -> float:
         """Of the layers at these ranks, without the rest."""
@@ -131,7 +156,8 @@ class Costs:
         for name, shape in self.shapes.items():
             full, price = min(shape), self.prices[name]
             points.append([price(rank) for rank in (1, full // 4, full // 2, full)] + [self.dense_from(name)])
-        return hashlib.sha256(repr((self.count, self.rest, points)).encode()).hexdigest()[:12]
+        whole = (self.count, self.rest, points, *([self.gone] if self.gone else []))
+        return hashlib.sha256(repr(whole).encode()).hexdigest()[:12]
 
     def keeps_dense(self, name: str, rank: int) -> bool:
         """Whether this layer at this rank costs as much as the dense one."""
@@ -193,7 +219,7 @@ class Budget:
             raise ValueError(f"count must be one of {', '.join(map(repr, COUNTS))}, got {self.count!r}.")
         check_at_least_one(multiple=self.multiple)
 
-    def costs(self, shapes: Shapes, rest: int, measured: Costs | None = None) -> Costs:
+    def costs(self, shapes: Shapes, parameters: ParameterCount, measured: Costs | None = None) -> Costs:
         """What this budget counts: parameters, or what was measured.
 
         Where it counts parameters, what was measured says which layers are better stored dense.
@@ -202,8 +228,8 @@ class Budget:
         ----------
         shapes : mapping
             (m, n) of each target linear by name.
-        rest : int
-            Parameters outside of them (`ParameterCount.rest`).
+        parameters : ParameterCount
+            Of the model that has them.
         measured : Costs, optional
             From `softlms.count_flops` or `softlms.measure_latency`.
 
@@ -216,7 +242,9 @@ class Budget:
             measured.check(shapes)
         if self.count in PARAMETERS:
             dense_from = None if measured is None else {name: measured.dense_from(name) for name in shapes}
-            return parameter_costs(shapes, rest, self.count, dense_from)
+            fixed, layers = parameters.fixed(self.count), sum(m * n for m, n in shapes.values())
+            gone = parameters.dense(self.count) - fixed - layers
+            return replace(parameter_costs(shapes, count=self.count, dense_from=dense_from), rest=fixed, gone=gone)
         if measured is None or measured.count != self.count:
             maker = "count_flops" if self.count == "flops" else "measure_latency"
             raise ValueError(f"count={self.count!r} needs costs=softlms.{maker}(model, ...) of the dense model.")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DataCollator, DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
-from softlms.budget import Budget, Costs, count_parameters, parameter_costs
+from softlms.budget import Budget, Costs, count_parameters
 from softlms.data.encoders import Encoder, find_encoder, load_classifier
 from softlms.data.hub import weights_hash
 from softlms.data.tasks import TaskData, encode, load_task
@@ -257,7 +257,7 @@ def _costs(settings: Compression, model: PreTrainedModel, tokens: int, begun: Pa
     if settings.count == "latency":
         return measure_latency(model, tokens=tokens) if begun is None else _read_latency(begun / LATENCY)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in targets.items()}
-    return parameter_costs(shapes, count_parameters(model).rest, settings.count)
+    return Budget(settings.keep, settings.count).costs(shapes, count_parameters(model))
 
 
 def _read_latency(file: Path) -> Costs:

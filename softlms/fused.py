@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softlms.layers import Factored
-from softlms.modules import as_linear, make_linear, replace
-from softlms.origin import mark
+from softlms.modules import Replacement, as_linear, make_linear, replace
+from softlms.origin import remember
 
 __all__ = ["SplitLinear", "split_fused"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class SplitLinear(Factored):
+class SplitLinear(Replacement):
     """Three linear layers that read the same input; their outputs stand side by side.
 
     Parameters
@@ -34,8 +33,8 @@ class SplitLinear(Factored):
         self.q, self.k, self.v = q, k, v
 
     @classmethod
-    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
-        return cls(*_thirds(linear))
+    def skeleton(cls, dense: Any, description: Mapping[str, Any]) -> Self:
+        return cls(*_thirds(as_linear(dense)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., 3 m)."""
@@ -65,7 +64,7 @@ def split_fused(model: M) -> M:
     fused = {n: m for n, m in model.named_modules() if n.endswith("attn.c_attn") and isinstance(m, Conv1D)}
     if not fused:
         raise ValueError("This model has no dense attn.c_attn (GPT-2's fused projection): there is nothing to split.")
-    mark(model)
+    remember(model)
     for name, conv in fused.items():
         replace(model, name, SplitLinear(*_thirds(as_linear(conv))))
     return model

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softlms.kernels.lazy import lazy_product
-from softlms.modules import make_linear, stand_in
+from softlms.modules import Replacement, as_linear, make_linear, stand_in
 from softlms.thresholds import SHARPNESS, SoftThreshold, inverse_soft_threshold
 
 __all__ = [
-    "Factored",
     "LowRankLinear",
     "Ranked",
     "SoftLinear",
@@ -54,34 +53,7 @@ def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, sigma, Vh.T
 
 
-class Factored(nn.Module):
-    """What stands in a model where a dense linear layer was; it can be saved, and built again from its description.
-
-    Attributes
-    ----------
-    form : str
-        Name of the form in a saved model.
-    """
-
-    form: ClassVar[str]
-
-    def description(self) -> dict[str, Any]:
-        """What `skeleton` needs beside the dense layer; JSON can hold it."""
-        return {}
-
-    @classmethod
-    @abstractmethod
-    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
-        """The same modules and shapes in place of a dense layer, on its device; the values mean nothing."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # a saved model has an empty tensor where the dense layer has its weight, see softlms.saving.checkpoint
-        if (marker := state_dict.get(f"{prefix}weight")) is not None and not marker.numel():
-            del state_dict[f"{prefix}weight"]
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class Ranked(Factored):
+class Ranked(Replacement):
     """One linear layer, m outputs and n inputs, of some rank."""
 
     bias: Any
@@ -95,6 +67,11 @@ class Ranked(Factored):
     @abstractmethod
     def in_features(self) -> int:
         """n."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.out_features, self.in_features
 
     @property
     @abstractmethod
@@ -131,6 +108,7 @@ class SoftLinear(Ranked):
     """
 
     form = "soft"
+    precise = ("sigma", "threshold.alpha", "threshold.unit")
 
     def __init__(
         self,
@@ -207,7 +185,8 @@ class SoftLinear(Ranked):
         }
 
     @classmethod
-    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
+    def skeleton(cls, dense: Any, description: Mapping[str, Any]) -> Self:
+        linear = as_linear(dense)
         m, n = linear.weight.shape
         r = description["components"]
         hard = description.get("hard", False)  # older files have none
@@ -217,6 +196,14 @@ class SoftLinear(Ranked):
         sigma = new(r, dtype=torch.promote_types(linear.weight.dtype, torch.float32))
         bias = None if linear.bias is None else new(m)
         return cls(new(m, r), sigma, new(n, r), bias, threshold, transposed=description["transposed"])
+
+    def restore(self, name: str, description: Mapping[str, Any]) -> None:
+        if any(values.is_meta for values in self.parameters()):
+            raise ValueError(
+                f"{name} is offloaded by device_map, which a soft layer cannot be: give its block a device, or save "
+                "the model after softlms.deploy."
+            )
+        self.threshold.alpha.requires_grad_(description["learns"])  # loading makes new parameters
 
     @property
     def out_features(self) -> int:
@@ -385,7 +372,8 @@ class LowRankLinear(Ranked):
         return {"rank": self.rank}
 
     @classmethod
-    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
+    def skeleton(cls, dense: Any, description: Mapping[str, Any]) -> Self:
+        linear = as_linear(dense)
         (m, n), rank = linear.weight.shape, description["rank"]
         new = linear.weight.new_empty
         return cls(new(rank, n), new(m, rank), None if linear.bias is None else new(m))

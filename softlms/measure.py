@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from softlms.architectures import Predicate, find_targets
 from softlms.budget import Costs
 from softlms.kernels.selective_scan import fast_scan
-from softlms.layers import Factored, LowRankLinear, kept_parameters
+from softlms.layers import LowRankLinear, kept_parameters
 from softlms.machine import use_threads
-from softlms.modules import make_linear
+from softlms.modules import Replacement, make_linear
 from softlms.ranges import check_at_least_one
 
 __all__ = ["count_flops", "measure_latency", "random_rows"]
@@ -149,7 +149,7 @@ def interleaved(
 def _shapes(model: nn.Module, targets: Predicate | None) -> dict[str, tuple[int, int]]:
     found = find_targets(model, targets)
     for target in found:
-        if isinstance(target.module, Factored):
+        if isinstance(target.module, Replacement):
             raise ValueError(f"{target.name} is factored already: costs are those of the dense model.")
     return {target.name: target.shape for target in found}
 

@@ -1,15 +1,72 @@
-"""Putting a module into another one's place, and the two ways in which a model may hold a linear layer."""
+"""Modules that stand in another one's place: what each says of itself, and how it is put there."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["CHOICES", "HOOKS", "N", "as_conv1d", "as_linear", "make_linear", "replace", "stand_in"]
+__all__ = ["Replacement", "as_conv1d", "as_linear", "make_linear", "replace", "stand_in"]
+
+
+class Replacement(nn.Module):
+    """A module that stands where a model's own class makes another one, or makes none.
+
+    ``save_pretrained`` notes its `form` and `description`; ``from_pretrained`` calls `skeleton`, loads the tensors, and
+    calls `restore`. A method names the classes that it puts into models (`softlms.methods.base.Method`). A tensor that
+    several of them share is stored once.
+
+    Attributes
+    ----------
+    form : str
+        Name of the form in a saved model.
+    precise : tuple of str
+        Tensors that are loaded in float32 or wider, whatever the model is in.
+    """
+
+    form: ClassVar[str]
+    precise: ClassVar[tuple[str, ...]] = ()
+
+    def description(self) -> dict[str, Any]:
+        """What `skeleton` needs beside the dense module; JSON can hold it."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def skeleton(cls, dense: nn.Module | None, description: Mapping[str, Any]) -> Self:
+        """The same modules and shapes, on the dense module's device; the values mean nothing.
+
+        Parameters
+        ----------
+        dense : nn.Module, optional
+            What the model's class makes in this place; parts of it may be taken over. None where it makes nothing.
+        description : mapping
+            As `description` gave it.
+        """
+
+    def restore(self, name: str, description: Mapping[str, Any]) -> None:
+        """After loading: what is in no tensor, such as what learns; nothing here.
+
+        Parameters
+        ----------
+        name : str
+            The module's name, for errors.
+        description : mapping
+            As for `skeleton`.
+        """
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a saved model has an empty tensor where the dense module has its weight, see softlms.saving.checkpoint
+        own = {f"{prefix}{name}" for name in self.state_dict()}
+        for name in [name for name in state_dict if name.startswith(prefix) and name not in own]:
+            if not state_dict[name].numel():
+                del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

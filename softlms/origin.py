@@ -1,4 +1,4 @@
-"""What a compressed model carries along: a mark on its configuration, and how large the rest of its dense model was.
+"""What a compressed model carries along: a mark on its configuration, and what its dense model held.
 
 The mark is what ``from_pretrained`` looks for in ``config.json``. It stands on the live configuration from surgery on,
 so that it is written whoever writes the file. A dense model made from such a configuration is dense, and loads as such.
@@ -7,7 +7,7 @@ so that it is written whoever writes the file. A dense model made from such a co
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -16,12 +16,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-__all__ = ["SoftLMsConfig", "check_rest", "is_marked", "mark", "remember"]
+from softlms.architectures import named_targets
+from softlms.modules import Replacement
 
-FORMAT = 1
+__all__ = ["DenseModel", "SoftLMsConfig", "is_marked", "mark", "note_dense", "remember"]
+
+FORMAT = 2
 METHOD = "softlms"
 REGISTRIES = {"AttentionInterface": ALL_ATTENTION_FUNCTIONS, "AttentionMaskInterface": ALL_MASK_ATTENTION_FUNCTIONS}
-REST = "rest_of_the_dense_model"  # attribute of a model: a parameter's name to its size
+DENSE = "dense_model"  # attribute of a model
 WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")  # by PEFT, which renames what it wraps
 
 
@@ -78,41 +81,82 @@ def mark(model: nn.Module) -> None:
         config.quantization_config = SoftLMsConfig(attention=attention, registered=registered).to_dict()
 
 
-def remember(model: nn.Module, layers: Collection[str]) -> None:
-    """Mark a model whose `layers` are being factored, and note the size of everything else but a task's head."""
-    mark(model)
-    known = vars(model).get(REST) or _rest(model)
-    vars(model)[REST] = {name: size for name, size in known.items() if not _is_inside(name, layers)}
+def remember(model: nn.Module, layers: Iterable[str] = ()) -> None:
+    """Mark a model that is about to be changed, and note what it holds while it is dense.
 
-
-def check_rest(model: nn.Module, layers: Collection[str]) -> None:
-    """Refuse to count what is kept of a dense model whose rest, all but `layers`, is not what it was.
-
-    Raises
-    ------
-    ValueError
-        Something, such as the embeddings, has been resized or replaced since surgery.
+    Parameters
+    ----------
+    model : nn.Module
+        Noted once, at the first change: parameters by name and size, all but those of a task's head, and which of them
+        are weights of target linears.
+    layers : iterable of str
+        Target linears that the family's table does not name.
     """
-    now = {WRAPPED.sub("", name): parameter.numel() for name, parameter in model.named_parameters()}
-    for name, size in vars(model).get(REST, {}).items():
-        if now.get(name) != size and not _is_inside(name, layers):
-            present = f"{now[name]:,}" if name in now else "is gone"
-            raise ValueError(
-                f"{name} had {size:,} parameters when the model was compressed, now: {present}. What is kept of the "
-                "dense model cannot be said: resize or replace it in the dense model, and compress that."
-            )
+    mark(model)
+    note_dense(model)
+    linears = vars(model)[DENSE]["linears"]
+    linears += sorted(set(layers) - set(linears))
 
 
-def _rest(model: nn.Module) -> dict[str, int]:
-    if not isinstance(model, PreTrainedModel):
-        return {name: parameter.numel() for name, parameter in model.named_parameters()}
-    # a task's head is another one for another task; a language model's is a table like the embeddings
-    parts = [model.base_model, *filter(None, [model.get_output_embeddings()])]
-    own = {id(parameter) for part in parts for parameter in part.parameters()}
-    return {name: parameter.numel() for name, parameter in model.named_parameters() if id(parameter) in own}
+def note_dense(model: nn.Module) -> None:
+    """Note what a model holds, unless it was noted before."""
+    if DENSE not in vars(model):
+        vars(model)[DENSE] = {"parameters": _parameters(model), "linears": named_targets(model)}
 
 
-def _is_inside(name: str, layers: Collection[str]) -> bool:
-    """Whether a parameter is a layer's or a layer's part's."""
+class DenseModel:
+    """What a model held before it was changed, as far as it is known, beside what it holds now.
+
+    Parameters
+    ----------
+    model : nn.Module
+    targets : collection of str
+        Names of the target linears that the model has now, in whatever form.
+
+    Attributes
+    ----------
+    gone : int
+        Weights of target linears that have no module of their own any more.
+    rest : int
+        All other parameters, biases of the targets among them. A head or an adapter that came later counts as it is.
+    moved : set of int
+        Ids of the parameters that stand for the linears that are gone: matrices of what took their place.
+    """
+
+    def __init__(self, model: nn.Module, targets: Collection[str]) -> None:
+        known = vars(model).get(DENSE, {"parameters": {}, "linears": []})
+        sizes, modules = known["parameters"], dict(model.named_modules())
+        # a fused projection that was taken apart is there in its parts
+        whole = {name.rpartition(".")[0] for name in targets} | set(targets)
+        lost = [name for name in known["linears"] if name not in modules and f"{name}.weight" in sizes]
+        weights = {f"{name}.weight" for name in (*whole, *lost)}
+        self.gone = sum(sizes[f"{name}.weight"] for name in lost)
+        self.rest = sum(size for name, size in sizes.items() if name not in weights)
+        others = [name for name, module in modules.items() if isinstance(module, Replacement)]
+        self.moved: set[int] = set()
+        for name in others:
+            if any(linear.startswith(f"{name}.") for linear in lost):
+                self.moved |= {id(values) for values in modules[name].parameters() if values.ndim > 1}
+        inside = (*targets, *others)
+        for name, values in model.named_parameters():
+            plain = WRAPPED.sub("", name)
+            if plain not in sizes and not _is_inside(plain, inside):
+                self.rest += values.numel()
+
+
+def _parameters(model: nn.Module) -> dict[str, int]:
+    if isinstance(model, PreTrainedModel):
+        # a task's head is another one for another task; a language model's is a table like the embeddings
+        parts = [model.base_model, *filter(None, [model.get_output_embeddings()])]
+        own = {id(parameter) for part in parts for parameter in part.parameters()}
+    else:
+        own = {id(parameter) for parameter in model.parameters()}
+    changed = [name for name, module in model.named_modules() if isinstance(module, Replacement)]
+    named = {name: values for name, values in model.named_parameters() if id(values) in own}
+    return {name: values.numel() for name, values in named.items() if not _is_inside(name, changed)}
+
+
+def _is_inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a parameter is a module's or a part's of it."""
     parts = name.split(".")
-    return any(".".join(parts[:i]) in layers for i in range(1, len(parts)))
+    return any(".".join(parts[:i]) in modules for i in range(1, len(parts)))

@@ -204,7 +204,7 @@ def deploy(
     if keep is not None:
         parameters = count_parameters(model, lambda name, module: name in shapes)
         budget = Budget(keep, count or "linear", multiple)
-        costs = budget.costs(shapes, parameters.rest, costs)
+        costs = budget.costs(shapes, parameters, costs)
         limit = budget.limit(costs)
         if limit > costs.of(kept):
             share = (costs.of(kept) + costs.rest) / costs.dense

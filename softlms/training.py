@@ -125,7 +125,7 @@ class SoftTrainer(DistillingTrainer):
         self.budget = Budget(*(self.settings[name] for name in ("keep", "count", "multiple")))
         if costs is not None and PartialState().num_processes > 1:  # each process has measured others
             (costs,) = broadcast_object_list([costs])
-        self.costs = self.budget.costs(self.shapes, count_parameters(model, _is_soft).rest, costs)
+        self.costs = self.budget.costs(self.shapes, count_parameters(model, _is_soft), costs)
         self.limit = self.budget.limit(self.costs)
         self.settings["costs"] = costs and self.costs.digest
         given = {"gamma": gamma, "alpha_learning_rate": alpha_learning_rate}

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import softlms
 from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import count_parameters
-from softlms.layers import Factored, LowRankLinear, SoftLinear
+from softlms.layers import LowRankLinear, Ranked, SoftLinear
 from softlms.lowrank.calibration import LayerStatistics
 from softlms.surgery import shrink, soft_layers
 
@@ -110,7 +110,7 @@ def test_decomposed_is_dense_and_deployed_is_soft(model, tokens):
     assert count_parameters(model) == counted
     assert sum(p.numel() for p in model.parameters()) == counted.total  # tied tensors once
     for target in find_targets(model):  # what stays dense is what it was
-        if not isinstance(target.module, Factored):
+        if not isinstance(target.module, Ranked):
             assert type(target.module) is kinds[target.name]
 
 

@@ -86,7 +86,7 @@ def half_ranks(
     """
     shapes = {target.name: target.shape for target in find_targets(skeleton)}
     budget = Budget(keep, "total", MULTIPLE)
-    costs = budget.costs(shapes, count_parameters(skeleton).rest, measured)
+    costs = budget.costs(shapes, count_parameters(skeleton), measured)
     limit = budget.limit(costs)
     if results is None:
         return uniform_ranks(costs, limit, MULTIPLE)

@@ -83,7 +83,7 @@ def allocate(
         raise ValueError(f"Unknown allocation {method!r}; known: {', '.join(ALLOCATIONS)}.")
     shapes = {name: (f.U.shape[0], f.V.shape[0]) for name, f in factors.items()}
     budget = Budget(keep, count, multiple)
-    costs = budget.costs(shapes, count_parameters(model, lambda name, module: name in shapes).rest, costs)
+    costs = budget.costs(shapes, count_parameters(model, lambda name, module: name in shapes), costs)
     limit = budget.limit(costs)
     if method == "uniform":
         return uniform_ranks(costs, limit, multiple)

@@ -21,7 +21,7 @@ from softlms.distillation import DistillingTrainer
 from softlms.kernels.lazy import lazy_product
 from softlms.layers import Ranked
 from softlms.lowrank.factorization import Factors, linear_targets
-from softlms.modules import replace
+from softlms.modules import as_linear, replace
 from softlms.origin import remember
 
 __all__ = ["MaskTrainer", "MaskedLinear"]
@@ -51,7 +51,8 @@ class MaskedLinear(Ranked):
         self.score = nn.Parameter(torch.ones_like(factors.sigma))
 
     @classmethod
-    def skeleton(cls, linear: nn.Linear, description: Mapping[str, Any]) -> Self:
+    def skeleton(cls, dense: Any, description: Mapping[str, Any]) -> Self:
+        linear = as_linear(dense)
         (m, n), new = linear.weight.shape, linear.weight.new_empty
         r = min(m, n)
         return cls(Factors(new(m, r), new(r), new(n, r)), linear.bias)
@@ -137,9 +138,9 @@ class MaskTrainer(DistillingTrainer):
         for name, shape in self.shapes.items():
             if (len(factors[name].U), len(factors[name].V)) != shape:
                 raise ValueError(f"The factors of {name} do not fit its shape {shape}: factorize the same model.")
-        rest = count_parameters(model, lambda name, module: name in factors).rest
+        parameters = count_parameters(model, lambda name, module: name in factors)
         self.budget = Budget(keep, count, multiple)
-        self.costs = self.budget.costs(self.shapes, rest, costs)
+        self.costs = self.budget.costs(self.shapes, parameters, costs)
         self.limit = self.budget.limit(self.costs)
         super().__init__(model, **kwargs)
         model.requires_grad_(False)

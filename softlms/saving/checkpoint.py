@@ -1,24 +1,23 @@
 """Save and load compressed models through transformers itself.
 
-``import softlms`` is all it takes: ``model.save_pretrained(folder)`` writes a model with factored layers, in whatever
-form, at its own size, and ``AutoModel....from_pretrained(folder)`` (or ``pipeline``) builds the same layers again. The
-weights' header says what stands where, and holds a checksum of each tensor and the configuration: damaged or
-half-written weights are refused, a configuration that has changed since is told. For each factored layer the file also
-holds an empty tensor under the dense weight's name, so that transformers without softlms stops at its shape instead of
-filling the layer with random values.
+``import softlms`` is all it takes: ``model.save_pretrained(folder)`` writes a model with what registered methods have
+put into it, at its own size, and ``AutoModel....from_pretrained(folder)`` (or ``pipeline``) builds the same modules
+again. The weights' header says what stands where, and holds a checksum of each tensor and the configuration: damaged or
+half-written weights are refused, a configuration that has changed since is told. For each replaced module the file also
+holds an empty tensor under a dense weight's name, so that transformers without softlms stops at its shape instead of
+filling the module with random values.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,29 +27,52 @@ from huggingface_hub import ModelCard
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import auto
 from transformers.utils.generic import ContextManagers
 from transformers.utils.hub import PushToHubMixin
 
 from softlms.files import is_orphaned, process_mark
-from softlms.layers import Factored
-from softlms.origin import METHOD, REST, SoftLMsConfig, is_marked, mark
-from softlms.saving.loading import FORMS, MARKER, SoftLMsQuantizer, digest, factor, make_quantizer, sha256, verify
+from softlms.layers import Ranked
+from softlms.methods.registry import forms
+from softlms.modules import Replacement
+from softlms.origin import DENSE, METHOD, SoftLMsConfig, is_marked, mark, note_dense
+from softlms.saving.loading import SoftLMsQuantizer, digest, put_in, sha256, share, verify
 from softlms.saving.model_card import class_name, is_ours, notes, write_card
 
-__all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "verify"]
+__all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "describe", "save", "unmarked", "upload", "verify"]
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 REMEDY = "the folder cannot hold it. Undo it (an adapter: merge_and_unload()), or keep the model with torch.save."
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Form and shape of every factored layer by name, outer ones first."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Factored)]
-    return {name: {"form": module.form, **module.description()} for name, module in layers}
+    """Form and shape of every replacement by name, outer ones first; one that stands in several places by each name."""
+    named = model.named_modules(remove_duplicate=False)
+    layers = [(name, module) for name, module in named if isinstance(module, Replacement)]
+    return {name: {"form": _form(name, module), **module.description()} for name, module in layers}
 
 
-def _save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> None:
+def _form(name: str, module: Replacement) -> str:
+    """Its form; ValueError where no registered method has this very class."""
+    kind, form = _own_class(module), getattr(module, "form", None)
+    if forms().get(str(form)) is not kind:
+        raise ValueError(f"{name} is a {kind.__name__}, which from_pretrained does not know: {REMEDY}")
+    return str(form)
+
+
+def _shared(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """Names under which a replacement holds a tensor that is stored under another name, which is the first one."""
+    inside = tuple(f"{name}." for name in layers)
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    shared = {}
+    for name, values in every:
+        stored = first.setdefault(id(values), name)
+        if stored != name and (name.startswith(inside) or stored.startswith(inside)):
+            shared[name] = stored
+    return shared
+
+
+def save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> None:
     """All of ``save_pretrained`` into a hidden folder beside its place, then file by file there, weights first."""
     target = Path(options.pop("save_directory"))
     if target.is_file():
@@ -59,7 +81,9 @@ def _save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> Non
     hub = {name: options.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in options}
     _check(model, options, pushed_state=push and state is not None)
     config, layers = model.config, describe(model)
-    _check_rebuilds(model, layers)
+    shared = _shared(model, layers)
+    markers = _check_rebuilds(model, layers, shared)
+    note_dense(model)
     if held := notes(config):
         config.softlms = held
     target.mkdir(parents=True, exist_ok=True)
@@ -73,12 +97,15 @@ def _save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> Non
         config.save_pretrained(staging)
         written = (staging / "config.json").read_bytes()
         state = dict(model.state_dict() if state is None else state)
-        state |= {f"{name}.{MARKER}": torch.empty(0) for name in layers}
+        state = {name: values for name, values in state.items() if name not in shared}
+        state |= {name: torch.empty(0) for name in markers}
         description = {
             "layers": layers,
             "config": sha256(written),
             "configuration": json.loads(written),
-            "rest": vars(model).get(REST, {}),
+            "dense": vars(model)[DENSE],
+            "shared": shared,
+            "markers": markers,
             "tensors": {name: digest(values) for name, values in state.items()},
         }
         text = json.dumps(description)
@@ -130,27 +157,39 @@ def _check(model: PreTrainedModel, options: dict[str, Any], *, pushed_state: boo
         raise ValueError("The model is quantized: save it before, and quantize it at loading or after.")
 
 
-def _check_rebuilds(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]) -> None:
+def _check_rebuilds(model: PreTrainedModel, layers: dict[str, dict[str, Any]], shared: Mapping[str, str]) -> list[str]:
     """Refuse a model with anything in it that `from_pretrained` would not build: it would be lost.
+
+    Notes in `layers` which of them stand where the model's own class has nothing.
+
+    Returns
+    -------
+    list of str
+        A name of a dense tensor for each replacement that holds none of this name: the place for its marker.
 
     Raises
     ------
     ValueError
         A module is of another class, or a tensor of another name or shape, than the model's own class makes from its
-        configuration with the factored layers put in.
+        configuration with the replacements put in.
     """
     own = _own_class(model)
-    for name, layer in layers.items():
-        kind = _own_class(model.get_submodule(name))
-        if FORMS.get(layer["form"]) is not kind:
-            raise ValueError(f"{name} is a {kind.__name__}, which from_pretrained does not know: {REMEDY}")
     try:
         with ContextManagers(own.get_init_context(model.dtype, True, False, False)):
             fresh = own(copy.deepcopy(model.config))
     except TypeError:  # a class of the user's, with arguments that only they know
         _check_alone(model, layers)
-        return
-    factor(fresh, layers)
+        return [f"{name}.weight" for name in layers]
+    held, dense = model.state_dict(), dict(fresh.named_modules())
+    markers = []
+    for name, layer in layers.items():
+        if name in dense:
+            names = [f"{name}.{part}" for part, _ in dense[name].named_parameters()]
+            markers += [free for free in names if free not in held][:1]
+        elif not any(name.startswith(f"{outer}.") for outer in layers):
+            layer["added"] = True
+    put_in(fresh, layers)
+    share(fresh, shared)
     known = dict(fresh.named_modules())
     for name, module in model.named_modules():
         if name not in known or _own_class(module) is not type(known[name]):
@@ -166,6 +205,7 @@ def _check_rebuilds(model: PreTrainedModel, layers: Mapping[str, dict[str, Any]]
                 f"{name} has the shape {shapes.get(name)}, where {own.__name__} of this configuration has "
                 f"{expected.get(name)}: {REMEDY}"
             )
+    return list(dict.fromkeys(markers))
 
 
 def _is_left_out(model: nn.Module, name: str) -> bool:
@@ -179,11 +219,16 @@ def _is_left_out(model: nn.Module, name: str) -> bool:
 
 
 def _check_alone(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> None:
-    """Refuse a factored layer that holds other tensors than one that is built anew."""
+    """Refuse a layer that holds other tensors than one that is built anew, and what is no linear layer."""
     for name, description in layers.items():
         layer: Any = model.get_submodule(name)
+        if not isinstance(layer, Ranked):
+            raise ValueError(
+                f"{name} is a {type(layer).__name__} in a {type(model).__name__}, whose class takes more than a "
+                f"configuration, so that it cannot be built to compare: {REMEDY}"
+            )
         dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        fresh = FORMS[description["form"]].skeleton(dense, description)
+        fresh = forms()[description["form"]].skeleton(dense, description)
         held, expected = ({n: tuple(v.shape) for n, v in m.state_dict().items()} for m in (layer, fresh))
         if differing := [n for n in sorted(held.keys() | expected.keys()) if held.get(n) != expected.get(n)]:
             raise ValueError(f"{name} holds other tensors than a {type(fresh).__name__}, {differing[0]}: {REMEDY}")
@@ -198,47 +243,8 @@ def _class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _register() -> None:
-    """Tell transformers; again after a reload of this module, as in a notebook."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SoftLMsConfig
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = make_quantizer
-    present: Any = PreTrainedModel.save_pretrained
-    original = getattr(present, "before_softlms", present)
-    signature = inspect.signature(original)
-
-    # transformers' own hook writes in place, and over the state_dict it is given: hence this way around it
-    @functools.wraps(original)
-    def save_pretrained(self: PreTrainedModel, *args: Any, **options: Any) -> None:
-        adapters = getattr(self, "_hf_peft_config_loaded", False)  # then only these are written
-        if adapters or not any(isinstance(module, Factored) for module in self.modules()):
-            with _unmarked(self.config):
-                original(self, *args, **options)
-            return
-        given = signature.bind(self, *args, **options).arguments
-        given |= given.pop("kwargs", {})
-        del given["self"]
-        if given.pop("is_main_process", True):
-            _save(original, self, given)
-
-    save_pretrained.before_softlms = original  # type: ignore[attr-defined]
-    PreTrainedModel.save_pretrained = save_pretrained
-    PreTrainedModel._upload_modified_files = _upload
-    merge: Any = auto.AutoHfQuantizer.merge_quantization_configs
-    merge = getattr(merge, "before_softlms", merge)
-
-    @functools.wraps(merge)
-    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        asked = quantization_config_from_args
-        if asked is None or isinstance(asked, SoftLMsConfig) or not _is_ours(quantization_config):
-            return merge(quantization_config, asked)
-        return SoftLMsConfig(**dict(quantization_config), then=asked)
-
-    merge_quantization_configs.before_softlms = merge  # type: ignore[attr-defined]
-    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
-
-
 @contextmanager
-def _unmarked(config: PreTrainedConfig) -> Iterator[None]:
+def unmarked(config: PreTrainedConfig) -> Iterator[None]:
     """A dense model made from a compressed one's configuration, or sharing it, is not compressed."""
     if not is_marked(config):
         yield
@@ -251,16 +257,9 @@ def _unmarked(config: PreTrainedConfig) -> Iterator[None]:
         config.quantization_config = before
 
 
-def _upload(self: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+def upload(model: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
     """push_to_hub has just put the hub's card, or its template, in the place of the model card."""
     card = Path(working_dir) / "README.md"
-    if is_ours(card) and any(isinstance(module, Factored) for module in self.modules()):
-        write_card(self, card.parent, tags=ModelCard.load(card).data.tags or [])
-    return PushToHubMixin._upload_modified_files(self, working_dir, *args, **kwargs)
-
-
-def _is_ours(config: Any) -> bool:
-    return dict(config).get("quant_method") == METHOD
-
-
-_register()
+    if is_ours(card) and any(isinstance(module, Replacement) for module in model.modules()):
+        write_card(model, card.parent, tags=ModelCard.load(card).data.tags or [])
+    return PushToHubMixin._upload_modified_files(model, working_dir, *args, **kwargs)

@@ -1,11 +1,11 @@
-"""transformers' hook around the loading of weights: factored layers are built as the folder describes them."""
+"""transformers' hook around the loading of weights: modules are built as the folder describes them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,25 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from softlms.fused import SplitLinear
-from softlms.layers import Factored, LowRankLinear, SoftLinear
-from softlms.lowrank.masks import MaskedLinear
-from softlms.modules import as_linear
-from softlms.origin import FORMAT, METHOD, REGISTRIES, REST, SoftLMsConfig, mark
+from softlms.methods.registry import forms
+from softlms.origin import DENSE, FORMAT, METHOD, REGISTRIES, SoftLMsConfig, mark, note_dense
 
-__all__ = ["FORMS", "MARKER", "SoftLMsQuantizer", "digest", "factor", "make_quantizer", "sha256", "verify"]
+__all__ = ["SoftLMsQuantizer", "digest", "make_quantizer", "put_in", "sha256", "share", "verify"]
 
 logger = logging.get_logger(__name__)
 
-FORMS: dict[str, type[Factored]] = {c.form: c for c in (SoftLinear, LowRankLinear, SplitLinear, MaskedLinear)}
-MARKER = "weight"  # of no elements: where the dense layer has its matrix
 BY_HARDWARE = re.compile(r"paged\|.*|flash_attention_\d|flex_attention|.+/.+")  # the last: kernels of the hub
 ALIGNMENT = 64  # bytes
 
 
 class Loading(HfQuantizer):
-    """transformers' hook around the loading of weights: builds the factored layers that the folder has.
+    """transformers' hook around the loading of weights: builds the replacements that the folder has.
 
     Where the folder's weights are dense after all, it does nothing.
     """
 
     mark: SoftLMsConfig
     layers: Mapping[str, dict[str, Any]] = {}
-    rest: Mapping[str, int] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what a newer version wrote."""
@@ -85,34 +79,28 @@ class Loading(HfQuantizer):
         description = verify(files)
         changes = _changes(files[0].with_name("config.json"), description)
         self.layers = _localized(model, description["layers"])
-        factor(model, self.layers)
-        _check_shapes(model, self.layers, files, changes)
+        _recall_dense(model, description, self.layers)
+        put_in(model, self.layers)
+        shared = _shared_here(model, description.get("shared", {}))
+        share(model, shared)
+        _check_shapes(model, self.layers, files, changes, shared)
         if changes:
             logger.warning(
                 f"{files[0].with_name('config.json')} differs from what was saved with these weights: {changes}."
             )
-        soft = [re.escape(name) for name, layer in self.layers.items() if layer["form"] == SoftLinear.form]
-        wide = {rf"{name}\.(?:sigma|threshold\.alpha|threshold\.unit)$" for name in soft}
-        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *wide}
+        known = forms()
+        precise = [f"{name}.{part}" for name, layer in self.layers.items() for part in known[layer["form"]].precise]
+        exactly = {f"{re.escape(name)}$" for name in precise}
+        model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *exactly}
         ignored = model._keys_to_ignore_on_load_unexpected or ()
-        names = "|".join(re.escape(name) for name in description["layers"])
-        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"(^|\.)({names})\.{MARKER}$"}
-        own = dict(model.named_parameters())
-        rest = description.get("rest", {})
-        self.rest = {here: rest[name] for name in rest for here in _names(model, name) if here in own}
+        markers = description.get("markers", [f"{name}.weight" for name in description["layers"]])
+        names = "|".join(map(re.escape, markers))
+        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"(^|\.)({names})$"}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, layer in self.layers.items():
-            if layer["form"] == SoftLinear.form:
-                soft = model.get_submodule(name)
-                if any(values.is_meta for values in soft.parameters()):
-                    raise ValueError(
-                        f"{name} is offloaded by device_map, which a soft layer cannot be: give its block a device, or "
-                        "save the model after softlms.deploy."
-                    )
-                soft.threshold.alpha.requires_grad_(layer["learns"])  # loading makes new parameters
-        if self.rest:
-            vars(model)[REST] = dict(self.rest)
+            module: Any = model.get_submodule(name)
+            module.restore(name, layer)
         _align(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 
@@ -202,11 +190,75 @@ def _changes(config: Path, description: dict[str, Any]) -> str:
     return ", ".join(sorted(differing - {"transformers_version"}))
 
 
-def factor(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> None:
-    """Factored layers, of values that mean nothing, in place of a dense model's."""
+def put_in(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> None:
+    """Replacements, of values that mean nothing, in a dense model.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : mapping
+        Name to form and description, outer ones first.
+
+    Raises
+    ------
+    ValueError
+        No method that is registered has such a form.
+    """
+    known = forms()
     for name, layer in layers.items():
-        dense = as_linear(model.get_submodule(name))
-        model.set_submodule(name, FORMS[layer["form"]].skeleton(dense, layer))
+        if layer["form"] not in known:
+            raise ValueError(
+                f"{name} has the form {layer['form']!r}, which no registered method knows: import the package that "
+                f"registers it, or update softlms. Known: {', '.join(sorted(known))}."
+            )
+        try:
+            dense = model.get_submodule(name)
+        except AttributeError:  # the model's own class has nothing there
+            dense = None
+        model.set_submodule(name, known[layer["form"]].skeleton(dense, layer))
+
+
+def share(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """One tensor under several names: each name to the one under which it is stored."""
+    for name, stored in shared.items():
+        (place, leaf), (source, original) = (n.rpartition(".")[::2] for n in (name, stored))
+        setattr(model.get_submodule(place), leaf, getattr(model.get_submodule(source), original))
+    if shared and isinstance(model, PreTrainedModel):
+        # loading gives parameters anew, and ties those that it knows of
+        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **shared}
+
+
+def _shared_here(model: PreTrainedModel, shared: Mapping[str, str]) -> dict[str, str]:
+    own = model.state_dict().keys()
+    found = {}
+    for names in shared.items():
+        here = [next((c for c in _names(model, name) if c in own), None) for name in names]
+        if None not in here:
+            found[str(here[0])] = str(here[1])
+    return found
+
+
+def _recall_dense(model: PreTrainedModel, description: dict[str, Any], layers: Collection[str]) -> None:
+    """What the dense model held; older folders noted all but the layers, which are here as the class makes them."""
+    note_dense(model)
+    known = vars(model)[DENSE]
+    saved = description.get("dense", {"parameters": description.get("rest", {}), "linears": known["linears"]})
+    names = {*saved["parameters"], *(f"{name}.weight" for name in saved["linears"])}
+    own = dict(model.named_parameters())
+    way = next((i for i in range(3) if any(_names(model, name)[i] in own for name in names)), 0)
+    prefix = f"{model.base_model_prefix}."
+
+    def here(name: str) -> str | None:
+        # a base model lacks the head
+        return None if way == 1 and not name.startswith(prefix) else _names(model, name)[way]
+
+    parameters = {place: size for name, size in saved["parameters"].items() if (place := here(name))}
+    if "dense" in description:
+        known["linears"] = [place for name in saved["linears"] if (place := here(name))]
+    elif parameters:
+        inside = tuple(f"{name}." for name in layers)
+        parameters |= {name: size for name, size in known["parameters"].items() if name.startswith(inside)}
+    known["parameters"] = parameters or known["parameters"]
 
 
 def _names(model: PreTrainedModel, name: str) -> list[str]:
@@ -220,8 +272,9 @@ def _localized(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> dic
     own = {name for name, _ in model.named_modules()}
     found: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
-        # a part of a split layer is there as soon as that one is built
-        here = [c for c in _names(model, name) if c in own or c.rpartition(".")[0] in found]
+        # a part of a replacement is there as soon as that one is built, an addition where there is a place for it
+        places = own if layer.get("added") else found
+        here = [c for c in _names(model, name) if c in own or c.rpartition(".")[0] in places]
         if here:  # a head may be another one, or none
             found[here[0]] = layer
     if not found:
@@ -230,11 +283,16 @@ def _localized(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> dic
 
 
 def _check_shapes(
-    model: PreTrainedModel, layers: Mapping[str, dict[str, Any]], files: Sequence[Path], changes: str
+    model: PreTrainedModel,
+    layers: Mapping[str, dict[str, Any]],
+    files: Sequence[Path],
+    changes: str,
+    shared: Collection[str],
 ) -> None:
-    """Refuse factored weights that do not fit the layers of this configuration: they would be left out."""
-    own = {name: values for name, values in model.state_dict().items() if any(name.startswith(f"{n}.") for n in layers)}
-    missing = set(own)
+    """Refuse weights that do not fit the replacements in this configuration: they would be left out."""
+    inside = tuple(f"{name}." for name in layers)
+    own = {name: values for name, values in model.state_dict().items() if name.startswith(inside)}
+    missing = own.keys() - set(shared)
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -247,7 +305,7 @@ def _check_shapes(
                     )
                 missing.discard(here or "")
     if missing:
-        raise ValueError(f"The weights lack {min(missing)} of a factored layer: it would be random. Save them again.")
+        raise ValueError(f"The weights lack {min(missing)} of a compressed layer: it would be random. Save them again.")
 
 
 def _is_described(files: Sequence[Path]) -> bool:

@@ -11,7 +11,8 @@ import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from softlms.budget import count_parameters
-from softlms.layers import Factored, LowRankLinear, SoftLinear
+from softlms.layers import LowRankLinear, SoftLinear
+from softlms.modules import Replacement
 
 __all__ = ["class_name", "is_ours", "notes", "plain", "write_card"]
 
@@ -123,7 +124,7 @@ def _size(model: PreTrainedModel, layers: Mapping[str, Any]) -> str:
 
 
 def _forms(model: PreTrainedModel) -> str:
-    counts = Counter(module.form for module in model.modules() if isinstance(module, Factored))
+    counts = Counter(module.form for module in model.modules() if isinstance(module, Replacement))
     return "Layers by form: " + ", ".join(f"{number} {form}" for form, number in sorted(counts.items()))
 
 

@@ -1,0 +1,50 @@
+"""Registering with a library that is imported later, or never."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+__all__ = ["when_imported"]
+
+
+class _Watcher(MetaPathFinder):
+    """Imports a module of ours as soon as a library's module has been imported."""
+
+    def __init__(self, library: str, ours: str) -> None:
+        self.library, self.ours = library, ours
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != self.library:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                importlib.import_module(self.ours)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def when_imported(library: str, ours: str) -> None:
+    """Import `ours`, which registers itself, once `library` has been imported: at once where it is already.
+
+    Parameters
+    ----------
+    library, ours : str
+        Names of modules in full.
+    """
+    if library in sys.modules:
+        importlib.import_module(ours)
+    else:
+        sys.meta_path.insert(0, _Watcher(library, ours))
