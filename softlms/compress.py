@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ from softlms.data.tasks import TaskData, encode, load_task
 from softlms.distillation import DistillingTrainer
 from softlms.evaluation import add_teacher_logits, evaluate
 from softlms.files import check_writable, last_checkpoint
-from softlms.lowrank.calibration import calibrate
-from softlms.lowrank.factorization import FACTORIZATIONS, linear_targets
+from softlms.lowrank.factorization import linear_targets
 from softlms.machine import device, fast_bf16
 from softlms.measure import TimePrice, count_flops, measure_latency
+from softlms.methods.base import DISTILLATION, Config, Work, training_arguments
+from softlms.methods.chain import Link, configured, parse, run
+from softlms.methods.factors import check_factors
+from softlms.methods.registry import methods
+from softlms.methods.soft import SoftConfig
 from softlms.ranges import check_at_least_one, check_positive, check_share
 from softlms.saving.model_card import plain
-from softlms.surgery import decompose, deploy, ranks
-from softlms.training import SoftTrainer
 
 __all__ = ["Compression", "compress"]
 
@@ -54,8 +57,10 @@ class Compression:
         See `softlms.load_task`.
     keep, count
         See `softlms.Budget`. FLOPs and time are those of one row, as long as the longest of the training rows.
+    method : str
+        A method or a chain of methods, such as "mask" or "soft+thin"; see `softlms.methods.chain.parse`.
     factors : {"svd", "fwsvd", "asvd", "whitened"}
-        See `softlms.decompose`.
+        For a method that takes factors, where its name says none; see `softlms.factorize`.
     epochs, learning_rate, alpha_learning_rate, distillation
         Of the training that compresses and recovers; for the rate of alpha see `softlms.SoftTrainer`.
     dense_epochs, dense_learning_rate
@@ -74,15 +79,16 @@ class Compression:
     task: str
     keep: float
     data: str = "hub"
-    count: str = "linear"
-    factors: str = "whitened"
-    epochs: float = 3
-    learning_rate: float = 5e-5
-    alpha_learning_rate: float | None = None
-    distillation: float = 0.9
+    count: str = SoftConfig.count
+    method: str = "soft"
+    factors: str = SoftConfig.factors
+    epochs: float = SoftConfig.epochs
+    learning_rate: float = SoftConfig.learning_rate
+    alpha_learning_rate: float | None = SoftConfig.alpha_learning_rate
+    distillation: float = DISTILLATION
     dense_epochs: float = 3
     dense_learning_rate: float = 5e-5
-    calibration_rows: int = 256
+    calibration_rows: int = SoftConfig.calibration_rows
     batch_size: int = 16
     max_length: int = 128
     seed: int = 0
@@ -92,8 +98,7 @@ class Compression:
         for name, value in plain(asdict(self), "Compression").items():  # numpy's numbers, paths: JSON has to hold them
             object.__setattr__(self, name, value)
         Budget(self.keep, self.count)
-        if self.factors not in FACTORIZATIONS:
-            raise ValueError(f"Unknown factorization {self.factors!r}; known: {', '.join(FACTORIZATIONS)}.")
+        check_factors(self.factors)
         check_positive(most=LONGEST, epochs=self.epochs, dense_epochs=self.dense_epochs)
         check_positive(most=1, learning_rate=self.learning_rate, dense_learning_rate=self.dense_learning_rate)
         if self.alpha_learning_rate is not None:
@@ -106,6 +111,14 @@ class Compression:
             raise ValueError(f"seed must be a whole number from 0 to 2**32 - 1, got {self.seed!r}.")
         for name in ("calibration_rows", "batch_size", "max_length", "seed"):
             object.__setattr__(self, name, int(getattr(self, name)))
+        _ = self.chain
+
+    @property
+    def chain(self) -> list[tuple[Link, Config]]:
+        """The methods with their settings."""
+        first = methods().get(self.method.split("+")[0])
+        name = f"{self.factors}+{self.method}" if first is not None and first.takes_factors else self.method
+        return configured(parse(name), vars(self))
 
 
 def compress(settings: Compression, out: str | Path, *, console: Console | None = None) -> PreTrainedModel:
@@ -179,36 +192,31 @@ def _compress(settings: Compression, out: Path, work: Path, console: Console) ->
     scores = {"dense": evaluate(dense, data.task, rows["dev"], collator)}
     whole = count_parameters(dense)
 
-    console.print(f"decomposing with {settings.factors} factors")
     train = rows["train"]
     if settings.distillation:
         train = add_teacher_logits(train, dense, collator)
-    statistics = None
-    if settings.factors != "svd":
-        sample = train.shuffle(seed=settings.seed)
-        number = min(settings.calibration_rows, len(sample))
-        statistics = calibrate(dense, sample, collator, rows=number, fisher=settings.factors == "fwsvd")
-    model = decompose(dense, settings.factors, statistics)
-    console.print(f"learning ranks, to keep {settings.keep:.0%} of {settings.count}")
-    trainer = SoftTrainer(
+    model = dense
+    outcome = run(
         model,
-        keep=settings.keep,
-        count=settings.count,
-        costs=costs,
-        alpha_learning_rate=settings.alpha_learning_rate,
-        distillation=settings.distillation,
-        args=_arguments(settings, work / "compressing", settings.learning_rate, settings.epochs),
-        train_dataset=train,
-        data_collator=collator,
+        settings.chain,
+        Work(
+            rows=train,
+            collator=collator,
+            seed=settings.seed,
+            folder=work,
+            arguments=partial(_arguments, settings),
+            distillation=settings.distillation,
+            costs=costs,
+            note=console.print,
+        ),
     )
-    _train(trainer)
-    learned = ranks(model)
-    deploy(model, costs=costs)
     scores["compressed"] = evaluate(model, data.task, rows["dev"], collator)
     kept = count_parameters(model)
     notes = asdict(settings) | {"source": encoder.source, "data": data.source, "dev": scores}
     notes |= {"kept_linear": kept.kept("linear"), "kept_total": kept.kept("total")}
-    notes |= {f"kept_{settings.count}": (costs.rest + costs.of(learned)) / costs.dense}
+    learned = outcome.get("ranks", {})
+    if learned.keys() == costs.shapes.keys():
+        notes |= {f"kept_{settings.count}": (costs.rest + costs.of(learned)) / costs.dense}
     model.config.softlms = notes
     _write(work / "compressed", model, tokenizer)
     if out.exists():
@@ -220,9 +228,9 @@ def _compress(settings: Compression, out: Path, work: Path, console: Console) ->
         values = (f"{100 * scores[name][metric]:.1f}" for metric in data.task.metrics)
         table.add_row(name, f"{counted.linear / 1e6:.2f} M", f"{counted.total / 1e6:.2f} M", *values)
     console.print(table)
-    console.print(
-        f"ranks {min(learned.values())} to {max(learned.values())} over {len(learned)} layers", highlight=False
-    )
+    if learned:
+        least, most = min(learned.values()), max(learned.values())
+        console.print(f"ranks {least} to {most} over {len(learned)} layers", highlight=False)
 
 
 def _fine_tuned(
@@ -239,7 +247,8 @@ def _fine_tuned(
     if not folder.is_dir():
         console.print(f"{encoder.source} has no head for {settings.task}: fine-tuning a new one first")
         args = _arguments(settings, work / "fine-tuning", settings.dense_learning_rate, settings.dense_epochs)
-        _train(DistillingTrainer(model, args=args, train_dataset=train, data_collator=collator))
+        trainer = DistillingTrainer(model, args=args, train_dataset=train, data_collator=collator)
+        trainer.train(resume_from_checkpoint=last_checkpoint(work / "fine-tuning"))
         if not all(values.isfinite().all() for values in model.parameters()):
             raise RuntimeError("Fine-tuning diverged: lower dense_learning_rate.")
         _write(work / "dense.saving", model)
@@ -353,8 +362,9 @@ def _was_finished(settings: Compression, out: Path, work: Path, killed: bool) ->
 
 def _has_begun(work: Path) -> bool:
     """Whether anything is there that took time."""
-    trained = (last_checkpoint(work / name) for name in ("fine-tuning", "compressing"))
-    return (work / "dense").is_dir() or any(trained)
+    return (work / "dense").is_dir() or any(
+        last_checkpoint(place) for place in {p.parent for p in work.rglob("checkpoint-*")}
+    )
 
 
 def _check_same(work: Path, made_from: Mapping[str, Any]) -> None:
@@ -412,25 +422,15 @@ def _write(folder: Path, *parts: Any) -> None:
         part.save_pretrained(folder)
 
 
-def _arguments(settings: Compression, folder: Path, rate: float, epochs: float) -> TrainingArguments:
-    return TrainingArguments(
-        str(folder),
-        learning_rate=rate,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=settings.batch_size,
-        weight_decay=0.01,
-        warmup_steps=0.06,
+def _arguments(settings: Compression, folder: Path, learning_rate: float, epochs: float) -> TrainingArguments:
+    return training_arguments(
+        folder,
+        learning_rate,
+        epochs,
+        batch_size=settings.batch_size,
         seed=settings.seed,
         bf16=settings.bf16,
-        train_sampling_strategy="group_by_length",
         save_strategy="epoch",
         save_total_limit=1,
         logging_steps=50,
-        report_to=[],
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def _train(trainer: DistillingTrainer) -> None:
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(trainer.args.output_dir)))

@@ -142,6 +142,10 @@ class DenseModel:
             plain = WRAPPED.sub("", name)
             if plain not in sizes and not _is_inside(plain, inside):
                 self.rest += values.numel()
+        for name in targets:
+            bias = modules[name].bias
+            if bias is not None and not {f"{name}.bias", f"{name.rpartition('.')[0]}.bias"} & sizes.keys():
+                self.rest += bias.numel()
 
 
 def _parameters(model: nn.Module) -> dict[str, int]:

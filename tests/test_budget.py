@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, parameter_costs, refill, uniform_ranks
 from softlms.layers import kept_parameters
-from softlms.surgery import decompose, truncate
+from softlms.modules import Replacement
+from softlms.origin import remember
+from softlms.surgery import decompose, deploy, truncate
 
 layer_shapes = st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1)
 
@@ -93,18 +95,74 @@ def test_counts_follow_the_ranks(tiny_bert):
     assert half.kept("linear") == half.linear / dense.linear
 
 
-def test_a_changed_rest_is_an_error(tiny_bert):
-    """What is kept is a share of the dense model, which is no more known."""
+class Thinner(Replacement):
+    """Stands for a method's own module."""
+
+    form = "thinner"
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = torch.nn.Sequential(*parts)
+
+
+@pytest.mark.parametrize("first", ["embeddings", "linears"])
+def test_a_smaller_embedding_shows_in_the_total(tiny_bert, first):
     model = tiny_bert()
-    names = [target.name for target in find_targets(model)]
-    truncate(model, dict.fromkeys(names, 4))
-    kept = count_parameters(model).kept("total")
-    whole = model.bert.embeddings.word_embeddings
-    model.bert.embeddings.word_embeddings = torch.nn.Sequential(torch.nn.Embedding(200, 3), torch.nn.Linear(3, 32))
-    with pytest.raises(ValueError, match=r"word_embeddings\.weight had 6,400 parameters when .*, now: is gone"):
-        count_parameters(model)
-    model.bert.embeddings.word_embeddings = whole
-    assert count_parameters(model).kept("total") == kept
+    dense = count_parameters(model)
+
+    def embeddings():
+        remember(model)
+        model.bert.embeddings.word_embeddings = Thinner(torch.nn.Embedding(200, 3), torch.nn.Linear(3, 32, False))
+
+    def linears():
+        truncate(model, {target.name: 4 for target in find_targets(model)})
+
+    for step in (embeddings, linears) if first == "embeddings" else (linears, embeddings):
+        step()
+    counted = count_parameters(model)
+    assert counted.total == sum(p.numel() for p in model.parameters()) == counted.linear + dense.rest - 6_400 + 696
+    assert (counted.linear_dense, counted.total_dense) == (dense.linear, dense.total)
+    # what the table saves, the linears may keep
+    limit = Budget(0.9, "total").limit(Budget(0.9, "total").costs({}, counted))
+    assert limit == int(0.9 * dense.total) - counted.rest
+
+
+def test_blocks_that_are_gone_count_as_cut(tiny_bert):
+    model = tiny_bert()
+    dense = count_parameters(model)
+    remember(model)
+    del model.bert.encoder.layer[1:]
+    counted = count_parameters(model)
+    assert counted.linear == dense.linear / 2 and counted.linear_dense == dense.linear
+    assert counted.total == sum(p.numel() for p in model.parameters()) and counted.total_dense == dense.total
+    decompose(model)
+    deploy(model, keep=0.25)
+    assert count_parameters(model).linear <= 0.25 * dense.linear
+
+
+def test_what_takes_the_place_of_linears_counts_as_such(tiny_bert):
+    """A feed-forward of another form: its matrices are kept weights, its biases are not."""
+    model = tiny_bert()
+    dense = count_parameters(model)
+    remember(model)
+    for layer in model.bert.encoder.layer:
+        layer.intermediate = Thinner(torch.nn.Linear(32, 8), torch.nn.Linear(8, 64))
+    counted = count_parameters(model)
+    assert counted.linear == dense.linear - 2 * 32 * 64 + 2 * 8 * (32 + 64)
+    assert counted.linear_dense == dense.linear and counted.moved == 2 * 8 * (32 + 64)
+    assert counted.total == sum(p.numel() for p in model.parameters()) and counted.total_dense == dense.total
+    decompose(model)
+    deploy(model, keep=0.5)
+    assert count_parameters(model).linear <= 0.5 * dense.linear
+
+
+def test_additions_count_in_the_total_alone(tiny_bert):
+    model = tiny_bert()
+    dense = count_parameters(model)
+    remember(model)
+    model.bert.exits = Thinner(torch.nn.Linear(32, 2))
+    counted = count_parameters(model)
+    assert counted.total == dense.total + 66 and counted.total_dense == dense.total
 
 
 def test_layers_factored_later_are_no_change_of_the_rest(tiny_bert):

@@ -9,7 +9,8 @@ from softlms.data.tasks import TASKS, TaskData, load_task
 from softlms.experiments.bench import Bench
 from softlms.experiments.grid import GRIDS, Grid, Pass, Setting, costs, grid_rows, rank_rows, run_grid, summarize
 from softlms.experiments.profiles import PROFILES
-from softlms.experiments.recipe import Recipe, parse_method
+from softlms.experiments.recipe import Recipe
+from softlms.methods.chain import parse
 from softlms.surgery import truncate
 
 
@@ -114,7 +115,7 @@ def test_every_profile_has_a_grid_that_can_be_done():
             assert {"mrpc", "rte", "sst2"} <= grid.tasks.keys() and len(grid.seeds) >= 3
             assert {keep for part in grid.passes for keep in part.keeps} == {0.75, 0.5, 0.35}
         for part in grid.passes:
-            assert all(parse_method(method) for method in part.methods)
+            assert all(parse(method) for method in part.methods)
         jobs = [job for unit in grid.units(dict.fromkeys(grid.tasks)) for job in unit]
         assert jobs[0].recipe.keep == 0.5 and jobs[0].method == "dense"
     first = next(iter(GRIDS["laptop"].tasks))

@@ -78,10 +78,10 @@ def test_it_says_what_has_changed_since_a_stored_run(bench, monkeypatch):
     monkeypatch.setattr("softlms.experiments.run_key.ALIKE", 1)
     assert bench.why_missing("dense", changed.changed(batch_size=4), 0) == "none like it is stored"
     monkeypatch.undo()
-    known = experiments.code_of
-    monkeypatch.setattr(experiments, "code_of", lambda *starts: known(*starts) | {"DistillingTrainer": "other"})
+    known = experiments.code_behind
+    monkeypatch.setattr(experiments, "code_behind", lambda *starts: known(*starts) | {"DistillingTrainer": "other"})
     assert bench.why_missing("dense", RECIPE, 0) == "changed: code of DistillingTrainer"
-    monkeypatch.setattr(experiments, "code_of", lambda *starts: dict.fromkeys("edcba", "other") | known(*starts))
+    monkeypatch.setattr(experiments, "code_behind", lambda *starts: dict.fromkeys("edcba", "other") | known(*starts))
     assert bench.why_missing("dense", RECIPE, 0) == "changed: code of a, b, c, d and 1 more"
     monkeypatch.undo()
     bench.run("dense", changed, 0)  # the most similar of two counts
@@ -201,10 +201,7 @@ def test_masks_learn_and_recover_within_the_same_steps(bench):
 
 
 def test_masks_may_take_all_the_steps_there_are(bench, monkeypatch):
-    def search(bench, recipe, seed, folder, factors):
-        return dict.fromkeys(factors, 5), bench.steps(recipe)
-
-    monkeypatch.setattr("softlms.experiments.steps._learn_mask", search)
+    monkeypatch.setattr("softlms.methods.masks._search", lambda model, factors, *_: (dict.fromkeys(factors, 5), 24))
     result = bench.run("svd+mask", RECIPE, 0).result
     assert result["steps"] == result["mask_steps"] == 24 and result["history"] == []
 
@@ -227,12 +224,12 @@ def test_each_step_has_a_key_of_its_own(bench):
 
 def test_what_follows_depends_on_the_dense_run(bench, monkeypatch):
     before = {pair: bench._place(pair, RECIPE, 0)[1].name for pair in ("dense", "svd+energy", "svd+soft")}
-    known = experiments.code_of
+    known = experiments.code_behind
 
-    def changed(step, of):
-        return known(step, of) | ({"DistillingTrainer": "other"} if step.endswith("train_dense") else {})
+    def changed(step, *others):
+        return known(step, *others) | ({"DistillingTrainer": "other"} if step.__name__ == "train_dense" else {})
 
-    monkeypatch.setattr(experiments, "code_of", changed)
+    monkeypatch.setattr(experiments, "code_behind", changed)
     assert all(bench._place(pair, RECIPE, 0)[1].name != name for pair, name in before.items())
     scratch = RECIPE.changed(start="pretrained", distillation=0.0)
     own = bench._place("svd+soft", scratch, 0)[1].name

@@ -14,7 +14,7 @@ from softlms.workbook.book import open_language_book
 SIZE = {"hidden": 64, "layers": 1, "vocabulary": 300}
 RECIPE = Recipe(
     dense_epochs=3, dense_learning_rate=3e-3, epochs=1, batch_size=8, learning_rate=1e-3, static_learning_rate=1e-3,
-    alpha_learning_rate=0.1, deadline=0.6, unit="mean", s=12.5, calibration_rows=16,
+    alpha_learning_rate=0.1, deadline=0.6, unit="mean", s=12.5, calibration_rows=16, distillation=0.0,
 )  # fmt: skip
 
 

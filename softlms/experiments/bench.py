@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,15 +35,17 @@ from softlms.data.encoders import Encoder, load_classifier
 from softlms.data.hub import pretrained, weights_hash
 from softlms.data.tasks import TaskData, encode
 from softlms.evaluation import evaluate
-from softlms.experiments.closure import code_of, not_in_keys
+from softlms.experiments.closure import code_behind, not_in_keys
 from softlms.experiments.jobs import Job, available_processes, run_jobs, tell_stored
 from softlms.experiments.provenance import commit
-from softlms.experiments.recipe import Recipe, parse_method
+from softlms.experiments.recipe import Recipe
 from softlms.experiments.run_key import DEPENDS, key, why_missing
-from softlms.experiments.steps import Step, cut_and_recover, learn_ranks, train_dense
+from softlms.experiments.steps import Step, apply_chain, train_dense
 from softlms.files import lock
 from softlms.kernels.selective_scan import fast_scan
 from softlms.machine import device, hardware, use_threads, versions
+from softlms.methods.base import training_arguments
+from softlms.methods.chain import Link, full_name, parse
 
 __all__ = ["Bench", "Run"]
 
@@ -155,7 +156,7 @@ class Bench:
         Parameters
         ----------
         method : str
-            "dense", or as for `parse_method`.
+            "dense", or a chain of methods; see `softlms.methods.chain.parse`.
         recipe : Recipe
         seed : int
             Of the head, the order of the rows, dropout and the choice of calibration rows. All methods start from the
@@ -169,18 +170,18 @@ class Bench:
         stored = self.stored(method, recipe, seed)
         if stored is not None:
             return stored
-        pair, folder = self._place(method, recipe, seed)
-        if _needs_dense(pair, recipe):
+        chain, folder = self._place(method, recipe, seed)
+        if _needs_dense(chain, recipe):
             self.run("dense", recipe, seed)  # first, so that its time is not counted here
         with lock(folder):
-            return self.stored(method, recipe, seed) or self._run(pair, folder, method, recipe, seed)
+            return self.stored(method, recipe, seed) or self._run(chain, folder, method, recipe, seed)
 
     @not_in_keys
-    def _run(self, pair: str, folder: Path, method: str, recipe: Recipe, seed: int) -> Run:
+    def _run(self, chain: str, folder: Path, method: str, recipe: Recipe, seed: int) -> Run:
         partial = folder.with_name(f"{folder.name}.partial")  # one that a killed process left is continued
         partial.mkdir(exist_ok=True)
         started = time.monotonic()
-        result = self._make(_step(pair), recipe, seed, partial, pair) | {
+        result = self._make(_step(chain), recipe, seed, partial, _links(chain)) | {
             "seconds": round(time.monotonic() - started, 1),
             "hardware": hardware(_THREADS),
             "versions": versions(),
@@ -188,37 +189,37 @@ class Bench:
             "encoder": self.encoder.source,
             "data": self.data.source,
         }
-        (partial / DEPENDS).write_text(json.dumps(self._depends(pair, recipe, seed), indent=1), "utf-8")
+        (partial / DEPENDS).write_text(json.dumps(self._depends(chain, recipe, seed), indent=1), "utf-8")
         (partial / "result.json").write_text(json.dumps(result, indent=1), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # a folder without result.json is no run
         partial.rename(folder)
-        return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
+        return Run(result | {"method": method}, folder / "model" if chain == "dense" else None)
 
-    def _make(self, step: Step, recipe: Recipe, seed: int, folder: Path, pair: str) -> dict[str, Any]:
+    def _make(self, step: Step, recipe: Recipe, seed: int, folder: Path, links: Sequence[Link]) -> dict[str, Any]:
         transformers.set_seed(seed)
         with use_threads(_THREADS), fast_scan():
-            return {"seed": seed} | step(self, recipe, seed, folder, pair)
+            return {"seed": seed} | step(self, recipe, seed, folder, links)
 
     @not_in_keys
     def stored(self, method: str, recipe: Recipe, seed: int) -> Run | None:
         """A run that was done before, as `run` gives it, or None."""
-        pair, folder = self._place(method, recipe, seed)
+        chain, folder = self._place(method, recipe, seed)
         if not (folder / "result.json").is_file():
             return None
         result = json.loads((folder / "result.json").read_text("utf-8"))
-        return Run(result | {"method": method}, folder / "model" if pair == "dense" else None)
+        return Run(result | {"method": method}, folder / "model" if chain == "dense" else None)
 
     @not_in_keys
     def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
         """A method's name in full, and the folder of its run."""
-        pair = "dense" if method == "dense" else "+".join(parse_method(method))
-        return pair, self.folder / f"{pair}-{seed}-{key(self._depends(pair, recipe, seed))}"
+        chain = "dense" if method == "dense" else full_name(method)
+        return chain, self.folder / f"{chain}-{seed}-{key(self._depends(chain, recipe, seed))}"
 
     @not_in_keys
     def why_missing(self, method: str, recipe: Recipe, seed: int) -> str:
         """Why a run is not there yet; see `softlms.experiments.run_key.why_missing`."""
-        pair, folder = self._place(method, recipe, seed)
-        return why_missing(self.folder, folder.name.rsplit("-", 1)[0], self._depends(pair, recipe, seed))
+        chain, folder = self._place(method, recipe, seed)
+        return why_missing(self.folder, folder.name.rsplit("-", 1)[0], self._depends(chain, recipe, seed))
 
     @not_in_keys
     def runs(self, methods: tuple[str, ...], recipe: Recipe, seeds: tuple[int, ...]) -> list[Run]:
@@ -286,51 +287,45 @@ class Bench:
         present = {split: self.splits[split] for split in splits if split in self.splits}
         return {split: evaluate(model, self.data.task, rows, self.collator) for split, rows in present.items()}
 
-    def steps(self, recipe: Recipe) -> int:
-        """Optimizer steps of a training on `recipe.epochs`."""
-        a_epoch = math.ceil(len(self.splits["train"]) / recipe.batch_size)
-        return math.ceil(recipe.epochs * a_epoch)
-
-    def trainer_options(self, folder: Path, seed: int, recipe: Recipe, rate: float, epochs: float) -> dict[str, Any]:
-        """Arguments that all trainers of a run share."""
-        args = TrainingArguments(
-            str(folder / "trainer"),
-            learning_rate=rate,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=recipe.batch_size,
-            weight_decay=0.01,
-            warmup_steps=0.06,
+    def arguments(
+        self, folder: Path, learning_rate: float, epochs: float, recipe: Recipe, seed: int
+    ) -> TrainingArguments:
+        """What all trainings of a run have in common."""
+        return training_arguments(
+            folder,
+            learning_rate,
+            epochs,
+            batch_size=recipe.batch_size,
             seed=seed,
             bf16=recipe.bf16,
-            train_sampling_strategy="group_by_length",
             logging_steps=10,
             save_strategy="no",
-            report_to=[],
-            use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU must be asked for in these words
-            dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             log_level="error",
         )
-        return {"args": args, "train_dataset": self.splits["train"], "data_collator": self.collator}
 
     @not_in_keys
-    def _depends(self, pair: str, recipe: Recipe, seed: int) -> dict[str, Any]:
+    def _depends(self, chain: str, recipe: Recipe, seed: int) -> dict[str, Any]:
         """All that a run's numbers depend on."""
-        step, bench = _step(pair), type(self)
-        code = code_of(*(f"{start.__module__}:{start.__qualname__}" for start in (step, bench)))
-        dense = {"dense": self._place("dense", recipe, seed)[1].name} if _needs_dense(pair, recipe) else {}
+        links = _links(chain)
+        starts: list[Any] = [_step(chain), type(self)]
+        starts += [part for link in links for part in (link.method.apply, link.method.config)]
+        dense = {"dense": self._place("dense", recipe, seed)[1].name} if _needs_dense(chain, recipe) else {}
         return (
-            self._inputs(pair)
-            | {f"recipe.{name}": value for name, value in recipe.used(pair).items()}
-            | {"code": code, "seed": seed, "versions": versions(), "hardware": hardware(_THREADS)}
+            self._inputs(chain)
+            | {f"recipe.{name}": value for name, value in recipe.used(links).items()}
+            | {"code": code_behind(*starts), "seed": seed, "versions": versions(), "hardware": hardware(_THREADS)}
             | dense
         )
 
 
-def _step(pair: str) -> Step:
-    """What makes a run of a method, named in full."""
-    return train_dense if pair == "dense" else learn_ranks if pair.endswith("+soft") else cut_and_recover
+def _links(chain: str) -> list[Link]:
+    return [] if chain == "dense" else parse(chain)
 
 
-def _needs_dense(pair: str, recipe: Recipe) -> bool:
-    return pair != "dense" and (recipe.start == "fine-tuned" or recipe.distillation > 0)
+def _step(chain: str) -> Step:
+    return train_dense if chain == "dense" else apply_chain
+
+
+def _needs_dense(chain: str, recipe: Recipe) -> bool:
+    return chain != "dense" and (recipe.start == "fine-tuned" or recipe.distillation > 0)

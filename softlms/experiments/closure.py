@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["code_of", "library_hash", "not_in_keys"]
+__all__ = ["code_behind", "code_of", "library_hash", "not_in_keys"]
 
 PACKAGE = Path(__file__).parents[1]
 EFFECTS = "on import"  # the name of statements that define none
@@ -63,6 +64,18 @@ def code_of(*starts: str, package: Path = PACKAGE) -> dict[str, str]:
         if text:
             together.setdefault(name, []).append(text)
     return {name: _hash(parts) for name, parts in together.items()}
+
+
+def code_behind(*things: Any) -> dict[str, str]:
+    """`code_of` for functions and classes themselves; those of other packages count with the whole of their file."""
+    starts = {thing: thing.__module__ for thing in things}
+    inner = [f"{module}:{thing.__qualname__}" for thing, module in starts.items() if _is_ours(module)]
+    files = {inspect.getfile(thing) for thing, module in starts.items() if not _is_ours(module)}
+    return code_of(*inner) | {Path(file).name: _hash([Path(file).read_text("utf-8")]) for file in sorted(files)}
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] == PACKAGE.name
 
 
 @cache

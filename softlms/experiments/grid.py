@@ -22,10 +22,11 @@ from softlms.data.tasks import TASKS
 from softlms.experiments.bench import Bench, Run
 from softlms.experiments.jobs import Job, available_processes, run_jobs, tell_stored
 from softlms.experiments.latency import forward_times
-from softlms.experiments.recipe import Recipe, parse_method
+from softlms.experiments.recipe import Recipe
 from softlms.kernels.selective_scan import fast_scan
 from softlms.machine import fast_bf16
 from softlms.measure import random_rows
+from softlms.methods.chain import parse
 from softlms.surgery import shrink
 
 __all__ = [
@@ -165,8 +166,8 @@ GRIDS = {
         Recipe(
             dense_epochs=2,
             epochs=0.75,
+            learning_rate=1e-4,
             static_learning_rate=1e-4,
-            distillation=0.9,
             calibration_rows=64,
             further_keeps=(0.35,),
             bf16=fast_bf16(),
@@ -184,7 +185,6 @@ GRIDS = {
     ),
     "laptop": Grid(
         Recipe(
-            distillation=0.9,
             epochs=1,
             learning_rate=5e-5,
             static_learning_rate=5e-5,
@@ -334,12 +334,12 @@ def leading_metric(task: str) -> str:
 
 def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
     result = run.result
-    factorization, allocation = ("", "") if job.method == "dense" else parse_method(job.method)
+    links = [] if job.method == "dense" else parse(job.method)
     cell = {
         "task": job.bench.data.task.name,
         "method": job.method,
-        "factorize": factorization,
-        "allocate": allocation,
+        "factorize": "+".join(link.said["factors"] for link in links if "factors" in link.said),
+        "allocate": "+".join(link.method.name for link in links),
         "keep": 1.0 if job.method == "dense" else job.recipe.keep,
         "seed": result["seed"],
     }

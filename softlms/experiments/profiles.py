@@ -71,8 +71,8 @@ PROFILES = {
             recipe=Recipe(
                 dense_epochs=2,
                 epochs=1.25,
+                learning_rate=1e-4,
                 static_learning_rate=1e-4,  # 2e-4 does not always hold on so few rows
-                distillation=0.9,
                 bf16=fast_bf16(),
             ),
             loss_seeds=(0,),
@@ -85,7 +85,9 @@ PROFILES = {
             task="mrpc",
             data="hub",
             seeds=(0, 1, 2, 3, 4),
-            recipe=Recipe(distillation=0.9, bf16=fast_bf16(), deadline=1.0, **SVD_SOFT | {"alpha_learning_rate": 2e-3}),
+            recipe=Recipe(
+                learning_rate=1e-4, bf16=fast_bf16(), deadline=1.0, **SVD_SOFT | {"alpha_learning_rate": 2e-3}
+            ),
             loss_seeds=(1,),
             ablation={"raw sigma, alpha rate x 10": (0,), "linear loss": (1,)},
         ),
@@ -95,7 +97,7 @@ PROFILES = {
             task="mrpc",
             data="hub",
             seeds=(0, 1, 2, 3, 4),
-            recipe=Recipe(distillation=0.9),
+            recipe=Recipe(learning_rate=1e-4),
             ablation=dict.fromkeys(ABLATION, (0, 1, 2, 3, 4)),
         ),
     )
@@ -137,6 +139,7 @@ LANGUAGE_LAPTOP = Grid(
     Recipe(
         dense_learning_rate=1e-3,
         dense_epochs=2,
+        distillation=0.0,
         epochs=0.1,
         learning_rate=1e-4,
         static_learning_rate=3e-4,
@@ -170,6 +173,7 @@ LANGUAGE_PROFILES = {
                 Recipe(
                     dense_learning_rate=3e-3,
                     dense_epochs=1,
+                    distillation=0.0,
                     batch_size=8,
                     epochs=0.1,
                     learning_rate=5e-4,

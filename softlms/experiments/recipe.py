@@ -1,56 +1,24 @@
-"""A method's name, and every setting of its run."""
+"""Every setting of a run."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from softlms.budget import Budget
 from softlms.experiments.closure import not_in_keys
-from softlms.layers import UNIT, UNITS
-from softlms.losses import COMPRESSION_LOSSES
-from softlms.lowrank.allocation import ALLOCATIONS
-from softlms.lowrank.factorization import FACTORIZATIONS
+from softlms.methods.base import DISTILLATION, Config
+from softlms.methods.chain import Link, configured
+from softlms.methods.masks import MaskConfig
+from softlms.methods.soft import SoftConfig
+from softlms.methods.static import StaticConfig
 from softlms.ranges import check_at_least_one, check_positive, check_share
-from softlms.thresholds import SHARPNESS
-from softlms.training import DEADLINE
 
-__all__ = ["ABSENT", "PAPER_NAMES", "Recipe", "parse_method"]
+__all__ = ["ABSENT", "Recipe"]
 
-# the paper's names of two of the pairs
-PAPER_NAMES = {"static": "svd+uniform", "adaptive": "svd+soft"}
-LEARNED = ("mask", "soft")
 ABSENT = "absent"
-_RATES = ("dense_learning_rate", "learning_rate", "static_learning_rate", "mask_learning_rate")
 _DENSE = ("dense_learning_rate", "dense_epochs", "batch_size", "bf16")
-_SOFT_ONLY = (
-    "learning_rate", "gamma", "alpha_learning_rate", "deadline", "s", "unit", "compression_loss", "weigh_by_size",
-    "further_keeps",
-)  # fmt: skip
-
-
-def parse_method(method: str) -> tuple[str, str]:
-    """Factorization and allocation of a method's name.
-
-    Parameters
-    ----------
-    method : str
-        A pair such as "whitened+energy", or "static" or "adaptive", the paper's names of svd+uniform and svd+soft.
-        Allocations are those of `softlms.allocate`, "mask" (`softlms.MaskTrainer`) and "soft" (`softlms.SoftTrainer`).
-
-    Raises
-    ------
-    ValueError
-        No such pair.
-    """
-    factorization, _, allocation = PAPER_NAMES.get(method, method).partition("+")
-    if factorization not in FACTORIZATIONS or allocation not in (*ALLOCATIONS, *LEARNED):
-        raise ValueError(
-            f"Unknown method {method!r}; known: dense, {', '.join(PAPER_NAMES)}, and a pair FACTORIZATION+ALLOCATION "
-            f"of {', '.join(FACTORIZATIONS)} and {', '.join((*ALLOCATIONS, *LEARNED))}."
-        )
-    return factorization, allocation
+_OF_METHODS = (SoftConfig, StaticConfig, MaskConfig)  # whose settings stand here by name
 
 
 @not_in_keys  # what a run uses of it, by value, is
@@ -88,6 +56,8 @@ class Recipe:
         Smaller budgets that a model with soft thresholds is also cut to after its training, without any more.
     bf16 : bool
         Train under bfloat16 autocast; parameters, thresholds and evaluation stay in float32.
+    settings : mapping
+        Name of a method to settings of its own.
 
     Raises
     ------
@@ -97,61 +67,52 @@ class Recipe:
 
     dense_learning_rate: float = 5e-5
     dense_epochs: float = 3
-    learning_rate: float = 1e-4
-    static_learning_rate: float = 2e-4
-    epochs: float = 3
+    learning_rate: float = SoftConfig.learning_rate
+    static_learning_rate: float = StaticConfig.static_learning_rate
+    epochs: float = SoftConfig.epochs
     batch_size: int = 16
-    distillation: float = 0.0
-    keep: float = 0.5
-    count: str = "linear"
-    gamma: float | None = None
-    alpha_learning_rate: float | None = None
-    deadline: float = DEADLINE
-    s: float = SHARPNESS
-    unit: str = UNIT
-    compression_loss: str = "adaptive"
-    weigh_by_size: bool = False
+    distillation: float = DISTILLATION
+    keep: float = SoftConfig.keep
+    count: str = SoftConfig.count
+    gamma: float | None = SoftConfig.gamma
+    alpha_learning_rate: float | None = SoftConfig.alpha_learning_rate
+    deadline: float = SoftConfig.deadline
+    s: float = SoftConfig.s
+    unit: str = SoftConfig.unit
+    compression_loss: str = SoftConfig.compression_loss
+    weigh_by_size: bool = SoftConfig.weigh_by_size
     start: str = "fine-tuned"
-    calibration_rows: int = 256
-    mask_learning_rate: float = 0.05
-    further_keeps: tuple[float, ...] = ()
+    calibration_rows: int = SoftConfig.calibration_rows
+    mask_learning_rate: float = MaskConfig.mask_learning_rate
+    further_keeps: tuple[float, ...] = SoftConfig.further_keeps
     bf16: bool = False
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False, metadata={ABSENT: {}})
 
     def __post_init__(self) -> None:
         if self.start not in ("fine-tuned", "pretrained"):
             raise ValueError(f"start must be 'fine-tuned' or 'pretrained', got {self.start!r}.")
-        for keep in (self.keep, *self.further_keeps):
-            Budget(keep, self.count)
-        if self.unit not in UNITS or self.compression_loss not in COMPRESSION_LOSSES:
-            raise ValueError(
-                f"unit must be one of {', '.join(UNITS)} and compression_loss one of {', '.join(COMPRESSION_LOSSES)}; "
-                f"got {self.unit!r} and {self.compression_loss!r}."
-            )
-        numbers = dataclasses.asdict(self)
-        given = {name: value for name, value in numbers.items() if value is not None}
-        check_positive(**{name: given[name] for name in ("gamma", "s") if name in given})
-        check_positive(
-            most=1, **{name: given[name] for name in (*_RATES, "alpha_learning_rate", "deadline") if name in given}
-        )
-        check_positive(**{n: numbers[n] for n in ("dense_epochs", "epochs") if numbers[n] != 0})
+        check_positive(most=1, dense_learning_rate=self.dense_learning_rate)
+        if self.dense_epochs:
+            check_positive(dense_epochs=self.dense_epochs)
         check_share(distillation=self.distillation)
-        check_at_least_one(batch_size=self.batch_size, calibration_rows=self.calibration_rows)
+        check_at_least_one(batch_size=self.batch_size)
+        for config in _OF_METHODS:  # each checks what it reads
+            given = {f.name: getattr(self, f.name) for f in fields(config) if hasattr(self, f.name)}
+            config(**given if self.epochs else {n: value for n, value in given.items() if n != "epochs"})
 
     def changed(self, **changes: Any) -> Recipe:
         """A copy with other values; a TypeError for a name that is no setting."""
-        return dataclasses.replace(self, **changes)
+        return replace(self, **changes)
 
-    def used(self, pair: str) -> dict[str, Any]:
-        """The settings that runs of a method, named in full, depend on."""
-        settings = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if ABSENT not in f.metadata or getattr(self, f.name) != f.metadata[ABSENT]
-        }
-        if pair == "dense":
-            return {name: settings[name] for name in _DENSE if name in settings}
-        unused: tuple[str, ...] = ("static_learning_rate",) if pair.endswith("+soft") else _SOFT_ONLY
-        unused += () if pair.endswith("+mask") else ("mask_learning_rate",)
-        # a plain SVD takes no calibration, unless its allocation does
-        unused += ("calibration_rows",) if pair.startswith("svd") and not pair.endswith("+sensitivity") else ()
-        return {name: value for name, value in settings.items() if name not in unused}
+    def chain(self, links: Sequence[Link]) -> list[tuple[Link, Config]]:
+        """The methods of a chain, each with those settings that it has."""
+        return configured(links, vars(self), self.settings)
+
+    def used(self, links: Sequence[Link]) -> dict[str, Any]:
+        """The settings that runs of a chain depend on; of the dense model's where the chain is empty."""
+        every = {f.name for f in fields(self)}
+        names = every - {f.name for config in _OF_METHODS for f in fields(config)} if links else {*_DENSE}
+        for _, config in self.chain(links):
+            names |= {f.name for f in fields(config)} - set(config.unused())
+        absent = {f.name for f in fields(self) if getattr(self, f.name) == f.metadata.get(ABSENT, self)}
+        return {name: getattr(self, name) for name in sorted(names & every - absent)}

@@ -1,11 +1,48 @@
-"""temporary"""
+"""The methods that there are: a line each, and `register` for those of other packages."""
 
+from __future__ import annotations
+
+import importlib
+
+from softlms.methods.base import Method
 from softlms.modules import Replacement
+
+__all__ = ["forms", "methods", "register"]
+
+BUILT_IN = ("softlms.methods.static", "softlms.methods.masks", "softlms.methods.soft")  # each has METHODS
+
+_registered: dict[str, Method] = {}
+
+
+def register(*new: Method) -> None:
+    """Make methods known to chains, tables, saving and loading.
+
+    Parameters
+    ----------
+    *new : Method
+
+    Raises
+    ------
+    ValueError
+        Another method has the name, or another class has the form of one of its modules.
+    """
+    for method in new:
+        if _registered.get(method.name, method) is not method:
+            raise ValueError(f"There is a method {method.name!r} already: give the new one another name.")
+        known = {module.form: module for other in _registered.values() for module in other.modules}
+        for module in method.modules:
+            if known.get(module.form, module) is not module:
+                raise ValueError(f"There is a form {module.form!r} already: give {module.__name__} another one.")
+    _registered.update({method.name: method for method in new})
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name."""
+    for name in BUILT_IN:
+        register(*importlib.import_module(name).METHODS)
+    return dict(_registered)
 
 
 def forms() -> dict[str, type[Replacement]]:
-    from softlms.fused import SplitLinear
-    from softlms.layers import LowRankLinear, SoftLinear
-    from softlms.lowrank.masks import MaskedLinear
-
-    return {c.form: c for c in (SoftLinear, LowRankLinear, SplitLinear, MaskedLinear)}
+    """The classes that methods put into models, by their form."""
+    return {module.form: module for method in methods().values() for module in method.modules}

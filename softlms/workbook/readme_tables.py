@@ -14,10 +14,10 @@ import pandas as pd
 
 from softlms.experiments.full_size import FULL_SIZE
 from softlms.experiments.grid import CUT_FROM
-from softlms.experiments.recipe import LEARNED, parse_method
 from softlms.files import whole_file
-from softlms.lowrank.allocation import ALLOCATIONS
 from softlms.lowrank.factorization import FACTORIZATIONS
+from softlms.methods.chain import parse
+from softlms.methods.registry import methods as registered
 
 __all__ = ["TABLES", "check_tables", "two_digits", "write_tables"]
 
@@ -307,8 +307,8 @@ def _cell(values: pd.Series, digits: int, seeds: int) -> str:
 
 def _place(method: str) -> tuple[int, int]:
     """Methods by how ranks are chosen, learned ones last, then by factors."""
-    factors, allocation = parse_method(method)
-    return (*ALLOCATIONS, *LEARNED).index(allocation), FACTORIZATIONS.index(factors)
+    (link,) = parse(method)
+    return list(registered()).index(link.method.name), FACTORIZATIONS.index(link.said["factors"])
 
 
 def _percent(share: float) -> str:

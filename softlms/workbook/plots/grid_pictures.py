@@ -18,6 +18,7 @@ __all__ = ["describe_budget", "draw_rank_bars", "plot_quality", "plot_ranks"]
 
 # Okabe and Ito's palette
 COLOURS = {"svd": "#D55E00", "fwsvd": "#E69F00", "asvd": "#CC79A7", "whitened": "#0072B2"}
+OTHERS = ("#009E73", "#56B4E9", "#F0E442", "#000000")
 MARKERS = {"uniform": "v", "energy": "P", "greedy": "X", "sensitivity": "D", "mask": "s", "soft": "o"}
 
 
@@ -32,7 +33,7 @@ def plot_quality(rows: pd.DataFrame) -> Figure:
     tasks = list(rows.task.unique())
     compressed = rows[(rows.method != "dense") & ~rows.method.str.contains(CUT_FROM)]
     methods, keeps = list(compressed.method.unique()), sorted(compressed.keep.unique())
-    summary = summarize(rows)
+    summary, styles = summarize(rows), _styles(methods)
     fig, axes = figure(2, len(tasks), width=min(7.0, 2.2 + 2.4 * len(tasks)), height=4.6, squeeze=False)
     for column, task in enumerate(tasks):
         metric = leading_metric(task)
@@ -44,7 +45,7 @@ def plot_quality(rows: pd.DataFrame) -> Figure:
             of_split = of_task[of_task.split == split]
             ax.axhline(of_split[of_split.method == "dense"]["mean"].iloc[0], color="black", lw=1)
             part = of_split[(of_split.recovered == recovered) & of_split.method.isin(methods)]
-            _plot_methods(ax, part, keeps)
+            _plot_methods(ax, part, keeps, styles)
             ax.set_xticks(range(len(keeps)), [f"{100 * keep:.0f}" for keep in keeps])
             ax.set_xlim(-0.5, len(keeps) - 0.5)
             for i in range(1, len(keeps)):  # methods stand side by side at one budget
@@ -57,33 +58,54 @@ def plot_quality(rows: pd.DataFrame) -> Figure:
                 xlabel="weights of the linears kept (%)",
                 ylabel=f"{split} {metric}{unit}",
             )
-    fig.legend(handles=_legend(methods), loc="outside lower center", ncols=6)
+    fig.legend(handles=_legend(styles), loc="outside lower center", ncols=6)
     fig.suptitle("Quality against size (mean, std over seeds)")
     return fig
 
 
-def _plot_methods(ax: Axes, part: pd.DataFrame, keeps: list[float]) -> None:
-    methods = sorted(part.method.unique(), key=lambda m: (list(COLOURS).index(m.split("+")[0]), m))
+def _pair(method: str) -> tuple[str, str] | None:
+    """Factorization and allocation; None for any other method and for chains."""
+    factorization, _, allocation = method.partition("+")
+    return (factorization, allocation) if factorization in COLOURS and allocation in MARKERS else None
+
+
+def _styles(methods: list[str]) -> dict[str, dict[str, Any]]:
+    """Pairs by their parts; each other method has a colour of its own, and a star."""
+    styles: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        if (pair := _pair(method)) is not None:
+            colour = COLOURS[pair[0]]
+            styles[method] = {"color": colour, "marker": MARKERS[pair[1]], "mfc": colour if "soft" in pair else "white"}
+        else:
+            number = sum(style["marker"] == "*" for style in styles.values())
+            styles[method] = {"color": OTHERS[number % len(OTHERS)], "marker": "*"}
+    return styles
+
+
+def _plot_methods(ax: Axes, part: pd.DataFrame, keeps: list[float], styles: dict[str, dict[str, Any]]) -> None:
+    colours = list(COLOURS)
+    methods = sorted(part.method.unique(), key=lambda m: (colours.index(p[0]) if (p := _pair(m)) else len(colours), m))
     for i, method in enumerate(methods):
-        factorization, allocation = method.split("+")
-        line, soft = part[part.method == method].sort_values("keep"), allocation == "soft"
+        line = part[part.method == method].sort_values("keep")
         side = 0.7 * ((i + 0.5) / len(methods) - 0.5)
         ax.errorbar(
             [keeps.index(keep) + side for keep in line.keep], line["mean"], line["std"].fillna(0),
-            color=COLOURS[factorization], marker=MARKERS[allocation], ls="none",  # a line would be read between budgets
-            elinewidth=0.8, ms=4, mfc=COLOURS[factorization] if soft else "white",
+            ls="none", elinewidth=0.8, ms=4, **styles[method],  # a line would be read between budgets
         )  # fmt: skip
 
 
-def _legend(methods: list[str]) -> list[Line2D]:
-    factorizations, allocations = (dict.fromkeys(m.split("+")[i] for m in methods) for i in (0, 1))
+def _legend(styles: dict[str, dict[str, Any]]) -> list[Line2D]:
+    pairs = [pair for pair in map(_pair, styles) if pair]
+    factorizations, allocations = ({pair[i] for pair in pairs} for i in (0, 1))
     handles = [Line2D([], [], color="black", label="dense")]
     handles += [Line2D([], [], color=c, lw=4, label=f) for f, c in COLOURS.items() if f in factorizations]
-    return handles + [
+    handles += [
         Line2D([], [], color="0.3", marker=m, ls="", mfc="0.3" if a == "soft" else "white", label=a)
         for a, m in MARKERS.items()
         if a in allocations
     ]
+    others = [method for method in styles if _pair(method) is None]
+    return handles + [Line2D([], [], ls="", label=method, **styles[method]) for method in others]
 
 
 def plot_ranks(ranks: pd.DataFrame) -> Figure:

@@ -1,0 +1,46 @@
+"""Factors of a model on some of its training rows, made once for all methods that take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+from transformers import PreTrainedModel
+
+from softlms.lowrank.calibration import LayerStatistics, calibrate
+from softlms.lowrank.factorization import FACTORIZATIONS, Factors, factorize
+from softlms.methods.base import Work
+
+__all__ = ["calibration_sample", "check_factors", "factors_of"]
+
+
+def check_factors(name: str) -> None:
+    """ValueError unless there is such a factorization."""
+    if name not in FACTORIZATIONS:
+        raise ValueError(f"Unknown factorization {name!r}; known: {', '.join(FACTORIZATIONS)}.")
+
+
+def factors_of(model: PreTrainedModel, factorization: str, rows: int, work: Work) -> dict[str, Factors]:
+    """Factors of all targets, from `rows` training rows where they depend on data."""
+    if factorization not in work.shared:
+        statistics = None
+        if factorization != "svd":
+            statistics = _statistics(model, rows, work, fisher=factorization == "fwsvd")
+        work.note(f"decomposing with {factorization} factors")
+        work.shared[factorization] = factorize(model, factorization, statistics)
+    return work.shared[factorization]
+
+
+def calibration_sample(work: Work, number: int) -> datasets.Dataset:
+    """Training rows drawn by the seed; all of them where there are fewer."""
+    rows = work.rows.shuffle(seed=work.seed)
+    return rows.select(range(min(number, len(rows))))
+
+
+def _statistics(model: PreTrainedModel, number: int, work: Work, *, fisher: bool) -> dict[str, LayerStatistics]:
+    name, shared = f"statistics, {fisher=}", work.shared
+    if name not in shared:
+        rows = calibration_sample(work, number)
+        shared[name] = calibrate(model, rows, work.collator, rows=len(rows), fisher=fisher)
+    known: Any = shared[name]
+    return known

@@ -1,0 +1,118 @@
+"""The baselines: factors, ranks from a rule, the cut, recovery."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from softlms.budget import Budget
+from softlms.distillation import DistillingTrainer
+from softlms.evaluation import mean_loss
+from softlms.fused import SplitLinear
+from softlms.layers import LowRankLinear
+from softlms.lowrank.allocation import ALLOCATIONS, allocate, sensitivity_curves
+from softlms.lowrank.factorization import Factors
+from softlms.methods.base import Config, Method, Work
+from softlms.methods.factors import calibration_sample, check_factors, factors_of
+from softlms.ranges import check_at_least_one, check_positive
+from softlms.surgery import truncate
+
+__all__ = ["METHODS", "StaticConfig", "recover"]
+
+
+@dataclass(frozen=True)
+class StaticConfig(Config):
+    """Settings of a static allocation.
+
+    Attributes
+    ----------
+    factors : {"svd", "fwsvd", "asvd", "whitened"}
+        See `softlms.factorize`.
+    allocation : {"uniform", "energy", "greedy", "sensitivity"}
+        See `softlms.allocate`.
+    keep, count
+        See `softlms.Budget`.
+    epochs, static_learning_rate
+        Of recovery; 0 epochs leave the model as it was cut.
+    calibration_rows : int
+        Training rows for factors that depend on data, and for sensitivity (a quarter of them there).
+
+    Raises
+    ------
+    ValueError
+        A setting is unknown or out of range.
+    """
+
+    factors: str = "whitened"
+    allocation: str = "uniform"
+    keep: float = 0.5
+    count: str = "linear"
+    epochs: float = 3
+    static_learning_rate: float = 2e-4
+    calibration_rows: int = 256
+
+    def __post_init__(self) -> None:
+        check_factors(self.factors)
+        Budget(self.keep, self.count)
+        if self.epochs:
+            check_positive(epochs=self.epochs)
+        check_positive(most=1, static_learning_rate=self.static_learning_rate)
+        check_at_least_one(calibration_rows=self.calibration_rows)
+
+    def unused(self) -> tuple[str, ...]:
+        return ("calibration_rows",) if self.factors == "svd" and self.allocation != "sensitivity" else ()
+
+
+def apply(model: PreTrainedModel, config: StaticConfig, work: Work) -> dict[str, Any]:
+    """Cut a model to ranks that a rule gives, and let it recover."""
+    factors = factors_of(model, config.factors, config.calibration_rows, work)
+    curves = _curves(model, factors, config, work) if config.allocation == "sensitivity" else None
+    ranks = allocate(
+        model, factors, config.allocation, keep=config.keep, count=config.count, curves=curves, costs=work.costs
+    )
+    truncate(model, ranks, factors, costs=work.costs)
+    untuned = work.scores(lambda: model)
+    return {"ranks": ranks, "untuned": untuned} | recover(model, config.epochs, config.static_learning_rate, work)
+
+
+def recover(
+    model: PreTrainedModel, epochs: float, learning_rate: float, work: Work, *, spent: int = 0
+) -> dict[str, Any]:
+    """Train a model that was cut, for what is left of the steps; "steps" and "history" of all."""
+    history: list[dict[str, float]] = []
+    if epochs:
+        options = work.training("recovering", learning_rate, epochs)
+        args = options["args"]
+        steps = math.ceil(epochs * math.ceil(len(work.rows) / args.train_batch_size))
+        if spent < steps:  # a search may take all the steps that there are
+            if spent:
+                args.max_steps = steps - spent
+            trainer = work.train(DistillingTrainer(model, **options))
+            spent += trainer.state.global_step
+            history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": spent, "history": history}
+
+
+def _curves(model: PreTrainedModel, factors: dict[str, Factors], config: StaticConfig, work: Work) -> Any:
+    """Sensitivity curves, shared like the factors."""
+    name = f"{config.factors}: curves"
+    if name not in work.shared:
+        rows = calibration_sample(work, max(1, config.calibration_rows // 4))
+        work.shared[name] = sensitivity_curves(model, factors, lambda: mean_loss(model, rows, work.collator))
+    return work.shared[name]
+
+
+METHODS = tuple(
+    Method(
+        allocation,
+        StaticConfig,
+        apply,
+        (LowRankLinear, SplitLinear),
+        takes_factors=True,
+        fixed={"allocation": allocation},
+    )
+    for allocation in ALLOCATIONS
+)
