@@ -30,7 +30,7 @@ from softlms.distillation import DistillingTrainer
 from softlms.layers import SoftLinear
 from softlms.losses import COMPRESSION_LOSSES
 from softlms.ranges import check_positive
-from softlms.saving.model_card import notes, plain
+from softlms.model_card import notes, plain
 from softlms.schedule import BUDGET, SoftSchedule
 from softlms.surgery import soft_layers
 

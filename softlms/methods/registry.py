@@ -27,7 +27,7 @@ def register(*new: Method) -> None:
         Another method has the name, or another class has the form of one of its modules.
     """
     for method in new:
-        if _registered.get(method.name, method) is not method:
+        if _registered.get(method.name, method) != method:
             raise ValueError(f"There is a method {method.name!r} already: give the new one another name.")
         known = {module.form: module for other in _registered.values() for module in other.modules}
         for module in method.modules:

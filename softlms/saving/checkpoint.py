@@ -36,7 +36,7 @@ from softlms.methods.registry import forms
 from softlms.modules import Replacement
 from softlms.origin import DENSE, METHOD, SoftLMsConfig, is_marked, mark, note_dense
 from softlms.saving.loading import SoftLMsQuantizer, digest, put_in, sha256, share, verify
-from softlms.saving.model_card import class_name, is_ours, notes, write_card
+from softlms.model_card import class_name, is_ours, notes, write_card
 
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "describe", "save", "unmarked", "upload", "verify"]
 
