@@ -55,7 +55,7 @@ class Report:
         if (mixed := self.rows.groupby("task").hardware.nunique()).gt(1).any():
             raise ValueError(f"Rows of {mixed.idxmax()} were made on {mixed.max()} kinds of hardware: run it on one.")
         kept = self.compressed[f"kept_{cells[0][0].recipe.count}"]
-        aimed = self.compressed.method.map(_has_budget)
+        aimed = self.compressed.method.map(_has_budget).astype(bool)
         missed = aimed & ~kept.between(self.compressed.keep - 0.01, self.compressed.keep)
         if missed.any():
             raise ValueError(f"Not filled to the budget: {self.compressed[missed].iloc[0].to_dict()}.")
