@@ -36,8 +36,8 @@ from softlms.methods.chain import Link, configured, parse, run
 from softlms.methods.factors import check_factors
 from softlms.methods.registry import methods
 from softlms.methods.soft import SoftConfig
-from softlms.ranges import check_at_least_one, check_positive, check_share
 from softlms.model_card import plain
+from softlms.ranges import check_at_least_one, check_positive, check_share
 
 __all__ = ["Compression", "compress"]
 

@@ -29,8 +29,8 @@ from softlms.budget import Budget, Costs, count_parameters, refill
 from softlms.distillation import DistillingTrainer
 from softlms.layers import SoftLinear
 from softlms.losses import COMPRESSION_LOSSES
-from softlms.ranges import check_positive
 from softlms.model_card import notes, plain
+from softlms.ranges import check_positive
 from softlms.schedule import BUDGET, SoftSchedule
 from softlms.surgery import soft_layers
 

@@ -43,9 +43,9 @@ from softlms.experiments.language_models import SmallModel
 from softlms.layers import LowRankLinear, SoftLinear
 from softlms.lowrank.factorization import factorize_weight
 from softlms.lowrank.masks import MaskedLinear
+from softlms.model_card import notes
 from softlms.origin import DENSE
 from softlms.saving.loading import verify
-from softlms.model_card import notes
 
 IDS = torch.arange(20)[None]
 FAMILIES = [("bert", False), ("gpt2", False), ("gpt2", True), ("llama", False), ("mamba", False)]

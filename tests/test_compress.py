@@ -24,6 +24,8 @@ from transformers import (
 )
 
 import softlms.compress
+import softlms.methods.factors
+import softlms.methods.soft
 from softlms.architectures import find_targets
 from softlms.budget import Costs
 from softlms.cli import COMPRESSION_OPTIONS, main
@@ -251,18 +253,20 @@ def test_all_before_the_training_happens_where_it_will_be(headless, data, tmp_pa
         model.moved = getattr(model, "moved", False) or args[0] is place
         return to(model, *args)
 
-    def watch(name, position):
-        do = getattr(softlms.compress, name)
+    def watch(module, name, position):
+        do = getattr(module, name)
 
         def step(*args, **kwargs):
             seen.append((name, getattr(args[position], "moved", False)))
             return do(*args, **kwargs)
 
-        monkeypatch.setattr(f"softlms.compress.{name}", step)
+        monkeypatch.setattr(module, name, step)
 
     monkeypatch.setattr(PreTrainedModel, "to", move)
-    for name, position in {"evaluate": 0, "add_teacher_logits": 1, "calibrate": 0, "decompose": 0}.items():
-        watch(name, position)
+    watch(softlms.compress, "evaluate", 0)
+    watch(softlms.compress, "add_teacher_logits", 1)
+    watch(softlms.methods.factors, "calibrate", 0)
+    watch(softlms.methods.soft, "decompose", 0)
     compress(settings(headless, data, epochs=1), tmp_path / "out", console=quiet())
     steps = ["evaluate", "add_teacher_logits", "calibrate", "decompose", "evaluate"]
     assert seen == [(name, True) for name in steps]

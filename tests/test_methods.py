@@ -1,10 +1,14 @@
 """Methods plug in: one file and one registration, and they are in chains, tables, plots, folders and counts."""
 
 import copy
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-import toy_method
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
@@ -17,15 +21,29 @@ from softlms.experiments.grid import Grid, Pass, Setting, run_grid
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.report import Report
 from softlms.methods import registry
-from softlms.methods.base import Config, Method
+from softlms.methods.base import Config, Method, Work
 from softlms.methods.chain import configured, full_name, parse
 from softlms.modules import Replacement
 from softlms.origin import remember
 from softlms.workbook.plots.grid_pictures import plot_quality
 
+CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory):
+    """The method of CONTRIBUTING.md, from there, as a module that other processes can import."""
+    (code,) = re.findall(r"```python\n(# thin\.py\n.*?)```", CONTRIBUTING, re.DOTALL)
+    folder = tmp_path_factory.mktemp("package")
+    (folder / "thin.py").write_text(code, "utf-8")
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("thin")
+    sys.path.remove(str(folder))
+    del sys.modules["thin"]
+
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered(monkeypatch, thin):
     """`registry.register` for the time of a test."""
     registry.methods()
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
@@ -44,8 +62,8 @@ RECIPE = Recipe(
 )
 
 
-def test_names_of_chains(registered):
-    registered(toy_method.METHOD)
+def test_names_of_chains(registered, thin):
+    registered(thin.METHOD)
     assert [link.name for link in parse("whitened+soft+thin")] == ["whitened+soft", "thin"]
     assert full_name("static") == "svd+uniform" and full_name("thin+svd+mask") == "thin+svd+mask"
     for wrong in ("", "svd", "soft", "whitened+thin", "thin+soft", "svd+svd+soft", "magic", "svd+soft+", "+thin"):
@@ -53,11 +71,11 @@ def test_names_of_chains(registered):
             parse(wrong)
 
 
-def test_settings_reach_the_methods_that_have_them(registered):
-    registered(toy_method.METHOD)
+def test_settings_reach_the_methods_that_have_them(registered, thin):
+    registered(thin.METHOD)
     chain = configured(parse("svd+soft+thin"), {"keep": 0.3, "epochs": 1}, {"thin": {"width": 7}})
-    (_, soft), (_, thin) = chain
-    assert (soft.keep, soft.factors, thin.width) == (0.3, "svd", 7)
+    (_, soft), (_, own) = chain
+    assert (soft.keep, soft.factors, own.width) == (0.3, "svd", 7)
     for own, message in (
         ({"thin": {"depth": 1}}, "thin has no setting depth; it has width"),
         ({"mask": {}}, "Settings for mask, which is no method of this chain"),
@@ -67,23 +85,23 @@ def test_settings_reach_the_methods_that_have_them(registered):
             configured(parse("svd+soft+thin"), {}, own)
 
 
-def test_two_methods_of_one_name_or_form_are_refused(registered):
-    registered(toy_method.METHOD, toy_method.METHOD)  # again is no harm
+def test_two_methods_of_one_name_or_form_are_refused(registered, thin):
+    registered(thin.METHOD, thin.METHOD)  # again is no harm
     with pytest.raises(ValueError, match="There is a method 'soft' already"):
-        registered(Method("soft", Config, toy_method.apply))
+        registered(Method("soft", Config, thin.apply))
 
-    class Other(toy_method.ThinEmbedding):
+    class Other(thin.ThinEmbedding):
         pass
 
     with pytest.raises(ValueError, match="There is a form 'thin embedding' already: give Other another one"):
-        registered(Method("other", Config, toy_method.apply, (Other,)))
+        registered(Method("other", Config, thin.apply, (Other,)))
 
 
-def test_a_toy_method_is_in_grid_table_and_plot(registered, bench):
-    registered(toy_method.METHOD)
+def test_a_toy_method_is_in_grid_table_and_plot(registered, thin, bench):
+    registered(thin.METHOD)
     names = ("svd+uniform", "thin", "whitened+soft+thin", "thin+whitened+soft")
     grid = Grid(RECIPE, {"docpairs": Setting()}, (0, 1), (Pass(names, (0.6,)),))
-    report = Report(run_grid(grid, {"docpairs": bench}, processes=1, note=lambda line: None))
+    report = Report(run_grid(grid, {"docpairs": bench}, note=lambda line: None))
     rows = report.rows
     assert set(rows.method) == {"dense", *names}
     chain = rows[(rows.method == "whitened+soft+thin") & rows.recovered]
@@ -96,9 +114,9 @@ def test_a_toy_method_is_in_grid_table_and_plot(registered, bench):
     assert {"thin", "whitened+soft+thin", "svd"} < {text.get_text() for text in legend.get_texts()}
 
 
-def test_keys_of_chains(registered, bench, monkeypatch):
+def test_keys_of_chains(registered, thin, bench, monkeypatch):
     """A run depends on the code and the settings of its own methods, and on no others'."""
-    registered(toy_method.METHOD)
+    registered(thin.METHOD)
 
     def keys(recipe):
         return {name: bench._place(name, recipe, 0)[1].name for name in ("dense", "svd+soft", "thin", "svd+soft+thin")}
@@ -107,8 +125,8 @@ def test_keys_of_chains(registered, bench, monkeypatch):
     assert keys(RECIPE.changed(static_learning_rate=0.1)) == before
     wider = keys(RECIPE.changed(gamma=0.5))
     assert {name for name in before if wider[name] != before[name]} == {"svd+soft", "svd+soft+thin"}
-    assert bench._depends("thin", RECIPE, 0)["code"].keys() >= {"toy_method.py", "apply_chain"}
-    assert "toy_method.py" not in bench._depends("svd+soft", RECIPE, 0)["code"]
+    assert bench._depends("thin", RECIPE, 0)["code"].keys() >= {"thin.py", "apply_chain"}
+    assert "thin.py" not in bench._depends("svd+soft", RECIPE, 0)["code"]
 
 
 class Widened(Replacement):
@@ -203,7 +221,8 @@ def in_blocks(model):
 
 
 def with_embedding(model):
-    toy_method.apply(model, toy_method.ThinConfig(), softlms.methods.base.Work(None, None, 0, None, None))
+    thin = sys.modules["thin"]
+    thin.apply(model, thin.ThinConfig(), Work(None, None, 0, None, None))
     return model
 
 
@@ -238,8 +257,8 @@ def logits(model):
 
 @pytest.mark.parametrize("change", [with_embedding, with_exits, with_stack, with_shared])
 @pytest.mark.parametrize("linears", [False, True])
-def test_every_kind_of_replacement_comes_back_bit_for_bit(registered, tiny_bert, tmp_path, change, linears):
-    registered(toy_method.METHOD, Method("kinds", Config, None, (Widened, Exits, Stack, Shared)))
+def test_every_kind_of_replacement_comes_back_bit_for_bit(registered, thin, tiny_bert, tmp_path, change, linears):
+    registered(thin.METHOD, Method("kinds", Config, None, (Widened, Exits, Stack, Shared)))
     model = tiny_bert()
     dense = count_parameters(model)
     remember(model)
@@ -298,12 +317,9 @@ def test_what_no_method_has_registered_is_refused_by_name(registered, tiny_bert,
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
 
 
-def test_transformers_without_softlms_stops(registered, tiny_bert, tmp_path):
+def test_transformers_without_softlms_stops(registered, thin, tiny_bert, tmp_path):
     """A thinner embedding must not be filled with random words."""
-    import subprocess
-    import sys
-
-    registered(toy_method.METHOD)
+    registered(thin.METHOD)
     with_embedding(tiny_bert()).save_pretrained(tmp_path)
     code = f"from transformers import AutoModelForSequenceClassification as A; A.from_pretrained({str(tmp_path)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")

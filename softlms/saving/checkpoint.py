@@ -33,10 +33,10 @@ from transformers.utils.hub import PushToHubMixin
 from softlms.files import is_orphaned, process_mark
 from softlms.layers import Ranked
 from softlms.methods.registry import forms
+from softlms.model_card import class_name, is_ours, notes, write_card
 from softlms.modules import Replacement
 from softlms.origin import DENSE, METHOD, SoftLMsConfig, is_marked, mark, note_dense
 from softlms.saving.loading import SoftLMsQuantizer, digest, put_in, sha256, share, verify
-from softlms.model_card import class_name, is_ours, notes, write_card
 
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "describe", "save", "unmarked", "upload", "verify"]
 
