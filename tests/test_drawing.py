@@ -5,14 +5,17 @@ import pandas as pd
 import pytest
 from test_project import ROOT
 
-from softlms.workbook.plots.drawing import DRAWINGS, check_drawing, draw
+from softlms.workbook.plots.drawing import check_drawing, draw
+from softlms.workbook.registry import read_registry
 
 RESULTS, FIGURES = ROOT / "results" / "laptop", ROOT / "figures" / "laptop"
-COMMITTED = [name for name in DRAWINGS if not name.startswith("00")]  # the quickstart has no laptop figure
+# the quickstart has no laptop figure
+COMMITTED = [name for book in read_registry(ROOT).values() for name in book.figures if not name.startswith("00")]
 
 
 @pytest.fixture(autouse=True)
-def closed():
+def at_home(monkeypatch):
+    monkeypatch.chdir(ROOT)
     yield
     plt.close("all")
 

@@ -25,9 +25,9 @@ from softlms.experiments.report import Report
 from softlms.experiments.tokenized import tokenize_text
 from softlms.files import whole_file
 from softlms.machine import hardware, versions
-from softlms.workbook.folders import project_root
 from softlms.workbook.plots import style as plotting
 from softlms.workbook.plots.drawing import draw
+from softlms.workbook.registry import project_root
 
 __all__ = ["DATA_VARIABLE", "Book", "make_book", "open_book", "open_language_book", "open_speed_book"]
 

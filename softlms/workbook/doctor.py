@@ -106,7 +106,7 @@ def _version(name: str) -> str | None:
 
 def _checkout() -> Iterator[Finding]:
     """The folder that holds the notebooks; its pins, and the room for what it will hold."""
-    from softlms.workbook.folders import project_root  # it needs packages that `_packages` looks for first
+    from softlms.workbook.registry import project_root  # it needs packages that `_packages` looks for first
 
     try:
         root = project_root()
@@ -133,7 +133,7 @@ def _checkout() -> Iterator[Finding]:
 def _writable(root: Path) -> Finding:
     """The folders of ``make figures``, or what they will stand in."""
     from softlms.files import check_writable
-    from softlms.workbook.folders import Folders
+    from softlms.workbook.registry import Folders
 
     folders = Folders(root, "quick")
     for folder in (folders.figures, folders.results, folders.executed, folders.runs):
@@ -147,7 +147,7 @@ def _writable(root: Path) -> Finding:
 
 def _kernel() -> Finding:
     """Does the kernel python3, which every notebook names, start this Python? One of the user's may hide it."""
-    from softlms.workbook.batch import check_kernel
+    from softlms.workbook.process import check_kernel
 
     try:
         folder, command = check_kernel()

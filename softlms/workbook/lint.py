@@ -33,7 +33,7 @@ def lint(book: dict[str, Any], check: str) -> list[str]:
     book : dict
         The notebook's JSON as it is on disk (`nbformat.read` would give new ids where some are missing).
     check : str
-        "strict" or "lax": how its outputs are checked; see `softlms.workbook.lanes`.
+        "strict" or "lax": how its outputs are checked; see ``notebooks/notebooks.toml``.
     """
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     found = [*_whole(book, code), *_parameters(code), *_vacuity(code, check)]
