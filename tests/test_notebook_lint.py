@@ -157,7 +157,7 @@ def test_a_lax_notebook_asserts_something():
     ):
         book["cells"][5]["source"] = text
         assert lint(copy.deepcopy(book), "lax") == [
-            "nothing is asserted: a lax notebook has an assert of what it shows, in no branch and no function"
+            "nothing is asserted: a lax notebook needs an assert on what it shows, outside branches and functions"
         ]
         assert lint(book, "strict") == []  # its outputs are compared
     for text in ("assert x", "assert not f(x)", "with f(x):\n    for y in x:\n        assert y == 2, 'so'"):

@@ -2,8 +2,8 @@
 
 `run_notebooks` starts this file once for each notebook. It imports nothing of softlms, so that the process need not
 wait for torch. The process reports on standard output, one JSON object a line. Its standard input only shows whether
-the driver lives: when it closes, for whatever reason, the process stops the kernel with all that this started and
-removes what is half-written. This needs no signal and works on every system.
+the driver lives: when it closes, for whatever reason, the process stops the kernel and everything that it started,
+and removes what is half-written. This needs no signal and works on every system.
 """
 
 from __future__ import annotations
