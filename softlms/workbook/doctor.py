@@ -164,11 +164,8 @@ def _hub() -> Finding:
     try:
         get_hf_file_metadata(hf_hub_url(zoo.MINILM_HUB, "config.json"), timeout=HUB_SECONDS)
     except Exception as error:  # whatever it is, the hub cannot be reached now
-        return Finding(
-            "hub",
-            "note",
-            f"offline ({type(error).__name__}): quick does not need it, other profiles need a folder with data",
-        )
+        text = f"offline ({type(error).__name__}): quick does not need it, other profiles need a folder with data"
+        return Finding("hub", "note", text)
     return Finding("hub", "ok", "answers")
 
 
