@@ -1,4 +1,5 @@
 import json
+from importlib import import_module
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,6 +19,12 @@ def at_home(monkeypatch):
     monkeypatch.chdir(ROOT)
     yield
     plt.close("all")
+
+
+def test_every_figure_has_a_function():
+    plots = {drawing.plot for book in read_registry(ROOT).values() for drawing in book.figures.values()}
+    for module, function in (plot.split(".") for plot in plots):
+        assert callable(getattr(import_module(f"softlms.workbook.plots.{module}"), function))
 
 
 @pytest.mark.parametrize("name", COMMITTED)
