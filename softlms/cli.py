@@ -1,176 +1,170 @@
-"""The ``softlms`` command."""
+"""The ``softlms`` command; only the module of the command that is called is imported."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import inspect
 import io
 import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from typing import Any, get_args, get_type_hints
 
 __all__ = ["main"]
 
-# the defaults are those of softlms.compress.Compression, which --help should not wait for
-COMPRESSION_OPTIONS = {
-    "data": (str, "folder in GLUE's layout, hub (default) or hub@revision, or embedded for docpairs"),
-    "count": (str, "what keep is a share of: linear (default), total, flops or latency"),
-    "factors": (str, "svd, fwsvd, asvd or whitened (default)"),
-    "epochs": (float, "of compressing and recovering (default 3)"),
-    "learning_rate": (float, "of the weights then (default 5e-5)"),
-    "alpha_learning_rate": (float, "of the thresholds (follows from factors, budget and steps)"),
-    "distillation": (float, "share of the dense model's logits in the loss (default 0.9)"),
-    "dense_epochs": (float, "of fine-tuning, where the model has no head yet (default 3)"),
-    "dense_learning_rate": (float, "of that fine-tuning (default 5e-5)"),
-    "calibration_rows": (int, "training rows for data-aware factors (default 256)"),
-    "batch_size": (int, "rows a step (default 16)"),
-    "max_length": (int, "tokens a row at most (default 128)"),
-    "seed": (int, "default 0"),
+# Each command: its help, the function that it calls, and its options: keywords of that function, or of the one behind
+# "|" to which it passes them on; <name> is positional. Types and defaults are those of the signatures.
+# fmt: off
+COMMANDS = {
+    "figures": ("run notebooks headless and leave figures, tables and a summary", "workbook.run:make_figures",
+                "<names> profile data model text parameters jobs resume replot"),
+    "gallery": ("build a static site of the figures, the notebooks and the API",
+                "workbook.gallery:print_gallery|build_gallery", "profile out"),
+    "doctor": ("say what is installed here, and what would stop the workbook", "workbook.doctor:print_findings", ""),
+    "check-notebooks": ("run notebooks under nbval, as notebooks/notebooks.toml says",
+                        "workbook.stamp:check_notebooks", "<jobs>"),
+    "stamp": ("execute notebooks in place, and stamp them with what they depend on", "workbook.stamp:stamp_notebooks",
+              "<names> check"),
+    "compress": ("compress a model on a task: learned ranks, recovered, saved", "compress:Compression|compress",
+                 "model task keep out data count factors epochs learning_rate alpha_learning_rate distillation "
+                 "dense_epochs dense_learning_rate calibration_rows batch_size max_length seed bf16"),
+    "benchmark": ("time a training step: dense, soft at full rank, soft at budget",
+                  "experiments.latency:print_step_times", "rounds batch tokens threads model out"),
+    "benchmark-scan": ("time Mamba's training step or inference with each selective scan",
+                       "experiments.latency:print_scan_times", "rounds batch tokens threads inference out"),
+    "benchmark-speed": ("time dense against thin models at the paper's real sizes",
+                        "experiments.speed:print_speed|compare_speed",
+                        "<models> layers keep results tokens rounds two_threads out"),
+    "full-size": ("compress one of the paper's models at its real size",
+                  "experiments.full_size:print_full_size|compress_full_size",
+                  "<model> keep count layers split threads out"),
+    "training-memory": ("count and measure the memory that a training step takes",
+                        "experiments.training_memory:print_training_memory|training_memory",
+                        "<model> form=soft layers batch tokens out"),
+    "verify": ("judge every claim, and compare README and notebooks with the results", "workbook.verify:verify",
+               "profile write"),
 }
+# fmt: on
 
-# command to module and function of softlms, which takes the command's options; what it returns is the exit status
-FUNCTIONS = {
-    "figures": "workbook.run:make_figures",
-    "gallery": "workbook.gallery:print_gallery",
-    "doctor": "workbook.doctor:print_findings",
-    "check-notebooks": "workbook.check:check_notebooks",
-    "stamp": "workbook.stamp:stamp_notebooks",
-    "verify": "workbook.verify:verify",
-    "full-size": "experiments.full_size:print_full_size",
-    "training-memory": "experiments.training_memory:print_training_memory",
-    "benchmark": "experiments.latency:print_step_times",
-    "benchmark-scan": "experiments.latency:print_scan_times",
-    "benchmark-speed": "experiments.speed:print_speed",
+# by option, or by command and option
+HELP = {
+    "alpha_learning_rate": "learning rate of the thresholds; by default it follows from factors, budget and steps",
+    "batch": "rows in a batch",
+    "batch_size": "rows in a step",
+    "bf16": "train under bfloat16 autocast",
+    "calibration_rows": "training rows for data-aware factors",
+    "check": "execute nothing: say which are stale, and why",
+    "count": "what keep is a share of: linear, total, flops or latency",
+    "full-size count": "what keep is a share of: total or linear",
+    "data": "folder in GLUE's layout, hub or hub@revision, or embedded for docpairs",
+    "figures data": "folder in GLUE's layout, or hub; by default SOFTLMS_DATA, else hub",
+    "dense_epochs": "epochs of fine-tuning, if the model has no head yet",
+    "dense_learning_rate": "learning rate of that fine-tuning",
+    "distillation": "share of the dense model's logits in the loss",
+    "epochs": "epochs of compressing and recovering",
+    "factors": "svd, fwsvd, asvd or whitened",
+    "form": "dense, soft, or deployed at half of the parameters",
+    "inference": "time forward passes instead",
+    "check-notebooks jobs": "jobs of notebooks.toml; all by default",
+    "jobs": "notebooks at a time; each may use two processes",
+    "keep": "share of the parameters that stays",
+    "layers": "only the first blocks, for a quick look",
+    "learning_rate": "learning rate of the weights during compression",
+    "max_length": "tokens in a row at most",
+    "compress model": "classifier or encoder: folder, hub name or name@revision, or minilm",
+    "figures model": "folder or hub name of another encoder",
+    "benchmark model": "encoder",
+    "full-size model": "bert-base, gpt2, tinyllama-1.1b or mamba-130m (random weights); or a folder or hub name",
+    "training-memory model": "bert-base, gpt2, tinyllama-1.1b or mamba-130m (random weights)",
+    "models": "bert-base, gpt2, tinyllama-1.1b, mamba-130m; all by default",
+    "names": "notebooks by name or its beginning, such as 03; all by default",
+    "out": "CSV file to which the rows are added",
+    "benchmark out": "CSV file to write as well",
+    "benchmark-scan out": "CSV file to write as well",
+    "compress out": "folder for the compressed model",
+    "gallery out": "folder of the site",
+    "parameters": "any other parameter of the notebooks",
+    "profile": "quick, laptop or paper",
+    "replot": "run nothing: draw the figures again from the tables",
+    "results": "folder with laptop ranks: trained ranks beside uniform ones",
+    "resume": "skip notebooks that are finished and unchanged",
+    "rounds": "interleaved rounds",
+    "seed": "seed of all random numbers",
+    "split": "take GPT-2's fused projections apart first",
+    "task": "mrpc, rte, sst2, cola, stsb or docpairs",
+    "text": "text of the language models: folder, hub or embedded",
+    "threads": "threads",
+    "tokens": "tokens in a row",
+    "two_threads": "time two threads as well as one",
+    "write": "write README's generated tables first",
 }
+FLAGS = {"jobs": "-j", "parameters": "-p"}
+METAVARS = {"names": "notebook", "parameters": "NAME=VALUE"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if all went well, 1 if a notebook, a claim or a training failed, 2 for bad input, 130 after
-    Ctrl-C.
+    """Run a command.
+
+    Returns
+    -------
+    int
+        0 if all went well, 1 if a notebook, a claim or a training failed, 2 for bad input, 130 after Ctrl-C.
     """
-    parser = argparse.ArgumentParser(prog="softlms", description="Learned ranks for language models: the workbook.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    figures = commands.add_parser("figures", help="run notebooks headless and leave figures, tables and a summary")
-    figures.add_argument(
-        "names", metavar="notebook", nargs="*", help="names or their beginnings, such as 03; all when none is given"
-    )
-    figures.add_argument("--profile", default="quick", help="quick (default), laptop or paper")
-    figures.add_argument("--data", default="", help="folder in GLUE's layout, or hub; default: SOFTLMS_DATA, else hub")
-    figures.add_argument("--model", default="", help="folder or hub name of another encoder")
-    figures.add_argument("--text", default="", help="text of the language models: folder, hub or embedded")
-    figures.add_argument(
-        "-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="any other parameter of theirs"
-    )
-    figures.add_argument(
-        "-j", dest="jobs", type=int, default=1, help="notebooks at a time (default 1); each may use two processes"
-    )
-    figures.add_argument("--resume", action="store_true", help="leave out notebooks that are finished and unchanged")
-    figures.add_argument("--replot", action="store_true", help="run nothing: draw the figures again from the tables")
-
-    gallery = commands.add_parser("gallery", help="build a static site of the figures, the notebooks and the API")
-    gallery.add_argument("--profile", default="laptop", help="quick, laptop (default) or paper")
-    gallery.add_argument("--out", default="site", help="folder (default site)")
-
-    commands.add_parser("doctor", help="say what is installed here, and what would stop the workbook")
-    check = commands.add_parser("check-notebooks", help="run notebooks under nbval, as notebooks/lanes.toml says")
-    check.add_argument("jobs", nargs="*", help="sections of lanes.toml; all when none is given")
-
-    stamp = commands.add_parser("stamp", help="execute notebooks in place, and stamp them with what they depend on")
-    stamp.add_argument(
-        "names", metavar="notebook", nargs="*", help="names or their beginnings, such as 03; all when none is given"
-    )
-    stamp.add_argument("--check", action="store_true", help="execute nothing: say which are stale, and why")
-
-    shrink = commands.add_parser("compress", help="compress a model on a task: learned ranks, recovered, saved")
-    shrink.add_argument(
-        "--model", required=True, help="classifier or encoder: folder, hub name or name@revision, minilm"
-    )
-    shrink.add_argument("--task", required=True, help="mrpc, rte, sst2, cola, stsb or docpairs")
-    shrink.add_argument("--keep", required=True, type=float, help="share of parameters that stays")
-    shrink.add_argument("--out", required=True, help="folder for the compressed model")
-    for name, (kind, meaning) in COMPRESSION_OPTIONS.items():
-        option = f"--{name.replace('_', '-')}"
-        shrink.add_argument(option, type=kind, default=argparse.SUPPRESS, help=meaning)
-    shrink.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast")
-
-    benchmark = commands.add_parser("benchmark", help="time a training step: dense, soft at full rank, soft at budget")
-    benchmark.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
-    benchmark.add_argument("--batch", type=int, default=16, help="rows a batch (default 16)")
-    benchmark.add_argument("--tokens", type=int, default=64, help="tokens a row (default 64)")
-    benchmark.add_argument("--threads", type=int, default=1, help="threads (default 1)")
-    benchmark.add_argument("--model", default="minilm", help="encoder (default minilm)")
-    benchmark.add_argument("--out", default="", help="CSV file to write as well")
-
-    scan = commands.add_parser(
-        "benchmark-scan", help="time Mamba's training step or inference with each selective scan"
-    )
-    scan.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
-    scan.add_argument("--batch", type=int, default=16, help="rows a batch (default 16)")
-    scan.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
-    scan.add_argument("--threads", type=int, default=2, help="threads (default 2)")
-    scan.add_argument("--inference", action="store_true", help="time forward passes instead")
-    scan.add_argument("--out", default="", help="CSV file to write as well")
-
-    speed = commands.add_parser("benchmark-speed", help="time dense against thin at the paper's real sizes")
-    speed.add_argument("models", nargs="*", help="bert-base, gpt2, tinyllama-1.1b, mamba-130m; all when none is given")
-    speed.add_argument("--layers", type=int, help="only so many blocks, for a quick look")
-    speed.add_argument("--keep", type=float, default=0.5, help="share of all parameters that stays (default 0.5)")
-    speed.add_argument("--results", default="", help="folder with laptop ranks: trained ranks beside uniform ones")
-    speed.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
-    speed.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default 9)")
-    speed.add_argument("--two-threads", action="store_true", help="time two threads as well as one")
-    speed.add_argument("--out", default="", help="CSV file that gets these rows more")
-
-    full_size = commands.add_parser("full-size", help="compress one of the paper's models at its real size")
-    full_size.add_argument(
-        "model", help="bert-base, gpt2, tinyllama-1.1b, mamba-130m (random weights); folder, hub name"
-    )
-    full_size.add_argument("--keep", type=float, default=0.5, help="share of parameters that stays (default 0.5)")
-    full_size.add_argument("--count", default="total", help="what keep is a share of: total (default) or linear")
-    full_size.add_argument("--layers", type=int, help="only so many blocks, for a quick look")
-    full_size.add_argument("--split", action="store_true", help="take GPT-2's fused projections apart first")
-    full_size.add_argument("--threads", type=int, default=2, help="threads (default 2)")
-    full_size.add_argument("--out", default="", help="CSV file that gets a row more")
-
-    memory = commands.add_parser("training-memory", help="count and measure what memory a training step takes")
-    memory.add_argument("model", help="bert-base, gpt2, tinyllama-1.1b or mamba-130m (random weights)")
-    memory.add_argument("--form", default="soft", help="dense, soft (default), or deployed at half of the total")
-    memory.add_argument("--layers", type=int, help="only so many blocks")
-    memory.add_argument("--batch", type=int, default=1, help="rows (default 1)")
-    memory.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
-    memory.add_argument("--out", default="", help="CSV file that gets a row more")
-
-    verify = commands.add_parser("verify", help="judge every claim, and hold README and notebooks against the results")
-    verify.add_argument("--profile", default="laptop", help="whose rows: quick, laptop (default) or paper")
-    verify.add_argument("--write", action="store_true", help="write README's generated tables anew first")
-
     for stream in (sys.stdout, sys.stderr):  # what a console's encoding lacks is written as its code, not an error
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    options = vars(parser.parse_args(arguments))
-    command = options.pop("command")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = next((argument for argument in arguments if argument in COMMANDS), None)
+    parser = argparse.ArgumentParser(prog="softlms", description="Learned ranks for language models: the workbook.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    parsers = {command: commands.add_parser(command, help=entry[0]) for command, entry in COMMANDS.items()}
+    if name is None:
+        parser.parse_args(arguments)  # help or an error: it exits
+        return 2
     try:
-        if command == "figures" and options.pop("replot"):
-            if given := [n for n in options if n not in ("names", "profile") and options[n] != figures.get_default(n)]:
-                raise ValueError(f"--replot runs no notebook: {', '.join(given)} would mean nothing.")
-            return _call("workbook.run:replot_figures", names=options["names"], profile=options["profile"])
-        if command == "compress":
-            return _compress(options.pop("out"), options)
-        return _call(FUNCTIONS[command], **options)
+        module, functions = COMMANDS[name][1].split(":")
+        declared = [getattr(import_module(f"softlms.{module}"), function) for function in functions.split("|")]
+        for option in COMMANDS[name][2].split():
+            _add_option(parsers[name], name, option, declared)
+        given = vars(parser.parse_args(arguments))
+        return (_compress(**given) if name == "compress" else declared[0](**given)) or 0
     except KeyboardInterrupt:
-        print(f"softlms {command}: stopped.", file=sys.stderr)
+        print(f"softlms {name}: stopped.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"softlms {command}: {_one_line(error)}", file=sys.stderr)
+        print(f"softlms {name}: {_one_line(error)}", file=sys.stderr)
         return 2
 
 
-def _compress(out: str, options: dict[str, Any]) -> int:
+def _add_option(parser: argparse.ArgumentParser, command: str, option: str, declared: Sequence[Any]) -> None:
+    name, _, default = option.strip("<>").partition("=")
+    function = next(function for function in declared if name in inspect.signature(function).parameters)
+    kind, default = get_type_hints(function)[name], default or inspect.signature(function).parameters[name].default
+    settings: dict[str, Any] = {"help": HELP.get(f"{command} {name}") or HELP[name]}
+    positional = option.startswith("<")
+    if kind is bool:
+        settings["action"] = "store_true"
+    elif kind == Sequence[str]:
+        settings |= {"nargs": "*"} if positional else {"action": "append", "default": []}
+        settings["metavar"] = METAVARS.get(name)
+    else:
+        settings["type"] = next(iter(get_args(kind)), kind)  # the first one of a union
+        if default is not inspect.Parameter.empty:
+            settings["default"] = default
+            settings["help"] += "" if default in (None, "") else " (default %(default)s)"
+        elif not positional:
+            settings["required"] = True
+    if positional:
+        parser.add_argument(name, **settings)
+    else:
+        parser.add_argument(FLAGS.get(name, f"--{name.replace('_', '-')}"), dest=name, **settings)
+
+
+def _compress(*, out: str, **settings: Any) -> int:
     from softlms.compress import Compression, compress
 
     try:
-        compress(Compression(**options), out)
+        compress(Compression(**settings), out)
     except RuntimeError as error:  # training diverged, or memory ran out
         print(f"softlms compress: {_one_line(error)}", file=sys.stderr)
         return 1
@@ -180,10 +174,3 @@ def _compress(out: str, options: dict[str, Any]) -> int:
 def _one_line(error: Exception) -> str:
     """Errors of other libraries may have many lines."""
     return " ".join(str(error).split())
-
-
-def _call(function: str, **options: Any) -> int:
-    """Imported when it is wanted: --help should not wait for torch."""
-    module, name = function.split(":")
-    status: int | None = getattr(importlib.import_module(f"softlms.{module}"), name)(**options)
-    return status or 0

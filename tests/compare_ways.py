@@ -20,7 +20,7 @@ from pathlib import Path
 from kill_figures import differences, tables
 from lab import BROWSER, DRIVER, NotebookPage, open_browser, serve_lab
 
-from softlms.workbook.run import choose_notebooks
+from softlms.workbook.registry import choose_notebooks
 
 ROOT = Path(__file__).parent.parent
 MODULE = [sys.executable, "-m"]

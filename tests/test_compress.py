@@ -28,7 +28,7 @@ import softlms.methods.factors
 import softlms.methods.soft
 from softlms.architectures import find_targets
 from softlms.budget import Costs
-from softlms.cli import COMPRESSION_OPTIONS, main
+from softlms.cli import main
 from softlms.compress import NOTE, Compression, compress
 from softlms.data.encoders import find_encoder
 from softlms.data.tasks import encode, load_task
@@ -355,16 +355,6 @@ def test_slow_thresholds_still_end_within_the_budget(tiny_folder, data, tmp_path
     compress(settings(tiny_folder, data, alpha_learning_rate=1e-9), tmp_path / "out", console=quiet())
     notes = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.softlms
     assert 0.49 < notes["kept_linear"] <= 0.5
-
-
-def test_options_are_the_settings():
-    fields = {field.name: field for field in dataclasses.fields(Compression)}
-    assert {*COMPRESSION_OPTIONS, "model", "task", "keep", "bf16"} == fields.keys()
-    for name, (kind, meaning) in COMPRESSION_OPTIONS.items():
-        assert type(fields[name].default) is kind or kind is float
-        if "(default" in meaning:
-            stated = meaning.split("(default ")[1].rstrip(")") if "(default)" not in meaning else None
-            assert stated is None or kind(stated) == fields[name].default
 
 
 def test_settings_of_numpy_and_paths_are_plain(tmp_path):

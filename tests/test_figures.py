@@ -29,12 +29,11 @@ from kill_figures import (
 from rich.console import Console
 
 from softlms import cli
-from softlms.workbook import batch
-from softlms.workbook.finished import depends_on, reason_to_run
-from softlms.workbook.folders import Folders
+from softlms.workbook import process
 from softlms.workbook.progress import Progress
-from softlms.workbook.reads import READS
+from softlms.workbook.registry import Folders
 from softlms.workbook.run import make_figures, replot_figures
+from softlms.workbook.state import depends_on, reason_to_run
 
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 PARAMETERS = 'profile = "quick"\ndata = ""\nmodel = ""'
@@ -54,6 +53,12 @@ def write_notebook(folder, name, source, parameters=PARAMETERS):
     book = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL}, cells=cells)
     (folder / "notebooks").mkdir(exist_ok=True)
     nbformat.write(book, folder / "notebooks" / f"{name}.ipynb")
+
+
+def register(folder, name, **entry):
+    lines = [f"{key} = {value}\n" for key, value in ({"job": "'small'", "lane": "'lax'"} | entry).items()]
+    with (folder / "notebooks/notebooks.toml").open("a", encoding="utf-8") as file:
+        file.write("".join([f"[{name}]\n", *lines]))
 
 
 @pytest.fixture
@@ -177,7 +182,7 @@ def test_outside_a_checkout(tmp_path, monkeypatch, capsys):
 
 
 def test_missing_kernel(checkout, monkeypatch, capsys):
-    monkeypatch.setattr(batch, "KERNEL", "elsewhere")
+    monkeypatch.setattr(process, "KERNEL", "elsewhere")
     assert cli.main(["figures"]) == 2
     assert f"'elsewhere' is missing; run: {sys.executable} -m pip install ipykernel" in capsys.readouterr().err
     assert not (checkout / "executed").exists()
@@ -271,31 +276,33 @@ def test_resume_leaves_out_what_is_finished(checkout):
 @pytest.mark.slow
 def test_a_first_run_says_how_long_it_takes(checkout):
     write_notebook(checkout, "02_more", "import time; time.sleep(1)")
-    (checkout / "notebooks/seconds.toml").write_text("01_good = 100\n02_more = 200\n", "utf-8")
+    register(checkout, "01_good", seconds="{ quick = 100, laptop = 4000 }")
+    register(checkout, "02_more", seconds="{ quick = 200 }")
     status, output = run()
     assert status == 0 and "01_good: started, 1 of 2; about 5:00 left" in output
     (left,) = re.findall("02_more: started, 2 of 2; about 0:(..) left", output)  # this machine is faster
     assert int(left) < 60
-    assert "time left not known for 01_good and 1 more" in run(profile="laptop")[1]  # another profile, other times
+    assert "about 1:10:00 left" in run(profile="laptop")[1]  # its own time where there is one
 
 
-def test_time_left_without_times_comes_from_cells(monkeypatch):
+def test_time_left_follows_the_pace(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("softlms.workbook.progress.time.monotonic", lambda: now[0])
-    bars = Progress(Console(file=io.StringIO()), {"01": None, "02": 60.0}, jobs=1)
+    bars = Progress(Console(file=io.StringIO()), {"01": 60.0, "02": 60.0, "03": 30.0}, jobs=1)
     bars.start("01")
-    assert bars._left() == "more than 1:00 left, not known for 01"
-    now[0] = 20.0
-    bars.cell("01", 2, 5)
-    assert bars._left() == "about 2:20 left"  # four more cells, and 02
-    bars.end("01", 20.0, None)
+    assert bars.time_left() == "about 2:30 left"
+    now[0] = 120.0  # late, and no cell is done
+    assert bars.time_left() == "about 5:00 left"  # as long again, and the others at half the pace
+    bars.cell("01", 5, 5)
+    assert bars.time_left() == "about 3:30 left"
+    bars.end("01", 120.0, None)
     bars.start("02")
-    bars.cell("02", 1, 4)
-    now[0] = 60.0
-    assert bars._left() == "about 0:20 left"
-    bars.cell("02", 3, 4)
-    now[0] = 100.0  # longer than it should take
-    assert bars._left() == "about 1:20 left"
+    assert bars.time_left() == "about 3:00 left"
+    now[0] = 160.0
+    assert bars.time_left() == "about 2:20 left"
+    bars.end("02", 40.0, "failed")  # says nothing of the pace
+    bars.start("03")
+    assert bars.time_left() == "about 1:00 left"
 
 
 def test_files_in_a_data_folder_count(checkout):
@@ -328,6 +335,7 @@ def test_leftovers_of_processes_that_are_no_more_are_removed(checkout):
 def test_replot(checkout, capsys):
     results = checkout / "results/laptop"
     results.mkdir(parents=True)
+    shutil.copy(ROOT / "notebooks/notebooks.toml", checkout / "notebooks")
     for name in ("03_block_sensitivity", "09_speedup", "10_more"):
         write_notebook(checkout, name, "raise RuntimeError")  # none of them runs
     for name in ("03_block_sensitivity", "09_speedup"):
@@ -425,8 +433,8 @@ def test_ctrl_c_stops_all_and_says_how_to_continue(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_notebook_that_reads_what_others_write_follows_them(checkout, monkeypatch):
-    monkeypatch.setitem(READS, "02_reads", ("claims.toml", "{profile}/0*.csv"))
+def test_a_notebook_that_reads_what_others_write_follows_them(checkout):
+    register(checkout, "02_reads", reads=["claims.toml", "{profile}/0*.csv"])
     place = 'from pathlib import Path\nresults = Path("../results")\n'
     place += "(results / profile).mkdir(parents=True, exist_ok=True)\n"
     write_notebook(

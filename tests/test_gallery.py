@@ -23,6 +23,7 @@ def copy_checkout(place):
     """The committed tree with two of its notebooks."""
     (place / "notebooks").mkdir(parents=True)
     (place / "pyproject.toml").touch()
+    shutil.copy(ROOT / "notebooks/notebooks.toml", place / "notebooks")
     for book in BOOKS:
         shutil.copy(ROOT / "notebooks" / f"{book}.ipynb", place / "notebooks")
         for kind in ("figures", "results"):

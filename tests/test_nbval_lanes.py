@@ -11,11 +11,8 @@ import nbformat
 import pytest
 
 from softlms import cli
-from softlms.workbook.check import check_notebooks
-from softlms.workbook.durations import keep_seconds, read_seconds
-from softlms.workbook.lanes import read_lanes
-from softlms.workbook.reads import READS
-from softlms.workbook.stamp import make_stamp, stamp_notebooks
+from softlms.workbook.registry import keep_seconds, read_complete_registry, read_registry
+from softlms.workbook.stamp import check_notebooks, make_stamp, stamp_notebooks
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = 'profile = "quick"\nsteps = 4'
@@ -26,6 +23,11 @@ SOURCES = (
     "{'steps': steps, 'total': total}",
     "assert total == 6\nassert figure.stat().st_size == steps\nprint('checked')",
 )
+
+
+def register(root, lane="strict", reads=()):
+    text = f'[01_small]\njob = "small"\nlane = "{lane}"\nreads = {list(reads)}\n'
+    (root / "notebooks/notebooks.toml").write_text(text, "utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def stamped(tmp_path_factory):
     book.cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, *SOURCES)]
     book.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(book, root / "notebooks" / "01_small.ipynb")
-    (root / "notebooks" / "lanes.toml").write_text('[small]\n01_small = "strict"\n', "utf-8")
+    register(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert stamp_notebooks() == 0
@@ -56,7 +58,7 @@ def checkout(stamped, tmp_path, monkeypatch):
 def change(root, edit, *, lane="strict", restamp=True):
     """Edit the notebook; by default its stamp goes with it, so that something else has to find the fault."""
     path = root / "notebooks" / "01_small.ipynb"
-    (root / "notebooks" / "lanes.toml").write_text(f'[small]\n01_small = "{lane}"\n', "utf-8")
+    register(root, lane)
     book = nbformat.read(path, as_version=4)
     edit(book)
     if restamp:
@@ -169,7 +171,8 @@ def test_changed_sources_fail_and_a_changed_library_warns(checkout, capfd):
     assert "01_small: fresh" in capfd.readouterr().out
 
     def other_library(book):
-        book.metadata.softlms.workbook.stamp.library = book.metadata.softlms.workbook.stamp.environment = "of last week"
+        stamp = book.metadata.softlms.stamp
+        stamp.library = stamp.environment = "of last week"
 
     change(checkout, other_library, restamp=False)
     assert cli.main(["stamp", "--check"]) == 1
@@ -186,9 +189,9 @@ def test_changed_sources_fail_and_a_changed_library_warns(checkout, capfd):
     assert "01_small: stale, source and library and environment changed" in out and "passed" not in out
 
 
-def test_changed_tables_that_a_notebook_reads_fail(checkout, capfd, monkeypatch):
-    monkeypatch.setitem(READS, "01_small", ("claims.toml",))
-    change(checkout, lambda book: None)
+def test_changed_tables_that_a_notebook_reads_fail(checkout, capfd):
+    register(checkout, reads=["claims.toml"])
+    assert stamp_notebooks() == 0
     assert cli.main(["stamp", "--check"]) == 0
     (checkout / "results").mkdir()
     (checkout / "results" / "claims.toml").write_text("other = true", "utf-8")
@@ -241,14 +244,19 @@ def test_stamping_keeps_ids_and_is_the_same_twice(checkout):
 
 
 def test_a_stamp_keeps_how_long_it_took(checkout):
-    """`softlms figures` says what a first run takes; times that are nearly those change no file."""
-    folder = checkout / "notebooks"
-    assert read_seconds(folder).keys() == {"01_small"}
-    keep_seconds(folder, "00_other", 10.2)
-    keep_seconds(folder, "00_other", 17)
-    assert read_seconds(folder)["00_other"] == 10
-    keep_seconds(folder, "00_other", 21)
-    assert read_seconds(folder) == {"00_other": 21, "01_small": read_seconds(folder)["01_small"]}
+    """`softlms figures` says how long a first run takes; times that are nearly the known ones change no file."""
+    assert read_registry(checkout)["01_small"].seconds.keys() == {"quick"}
+    register(checkout, reads=["a.csv"])
+    with (checkout / "notebooks/notebooks.toml").open("a", encoding="utf-8") as file:
+        file.write('# the other\n\n[00_other]\njob = "small"\nlane = "lax"\nseconds.laptop = 3\nseconds.quick = 9\n')
+    for seconds, kept in ((10.2, 10), (17, 10), (21, 21)):
+        keep_seconds(checkout, "01_small", seconds)
+        assert read_registry(checkout)["01_small"].seconds == {"quick": kept}
+    keep_seconds(checkout, "00_other", 90)
+    registry = read_registry(checkout)
+    assert registry["00_other"].seconds == {"quick": 90, "laptop": 3} and registry["01_small"].reads == ["a.csv"]
+    assert registry["01_small"].seconds == {"quick": 21}
+    assert "# the other" in (checkout / "notebooks/notebooks.toml").read_text("utf-8")
 
 
 def test_what_fails_or_is_not_clean_stays_as_it_was(checkout, capsys):
@@ -265,29 +273,32 @@ def test_what_fails_or_is_not_clean_stays_as_it_was(checkout, capsys):
         assert not list(path.parent.glob(".*.partial*"))
 
 
-def test_the_manifest_is_complete(checkout, capsys):
-    manifest = checkout / "notebooks" / "lanes.toml"
+def test_the_registry_is_complete(checkout, capsys):
+    place, entry = checkout / "notebooks/notebooks.toml", '[{}]\njob = "small"\nlane = "lax"\n'.format
     for text, said in (
-        ("[small]\n", "Notebooks are not listed in"),
-        ('[small]\n01_small = "lax"\n02_gone = "lax"\n', "not there: 02_gone"),
-        ('[small]\n01_small = "lax"\n[large]\n01_small = "lax"\n', "more than once: 01_small"),
-        ('[small]\n01_small = "loose"\n', "01_small has the unknown lane 'loose'; known: strict, lax"),
+        ("", "Notebooks not listed in"),
+        (entry("01_small") + entry("02_gone"), "but missing: 02_gone"),
+        (entry("01_small") * 2, "notebooks.toml: Cannot declare"),
+        (entry("01_small").replace("lax", "loose"), "01_small has the unknown lane 'loose'; known: strict, lax"),
+        (entry("01_small") + "colour = 1", "notebooks.toml: "),
+        (entry("01_small") + "figures.a = {}", "notebooks.toml: 'plot'"),
     ):
-        manifest.write_text(text, "utf-8")
+        place.write_text(text, "utf-8")
         for command in (["check-notebooks"], ["stamp"]):
             assert cli.main(command) == 2
             assert said in capsys.readouterr().err
-    manifest.write_text('[small]\n01_small = "lax"\n', "utf-8")
+    place.write_text(entry("01_small"), "utf-8")
     assert cli.main(["check-notebooks", "tiny"]) == 2
     assert "Unknown job 'tiny'; known: small" in capsys.readouterr().err
     assert cli.main(["stamp", "07"]) == 2
-    manifest.unlink()
+    place.unlink()
     assert cli.main(["check-notebooks"]) == 2
-    assert "lanes.toml" in capsys.readouterr().err
+    assert "notebooks.toml" in capsys.readouterr().err
 
 
 def test_makefile_runs_every_job():
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    jobs = " ".join(f"test-{job}" for job in read_lanes(ROOT / "notebooks"))
+    known = dict.fromkeys(notebook.job for notebook in read_complete_registry(ROOT).values())
+    jobs = " ".join(f"test-{job}" for job in known)
     assert f"{jobs}: test-%: $(READY)\n\t$(BIN)/softlms check-notebooks $*\n" in makefile
     assert f"{jobs} test-units\n" in makefile

@@ -8,7 +8,7 @@ import pytest
 from softlms import cli
 from softlms.experiments.profiles import PROFILES
 from softlms.workbook.book import open_book
-from softlms.workbook.folders import project_root
+from softlms.workbook.registry import project_root
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +29,7 @@ def test_benchmark_command(tmp_path, capsys):
 
 
 def test_book_writes_figures_and_tables_with_provenance(checkout):
+    shutil.copy(ROOT / "notebooks/notebooks.toml", checkout / "notebooks")
     book = open_book("09_speedup", profile="quick")
     with pytest.raises(FileNotFoundError, match="should have written"):
         book.check()

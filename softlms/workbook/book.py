@@ -1,4 +1,4 @@
-"""An opened notebook: its profile and bench, and where it leaves what it made."""
+"""An opened notebook: its profile and bench, and where it writes its figures and tables."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from softlms.experiments.report import Report
 from softlms.experiments.tokenized import tokenize_text
 from softlms.files import whole_file
 from softlms.machine import hardware, versions
-from softlms.workbook.folders import project_root
 from softlms.workbook.plots import style as plotting
 from softlms.workbook.plots.drawing import draw
+from softlms.workbook.registry import project_root
 
 __all__ = ["DATA_VARIABLE", "Book", "make_book", "open_book", "open_language_book", "open_speed_book"]
 
@@ -88,8 +88,8 @@ class Book:
     def save_table(self, table: pd.DataFrame, suffix: str = "", *, data: Mapping[str, str] | None = None) -> None:
         """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware, versions and commit.
 
-        Rows of stored runs bring the last three along, as they were when the run was made. A table of several tasks
-        takes each row's source from `data`, by its task.
+        Rows of stored runs have the last three already, as of when the run was made. In a table of several tasks
+        `data` gives the source of each.
         """
         path = self.results / f"{self.name}{suffix}.csv"
         provenance = {"profile": self.profile.name}
@@ -106,7 +106,7 @@ class Book:
         self.written.append(path)
 
     def save_report(self, report: Report) -> None:
-        """Write a grid's rows, ranks, means and verdicts, each row with its task's data, and tables for people."""
+        """Write a grid's rows, ranks, means and verdicts as CSV, and its scores as Markdown and LaTeX."""
         data = {task: bench.data.source for task, bench in report.benches.items()}
         self.save_table(report.rows)
         self.save_table(report.ranks, "_ranks", data=data)
@@ -119,14 +119,14 @@ class Book:
                 self.save_text(table.reset_index().to_latex(index=False, escape=True), f"_{split}.tex")
 
     def save_text(self, text: str, suffix: str) -> None:
-        """Write a table for people, Markdown or LaTeX; `suffix` ends in the file's kind."""
+        """Write a table in Markdown or LaTeX; `suffix` ends in the file's ending."""
         path = self.results / f"{self.name}{suffix}"
         with whole_file(path) as partial:
             partial.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
         self.written.append(path)
 
     def check(self) -> None:
-        """Say what was written; an error if a file is missing or empty."""
+        """Print what was written; an error if a file is missing or empty."""
         missing = [path for path in self.written if not path.is_file() or path.stat().st_size == 0]
         if missing or not self.written:
             raise FileNotFoundError(f"The notebook should have written {missing or 'a figure and a table'}.")
@@ -154,7 +154,7 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
 
     Notes
     -----
-    It sets up the whole kernel, as `make_book` says.
+    It changes settings of the whole kernel; see `make_book`.
     """
     if profile not in PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
@@ -171,14 +171,13 @@ def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book
 
     Notes
     -----
-    For the rest of the process torch has one thread (runs have it anyway; cells that call the library themselves have
-    numbers too, whose last digits depend on it), matplotlib has the workbook's style, and transformers and datasets
-    show no bars and tell nothing but errors. ``torch.set_num_threads``, ``transformers.utils.logging`` and
-    ``datasets.enable_progress_bars`` undo it.
+    For the rest of the process torch has one thread (the last digits of results depend on it), matplotlib has the
+    workbook's style, and transformers and datasets show errors only and no progress bars. To undo it use
+    ``torch.set_num_threads``, ``transformers.utils.logging`` and ``datasets.enable_progress_bars``.
     """
     plotting.use_style()
     be_quiet()
-    torch.set_num_threads(1)  # as in the processes of runs: a number depends on nothing that is free by chance
+    torch.set_num_threads(1)  # as in the processes of runs, whatever the number of cores
     root = project_root()
     return Book(name, profile, bench, root / "figures" / profile.name, root / "results" / profile.name, data)
 
@@ -205,12 +204,12 @@ def open_language_book(
     Raises
     ------
     ValueError, FileNotFoundError
-        Unknown profile or family, a model of another family, or as from `tokenize_text` and `find_encoder`: before any
+        Unknown profile or family, a model of another family, or as from `tokenize_text` and `find_encoder`; before any
         work.
 
     Notes
     -----
-    It sets up the whole kernel, as `make_book` says.
+    It changes settings of the whole kernel; see `make_book`.
     """
     if profile not in LANGUAGE_PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(LANGUAGE_PROFILES)}.")

@@ -1,4 +1,4 @@
-"""What this machine and this environment give the workbook, and what would stop it, each with its fix."""
+"""What the workbook finds on this machine, and what would stop it, each with its fix."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Finding:
     subject, text : str
         What was looked at, and what was found.
     state : {"ok", "note", "problem"}
-        A problem would stop ``make figures``; a note costs something or is missed by some.
+        A problem would stop ``make figures``; a note costs time, or limits what can be run.
     fix : str
-        What to do about it; empty where nothing is to be done.
+        What to do about it; empty if there is nothing to do.
     """
 
     subject: str
@@ -54,7 +54,7 @@ class Finding:
 
 
 def print_findings(console: Console | None = None) -> int:
-    """Print what `examine` finds; 1 if a problem is among it, else 0."""
+    """Print what `examine` finds; 1 if there is a problem, else 0."""
     console = console or Console(width=None if sys.stdout.isatty() else 100)
     findings = examine()
     table = Table("", "what", "found", box=None, pad_edge=False, header_style="bold")
@@ -69,7 +69,7 @@ def print_findings(console: Console | None = None) -> int:
 
 
 def examine() -> list[Finding]:
-    """Look at everything; without the packages that notebooks need at these alone, as the rest stands on them."""
+    """Look at everything; only at the packages if one is missing, as the rest needs them."""
     packages = _packages()
     if packages.state == "problem":
         return [packages]
@@ -78,7 +78,7 @@ def examine() -> list[Finding]:
 
 
 def _packages() -> Finding:
-    """Python, and whether all that the notebooks import is there."""
+    """Python, and whether all that the notebooks import is installed."""
     python = f"Python {sys.version.split()[0]}"
     try:
         needed = [Requirement(line) for line in metadata.requires("softlms") or ()]
@@ -105,8 +105,8 @@ def _version(name: str) -> str | None:
 
 
 def _checkout() -> Iterator[Finding]:
-    """The folder that holds the notebooks; its pins, and the room for what it will hold."""
-    from softlms.workbook.folders import project_root  # it needs packages that `_packages` looks for first
+    """The checkout: its pinned versions, its folders and the free space."""
+    from softlms.workbook.registry import project_root  # it needs packages that `_packages` looks for first
 
     try:
         root = project_root()
@@ -131,9 +131,9 @@ def _checkout() -> Iterator[Finding]:
 
 
 def _writable(root: Path) -> Finding:
-    """The folders of ``make figures``, or what they will stand in."""
+    """Whether the folders of ``make figures`` can be written, or the folders that will hold them."""
     from softlms.files import check_writable
-    from softlms.workbook.folders import Folders
+    from softlms.workbook.registry import Folders
 
     folders = Folders(root, "quick")
     for folder in (folders.figures, folders.results, folders.executed, folders.runs):
@@ -146,8 +146,8 @@ def _writable(root: Path) -> Finding:
 
 
 def _kernel() -> Finding:
-    """Does the kernel python3, which every notebook names, start this Python? One of the user's may hide it."""
-    from softlms.workbook.batch import check_kernel
+    """Whether the kernel python3, which every notebook names, starts this Python; a kernel of the user may hide it."""
+    from softlms.workbook.process import check_kernel
 
     try:
         folder, command = check_kernel()
@@ -163,8 +163,9 @@ def _kernel() -> Finding:
 def _hub() -> Finding:
     try:
         get_hf_file_metadata(hf_hub_url(zoo.MINILM_HUB, "config.json"), timeout=HUB_SECONDS)
-    except Exception as error:  # whatever it is, the hub is not there now, and that is all that is asked
-        return Finding("hub", "note", f"offline ({type(error).__name__}): quick needs none, others a folder with data")
+    except Exception as error:  # whatever it is, the hub cannot be reached now
+        text = f"offline ({type(error).__name__}): quick does not need it, other profiles need a folder with data"
+        return Finding("hub", "note", text)
     return Finding("hub", "ok", "answers")
 
 
@@ -189,7 +190,7 @@ def _data() -> Finding:
 
     folder = os.environ.get(DATA_VARIABLE, "")
     if not folder or is_hub(folder):
-        text = f"{DATA_VARIABLE} is {folder or 'not set'}: quick needs none, laptop and paper take GLUE from the hub"
+        text = f"{DATA_VARIABLE} is {folder or 'not set'}: quick needs no data, laptop and paper take GLUE from the hub"
         return Finding("data", "ok", text)
     if not Path(folder).expanduser().is_dir():
         return Finding(
@@ -197,7 +198,7 @@ def _data() -> Finding:
         )
     if (Path(folder) / "train.tsv").is_file():
         return Finding(
-            "data", "ok", f"{DATA_VARIABLE} is {folder}: the files of one task, taken for whichever is asked"
+            "data", "ok", f"{DATA_VARIABLE} is {folder}: the files of one task, used for whichever task is asked for"
         )
     here = [name for name in glue.LAYOUTS if _holds(folder, name)]
     fix = "" if here else f"{DATA_VARIABLE}=FOLDER with mrpc/train.tsv, or unset it: laptop and paper would stop"
@@ -221,11 +222,11 @@ def _machine() -> Iterator[Finding]:
     memory = psutil.virtual_memory()
     text = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
     short = memory.available / 1e9 < LEAST_MEMORY
-    fix = "close what is large: two runs go side by side" if short else ""
+    fix = "close large programs: two runs go side by side" if short else ""
     yield Finding("memory", "note" if short else "ok", text, fix)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: quick and laptop need none"
     yield Finding("GPU", "ok", gpu)
 
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
-    text = f"{compiler or 'none'}: torch.compile needs one, no notebook does"
+    text = f"{compiler or 'none'}: only torch.compile needs one, no notebook does"
     yield Finding("C++ compiler", "ok" if compiler else "note", text, "" if compiler else "install g++")

@@ -26,9 +26,9 @@ import softlms
 from softlms.experiments.profiles import PROFILES
 from softlms.experiments.provenance import commit
 from softlms.files import is_orphaned, process_mark
-from softlms.workbook.folders import project_root
 from softlms.workbook.pages import Section, code_style, markdown, notebook_body, plain, sections
 from softlms.workbook.plots.drawing import check_drawing
+from softlms.workbook.registry import project_root
 
 __all__ = ["build_gallery", "print_gallery"]
 

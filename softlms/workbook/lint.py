@@ -1,8 +1,8 @@
-"""What a committed notebook must be, so that Jupyter, papermill, nbclient and nbval all treat it alike.
+"""Rules for committed notebooks, so that Jupyter, papermill, nbclient and nbval all treat them alike.
 
 nbval compares nothing in a cell without a count or outputs: a stripped notebook passes it. papermill takes
-``sys.exit(0)`` for success, loses a parameter whose line has a second ``=``, and skips what nbval runs. Each is told
-here before anything runs.
+``sys.exit(0)`` for success, loses a parameter whose line has a second ``=``, and skips cells that nbval runs. Each of
+these is reported before anything runs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Cell = dict[str, Any]
 
 
 def lint(book: dict[str, Any], check: str) -> list[str]:
-    """Everything that is wrong with a notebook, one line each; empty where all is well.
+    """Everything that is wrong with a notebook, one line each; empty if all is well.
 
     Parameters
     ----------
     book : dict
-        The notebook's JSON as it is on disk (`nbformat.read` would give new ids where some are missing).
+        The notebook's JSON as it is on disk (`nbformat.read` would add missing ids).
     check : str
-        "strict" or "lax": how its outputs are checked; see `softlms.workbook.lanes`.
+        "strict" or "lax": how its outputs are checked; see ``notebooks/notebooks.toml``.
     """
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     found = [*_whole(book, code), *_parameters(code), *_vacuity(code, check)]
@@ -46,7 +46,7 @@ def lint(book: dict[str, Any], check: str) -> list[str]:
 def _whole(book: dict[str, Any], code: list[Cell]) -> Iterator[str]:
     kernel = book["metadata"].get("kernelspec", {}).get("name")
     if kernel != "python3":
-        yield f"kernelspec is {kernel!r}: python3 is there on every machine"
+        yield f"kernelspec is {kernel!r}: python3 exists on every machine"
     ids = [cell.get("id") for cell in book["cells"]]
     if None in ids or len(set(ids)) < len(ids):
         yield "cell ids are missing or not unique"
@@ -89,7 +89,7 @@ def _vacuity(code: list[Cell], check: str) -> Iterator[str]:
         if compared < MIN_COMPARED:
             yield f"{compared} text outputs to compare: a strict notebook has at least {MIN_COMPARED}"
     elif not any(_asserts(cell) for cell in run):
-        yield "nothing is asserted: a lax notebook has an assert of what it shows, in no branch and no function"
+        yield "nothing is asserted: a lax notebook needs an assert on what it shows, outside branches and functions"
 
 
 def _asserts(cell: Cell) -> bool:
@@ -97,7 +97,7 @@ def _asserts(cell: Cell) -> bool:
         statements: list[ast.stmt] = ast.parse(_text(cell["source"])).body
     except SyntaxError:
         return False
-    certain: list[ast.stmt] = []  # what is in a branch, a function or a try may never be looked at
+    certain: list[ast.stmt] = []  # an assert in a branch, a function or a try may never run
     while statements:
         statement = statements.pop()
         certain.append(statement)
@@ -107,7 +107,7 @@ def _asserts(cell: Cell) -> bool:
 
 
 def _can_fail(test: ast.expr) -> bool:
-    """Whether a test names something, and is no tuple (always true) and no comparison of a thing with itself."""
+    """Whether a test has a name in it, and is neither a tuple (always true) nor a comparison of a thing with itself."""
     if isinstance(test, ast.Compare) and ast.dump(test.left) == ast.dump(test.comparators[0]):
         return False
     display = isinstance(test, (ast.Tuple, ast.List, ast.Dict, ast.Set))
@@ -119,7 +119,7 @@ def _tags(cell: Cell) -> Iterator[str]:
     if tags - KNOWN_TAGS:
         yield f"unknown tags {', '.join(sorted(tags - KNOWN_TAGS))}; known: {', '.join(sorted(KNOWN_TAGS))}"
     if len(tags & SKIP_TAGS) == 1:
-        yield f"only {min(tags & SKIP_TAGS)}: papermill and nbval read a tag of their own, give both"
+        yield f"only {min(tags & SKIP_TAGS)}: papermill and nbval each read their own tag; give both"
 
 
 def _plain_python(cell: Cell) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _plain_python(cell: Cell) -> Iterator[str]:
         if name in EXITS or name in ("sys.exit", "os._exit"):
             yield f"{name}: papermill takes it for success"
         if name == "get_ipython":
-            yield "get_ipython is there in a kernel alone"
+            yield "get_ipython exists only in a kernel"
 
 
 def _outputs(cell: Cell) -> Iterator[str]:
@@ -154,7 +154,7 @@ def _outputs(cell: Cell) -> Iterator[str]:
 
 
 def _is_text(output: dict[str, Any]) -> bool:
-    """Whether nbval compares words or numbers in it, beside a picture's size."""
+    """Whether nbval compares its text, and not only a picture's size."""
     data = output.get("data", {})
     return output["output_type"] == "stream" or ("text/plain" in data and "image/png" not in data)
 

@@ -1,6 +1,6 @@
 """Parameters of notebooks, checked against what each declares before any of them runs.
 
-papermill only warns where a name is unknown, and takes every value as it comes.
+papermill only warns of an unknown name, and accepts every value.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import papermill
 
-__all__ = ["assign_parameters", "declared_parameters", "parse_value", "split_assignments"]
+__all__ = ["assign_parameters", "parse_value", "split_assignments"]
 
-OPTIONS = ("profile", "data", "model", "text")  # the command has an option for each
+OPTIONS = ("profile", "data", "model", "text")  # these have an option of their own
 
 
 def split_assignments(pairs: Sequence[str]) -> dict[str, str]:
@@ -43,27 +43,8 @@ def split_assignments(pairs: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def declared_parameters(notebook: Path) -> dict[str, Any]:
-    """Names and defaults in a notebook's parameters cell.
-
-    Raises
-    ------
-    ValueError
-        A default is no literal.
-    """
-    defaults = {}
-    for name, parameter in papermill.inspect_notebook(notebook).items():
-        try:
-            defaults[name] = ast.literal_eval(parameter["default"])
-        except (ValueError, SyntaxError):
-            raise ValueError(
-                f"{notebook.name}: the default of {name!r} is {parameter['default']}, which is no literal."
-            ) from None
-    return defaults
-
-
 def assign_parameters(notebooks: Sequence[Path], given: Mapping[str, str]) -> dict[Path, dict[str, Any]]:
-    """What each notebook gets: those of the given parameters that it declares, as values of its default's type.
+    """What each notebook gets: the given parameters that it declares, each with its default's type.
 
     Parameters
     ----------
@@ -74,9 +55,9 @@ def assign_parameters(notebooks: Sequence[Path], given: Mapping[str, str]) -> di
     Raises
     ------
     ValueError
-        A name that none of the notebooks declares, or a value that is not of its default's type.
+        No notebook declares a name, a value has another type than its default, or a default is no literal.
     """
-    declared = {notebook: declared_parameters(notebook) for notebook in notebooks}
+    declared = {notebook: _declared(notebook) for notebook in notebooks}
     for name in given:
         if not any(name in defaults for defaults in declared.values()):
             known = sorted({name for defaults in declared.values() for name in defaults})
@@ -89,12 +70,12 @@ def assign_parameters(notebooks: Sequence[Path], given: Mapping[str, str]) -> di
 
 
 def parse_value(name: str, text: str, default: Any) -> Any:
-    """A typed value as one of its default's type; a tuple as a list, which is what papermill can write.
+    """What was typed, as a value of its default's type; a tuple becomes a list, as papermill writes no tuples.
 
     Raises
     ------
     ValueError
-        It is not of that type.
+        It has another type.
 
     Examples
     --------
@@ -104,7 +85,7 @@ def parse_value(name: str, text: str, default: Any) -> Any:
     kind = type(default)
     try:
         if kind is str:
-            # a notebook runs elsewhere: a folder, known by a slash, is meant from where the user stands
+            # the user names a folder, known by its slash, from where they stand; the notebook runs elsewhere
             folder = Path(text).expanduser()
             return str(folder.resolve()) if "/" in text and folder.is_dir() else text
         if kind is bool:
@@ -120,3 +101,15 @@ def parse_value(name: str, text: str, default: Any) -> Any:
         return value
     expected = {bool: "true or false", tuple: "list", int: "whole number", float: "number"}.get(kind, kind.__name__)
     raise ValueError(f"Parameter {name!r} is {text!r}; expected: {expected}, such as {default!r}.")
+
+
+def _declared(notebook: Path) -> dict[str, Any]:
+    """Names and defaults in a notebook's parameters cell."""
+    defaults = {}
+    for name, parameter in papermill.inspect_notebook(notebook).items():
+        default = parameter["default"]
+        try:
+            defaults[name] = ast.literal_eval(default)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{notebook.name}: the default of {name!r} is {default}, which is no literal.") from None
+    return defaults

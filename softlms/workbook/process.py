@@ -1,8 +1,9 @@
-"""One notebook in a process of its own; `softlms.workbook.batch` starts this file by its path.
+"""Notebooks side by side, each in a process of its own.
 
-It imports nothing of softlms, so that it need not wait for torch. What happens goes to standard output, one JSON object
-a line. Standard input says only whether the driver lives: when it closes, however the driver ended, the kernel and all
-that it started are stopped and what is half-written is taken away. This needs no signal and works on every system.
+`run_notebooks` starts this file once for each notebook. It imports nothing of softlms, so that the process need not
+wait for torch. The process reports on standard output, one JSON object a line. Its standard input only shows whether
+the driver lives: when it closes, for whatever reason, the process stops the kernel and everything that it started,
+and removes what is half-written. This needs no signal and works on every system.
 """
 
 from __future__ import annotations
@@ -10,40 +11,192 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
+import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nbformat
 import papermill
 import psutil
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import KernelManager
 from nbformat import NotebookNode
 
-__all__ = ["run_notebook"]
+if TYPE_CHECKING:
+    from softlms.workbook.progress import Progress
 
+__all__ = ["Ending", "Work", "check_kernel", "run_notebooks"]
+
+KERNEL = "python3"
 CELL_TIMEOUT = 12 * 3600  # seconds; papermill would wait for ever
 
 
-def run_notebook(notebook: Path, executed: Path, kernel: str, parameters: dict[str, Any]) -> None:
-    """Run a notebook and tell each cell's start, and at last how it ended.
+@dataclass(frozen=True)
+class Work:
+    """A notebook, where its executed copy goes, its parameters, and whether it must wait for those before it."""
+
+    notebook: Path
+    executed: Path
+    parameters: Mapping[str, Any]
+    waits: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.notebook.stem
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a notebook ended: an error if there was one, the last cell that ran, and the executed copy."""
+
+    seconds: float
+    error: str | None
+    cell: int
+    copy: str | None
+
+
+def check_kernel() -> tuple[str, str]:
+    """Check that the notebooks' kernel is installed.
+
+    Returns
+    -------
+    tuple of str
+        The folder of its description, and the program that it starts.
+
+    Raises
+    ------
+    ValueError
+        The kernel or its interpreter is missing, or its description cannot be read; with what to do about it.
+    """
+    folder = KernelSpecManager().find_kernel_specs().get(KERNEL)
+    if folder is None:
+        raise ValueError(f"The Jupyter kernel {KERNEL!r} is missing; run: {sys.executable} -m pip install ipykernel")
+    fix = f"remove {folder}: {sys.executable} brings its own"
+    try:
+        command = KernelManager(kernel_name=KERNEL).format_kernel_cmd()[0]
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{folder}/kernel.json cannot be read: {error}; {fix}") from None
+    if shutil.which(command) is None:
+        raise ValueError(f"{folder}/kernel.json starts {command}, which is not there; {fix}")
+    return folder, command
+
+
+def run_notebooks(
+    works: Sequence[Work],
+    jobs: int,
+    environment: Mapping[str, str],
+    progress: Progress,
+    before: Callable[[Work], None],
+) -> Generator[tuple[Work, Ending]]:
+    """Run notebooks in this order, and yield each as it ends; one that fails does not stop the others.
 
     Parameters
     ----------
-    notebook, executed : Path
-        What is run, and where its executed copy goes when it is whole. After a failure that copy goes to
-        ``NAME.failed.ipynb``, and an older good one stays.
-    kernel : str
-    parameters : dict
-        Those that papermill injects.
+    works : sequence of Work
+    jobs : int
+        Notebooks at a time.
+    environment : mapping
+        Variables of the processes.
+    progress : Progress
+        Is told what happens.
+    before : callable
+        Is called when a notebook is about to start.
+
+    Notes
+    -----
+    When the generator is left early, by Ctrl-C or an error, the running notebooks are stopped. They stop as well when
+    this process is killed.
+    """
+    waiting, running = list(works), list[_Process]()
+    events: queue.Queue[tuple[_Process, dict[str, Any] | None]] = queue.Queue()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs and not (running and waiting[0].waits):
+                before(waiting[0])
+                running.append(_Process(waiting.pop(0), environment, events))
+                progress.start(running[-1].work.name)
+            try:
+                process, event = events.get(timeout=1)
+            except queue.Empty:
+                progress.tick()
+                continue
+            if event is None:
+                running.remove(process)
+                ending = process.ending()
+                progress.end(process.work.name, ending.seconds, ending.error)
+                yield process.work, ending
+            else:
+                progress.cell(process.work.name, event["cell"], event["of"])
+    finally:
+        for process in running:
+            process.close()
+
+
+class _Process:
+    """A notebook's process, and a thread that passes its reports on, with None after the last one."""
+
+    def __init__(self, work: Work, environment: Mapping[str, str], events: queue.Queue) -> None:
+        self.work, self._started = work, time.monotonic()
+        self._last: dict[str, Any] = {}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        arguments = [str(work.notebook), str(work.executed), json.dumps(work.parameters)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__, *arguments],  # -P: its folder holds softlms's modules, not libraries
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            cwd=work.notebook.parent,
+            env=dict(environment),
+            start_new_session=True,  # Ctrl-C is for the driver alone, which stops the others
+        )
+        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+
+    def _listen(self, events: queue.Queue) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            event = json.loads(line)
+            if "error" in event:
+                self._last = event
+            else:
+                events.put((self, event))
+        events.put((self, None))
+
+    def ending(self) -> Ending:
+        """How the process ended, after its last report."""
+        status, seconds = self.close(), time.monotonic() - self._started
+        if self._last:
+            return Ending(seconds, **self._last)
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
+        return Ending(seconds, ": ".join([f"its process ended with status {status}", *said]), 0, None)
+
+    def close(self) -> int:
+        """Make the process stop its kernel and end; its exit status."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            return self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def _run_notebook(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
+    """Run a notebook in this process; report each cell's start, and at last how it ended.
+
+    The executed copy appears when it is whole; after a failure as ``NAME.failed.ipynb``, and an older good one stays.
     """
     events = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # what a kernel writes to its standard output is no event
-
-    def tell(**event: Any) -> None:
-        print(json.dumps(event), file=events)
-
+    os.dup2(2, 1)  # what a kernel writes to its standard output is no report
     failed = executed.with_name(f"{executed.stem}.failed.ipynb")
     partial = executed.with_name(f".{executed.stem}.ipynb.partial-{socket.gethostname()}-{os.getpid()}.ipynb")
     threading.Thread(target=_end_with_driver, args=(partial,), daemon=True).start()
@@ -52,15 +205,15 @@ def run_notebook(notebook: Path, executed: Path, kernel: str, parameters: dict[s
     def tell_cell(cell: NotebookNode, cell_index: int) -> None:
         nonlocal number
         number += 1
-        tell(cell=number, of=total)
+        print(json.dumps({"cell": number, "of": total}), file=events)
 
-    error = None
+    error = copy = None
     try:
         papermill.execute_notebook(
             notebook,
             partial,
             parameters=parameters,
-            kernel_name=kernel,
+            kernel_name=KERNEL,
             progress_bar=False,
             start_timeout=120,
             execution_timeout=CELL_TIMEOUT,
@@ -77,17 +230,16 @@ def run_notebook(notebook: Path, executed: Path, kernel: str, parameters: dict[s
     except Exception as failure:  # a kernel that dies, a full disk
         if isinstance(failure, OSError):
             failure.filename = failure.filename or str(executed)  # papermill writes the copy after each cell
-        error = f"{type(failure).__name__}: {_first_line(str(failure))}"
-    copy = None
+        error = _describe(failure)
     try:
-        copy = _keep(partial, failed if error else executed)
+        copy = str(_keep(partial, failed if error else executed))
         if not error:
             failed.unlink(missing_ok=True)
     except (OSError, ValueError) as failure:  # no copy is better than half of one
-        error = error or f"{type(failure).__name__}: {_first_line(str(failure))}"
+        error = error or _describe(failure)
     finally:
         partial.unlink(missing_ok=True)
-    tell(error=error, cell=number, copy=copy and str(copy))
+    print(json.dumps({"error": error, "cell": number, "copy": copy}), file=events)
 
 
 def _count_cells(book: NotebookNode) -> int:
@@ -97,10 +249,14 @@ def _count_cells(book: NotebookNode) -> int:
 
 
 def _keep(partial: Path, place: Path) -> Path:
-    book = nbformat.read(partial, as_version=4)  # an error where it is not whole
+    book = nbformat.read(partial, as_version=4)  # an error if it is not whole
     book.metadata.papermill["output_path"] = str(place)
     nbformat.write(book, partial)
     return partial.replace(place)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {_first_line(str(error))}"
 
 
 def _first_line(text: str) -> str:
@@ -118,4 +274,4 @@ def _end_with_driver(partial: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_notebook(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
+    _run_notebook(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

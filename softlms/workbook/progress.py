@@ -1,4 +1,4 @@
-"""What a user sees while notebooks run: bars on a terminal, else one plain line when a notebook starts and ends."""
+"""What a user sees while notebooks run: bars on a terminal, else a plain line when a notebook starts and ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-__all__ = ["Progress", "clock", "say", "time_left"]
+__all__ = ["Progress", "clock", "say"]
 
 
 def clock(seconds: float) -> str:
@@ -26,50 +26,30 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def time_left(waiting: Mapping[str, float | None], running: Mapping[str, float | None], jobs: int) -> str:
-    """What is left of a batch in words, from seconds that each notebook still needs; None: not known.
-
-    Notebooks of which nothing is known are named, and what the others need is the least.
-
-    Examples
-    --------
-    >>> time_left({"03": 60.0}, {"01": 30.0, "02": 90.0}, jobs=2)
-    'about 1:30 left'
-    >>> time_left({"03": None, "04": None}, {"01": 30.0}, jobs=1)
-    'more than 0:30 left, not known for 03 and 1 more'
-    """
-    needed = {**running, **waiting}
-    seconds = [value for value in needed.values() if value is not None]
-    left = clock(max([sum(seconds) / jobs, *seconds]))
-    if unknown := [name for name, value in needed.items() if value is None]:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        return f"{f'more than {left} left,' if seconds else 'time left'} not known for {unknown[0]}{more}"
-    return f"about {left} left"
-
-
 def say(console: Console, text: str) -> None:
-    """A plain line, however wide the console is."""
+    """A plain line, whatever the console's width."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 class Progress:
-    """Told by the driver what happens, tells the user.
+    """Is told by the driver what happens, and tells the user.
 
     Parameters
     ----------
     console : Console
     seconds : mapping
-        Every notebook that will run, and how long it took before, here or elsewhere; None where that is not known.
+        Every notebook that will run, and about how long it takes. The estimates follow this machine's pace: when
+        notebooks take twice their time, so will the others.
     jobs : int
-        So many run at a time.
+        Notebooks at a time.
     """
 
-    def __init__(self, console: Console, seconds: Mapping[str, float | None], jobs: int) -> None:
+    def __init__(self, console: Console, seconds: Mapping[str, float], jobs: int) -> None:
         self._console, self._seconds, self._jobs = console, seconds, jobs
-        self._waiting = dict(seconds)
+        self._waiting = list(seconds)
         self._running: dict[str, float] = {}  # when each started
-        self._done: dict[str, float] = {}  # of each that runs, the share of its cells
-        self._took = self._expected = 0.0  # of those that ended: another machine has another pace
+        self._cells: dict[str, float] = {}  # share of cells done
+        self._took = self._expected = 0.0  # seconds of all that succeeded
         self._ended = 0
         columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[note]}"))
         self._bars = Bars(TimeElapsedColumn(), *columns, console=console, disable=not console.is_terminal)
@@ -87,52 +67,46 @@ class Progress:
 
     def start(self, name: str) -> None:
         """A notebook starts."""
-        del self._waiting[name]
-        self._running[name], self._done[name] = time.monotonic(), 0.0
+        self._waiting.remove(name)
+        self._running[name], self._cells[name] = time.monotonic(), 0.0
         self._tasks[name] = self._bars.add_task(name, total=None, note="kernel starts")
         self.tick()
         if not self._console.is_terminal:
-            number = len(self._seconds) - len(self._waiting)
-            self._line(f"{name}: started, {number} of {len(self._seconds)}; {self._left()}")
+            number, total = len(self._seconds) - len(self._waiting), len(self._seconds)
+            say(self._console, f"{name}: started, {number} of {total}; {self.time_left()}")
 
     def cell(self, name: str, number: int, total: int) -> None:
         """A cell of a notebook starts."""
-        note = f"cell {number} of {total}"
-        self._done[name] = (number - 1) / total
-        self._bars.update(self._tasks[name], completed=number - 1, total=total, note=note)
+        self._cells[name] = (number - 1) / total
+        self._bars.update(self._tasks[name], completed=number - 1, total=total, note=f"cell {number} of {total}")
         self.tick()
 
     def end(self, name: str, seconds: float, error: str | None) -> None:
         """A notebook ended."""
         del self._running[name]
         self._ended += 1
-        expected = self._seconds[name]
-        if not error and expected is not None:
+        if not error:
             self._took += seconds
-            self._expected += expected
+            self._expected += self._seconds[name]
         self._bars.remove_task(self._tasks.pop(name))
         self.tick()
-        self._line(f"{name}: {'failed' if error else 'done'} after {clock(seconds)}" + (f": {error}" if error else ""))
+        ending = f"failed after {clock(seconds)}: {error}" if error else f"done after {clock(seconds)}"
+        say(self._console, f"{name}: {ending}")
 
     def tick(self) -> None:
         """Time went by."""
-        self._bars.update(self._all, completed=self._ended, note=f"{self._ended} ended; {self._left()}")
+        self._bars.update(self._all, completed=self._ended, note=f"{self._ended} ended; {self.time_left()}")
 
-    def _left(self) -> str:
-        running = {name: self._rest(name, started) for name, started in self._running.items()}
-        return time_left({name: self._needs(name) for name in self._waiting}, running, self._jobs)
-
-    def _needs(self, name: str) -> float | None:
-        """Seconds of a whole notebook, at the pace of this machine so far."""
-        seconds = self._seconds[name]
-        return seconds and seconds * (self._took / self._expected if self._expected else 1)
-
-    def _rest(self, name: str, started: float) -> float | None:
-        """What a notebook still needs: by the time it should take, or past that by the cells that it has done."""
-        passed, needs, done = time.monotonic() - started, self._needs(name), self._done[name]
-        if needs is not None and needs > passed:
-            return needs - passed
-        return passed / done - passed if done else None
-
-    def _line(self, text: str) -> None:
-        say(self._console, text)
+    def time_left(self) -> str:
+        """What is left of all, in words."""
+        passed = {name: time.monotonic() - started for name, started in self._running.items()}
+        late = {name: seconds for name, seconds in passed.items() if seconds > self._seconds[name]}
+        expected = self._expected + sum(self._seconds[name] for name in late)
+        pace = (self._took + sum(late.values())) / expected if expected else 1.0
+        left = [self._seconds[name] * pace for name in self._waiting]
+        for name, seconds in passed.items():
+            if (rest := self._seconds[name] * pace - seconds) <= 0:  # it is late: its cells say more
+                done = self._cells[name]
+                rest = seconds / done - seconds if done else seconds
+            left.append(rest)
+        return f"about {clock(max([sum(left) / self._jobs, *left]))} left"

@@ -1,4 +1,4 @@
-"""The command ``softlms figures``: notebooks through papermill, checked before, resumed, told about after."""
+"""The command ``softlms figures``: run notebooks, or draw their figures again from the tables."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from softlms.data.hub import is_hub
 from softlms.experiments.profiles import PROFILES
 from softlms.files import check_writable, remove_leftovers
-from softlms.workbook.batch import Ending, Work, check_kernel, run_notebooks
 from softlms.workbook.book import DATA_VARIABLE
-from softlms.workbook.finished import depends_on, mark_finished, reason_to_run, stored_seconds, unmark
-from softlms.workbook.folders import Folders, project_root
 from softlms.workbook.parameters import assign_parameters, split_assignments
+from softlms.workbook.plots.drawing import draw
+from softlms.workbook.plots.style import use_style
+from softlms.workbook.process import Ending, Work, check_kernel, run_notebooks
 from softlms.workbook.progress import Progress, clock, say
-from softlms.workbook.reads import follows_others
-from softlms.workbook.replot import replot
+from softlms.workbook.registry import Folders, Notebook, choose_notebooks, project_root, read_registry
+from softlms.workbook.state import depends_on, mark_finished, reason_to_run, typical_seconds, unmark
 
-__all__ = ["choose_notebooks", "make_figures", "replot_figures"]
+__all__ = ["make_figures", "replot_figures"]
 
 INTERRUPTED = 130  # as a shell says it
 
@@ -40,6 +42,7 @@ def make_figures(
     parameters: Sequence[str] = (),
     jobs: int = 1,
     resume: bool = False,
+    replot: bool = False,
     console: Console | None = None,
 ) -> int:
     """Run notebooks headless, each in a process of its own; a failure does not stop the others.
@@ -47,7 +50,7 @@ def make_figures(
     Parameters
     ----------
     names : sequence of str
-        Notebooks by name or by its beginning (``03``); all when empty.
+        Notebooks by name or its beginning (``03``); all when empty.
     profile, data, model : str
         See `softlms.workbook.book.open_book`; a notebook gets those that it has.
     text : str
@@ -55,12 +58,14 @@ def make_figures(
     parameters : sequence of str
         Others, as ``name=value``.
     jobs : int
-        Notebooks at a time; the runs inside of one may use two processes.
+        Notebooks at a time; each may use two processes.
     resume : bool
-        Leave out notebooks that are finished: for the same cells, parameters, tables that they read, library, versions
-        and machine, with all that they wrote still there.
+        Skip finished notebooks: those that ran with the same cells, parameters, tables of others, library, versions and
+        machine, and whose files are all still there.
+    replot : bool
+        Run nothing; see `replot_figures`.
     console : rich.console.Console, optional
-        Where progress and the table go; errors go to standard error.
+        For progress and the final table; errors go to standard error.
 
     Returns
     -------
@@ -73,51 +78,53 @@ def make_figures(
         Bad input, no checkout, no kernel, or a folder that cannot be written: before anything runs.
     """
     console = console or Console()
+    if replot:
+        others = {"data": data, "model": model, "text": text, "parameters": parameters, "jobs": jobs != 1}
+        if useless := [name for name, value in (others | {"resume": resume}).items() if value]:
+            raise ValueError(f"--replot runs no notebook: {', '.join(useless)} would mean nothing.")
+        return replot_figures(names, profile=profile, console=console)
     if jobs < 1:
         raise ValueError(f"-j is {jobs}; it must be at least 1.")
     folders, chosen = _open(profile, names)
-    # a folder is given from where the user stands, the notebooks run elsewhere
+    # the user names folders from where they stand; the notebooks run elsewhere
     options = {"data": _resolve("--data", data), "model": _resolve_model(model), "text": _resolve("--text", text)}
     environment = dict(os.environ)
     if environment.get(DATA_VARIABLE):
         environment[DATA_VARIABLE] = _resolve(DATA_VARIABLE, environment[DATA_VARIABLE])
     given = {"profile": profile} | {name: value for name, value in options.items() if value}
     assigned = assign_parameters(chosen, given | split_assignments(parameters))
+    registry = read_registry(folders.root)
     check_kernel()
     check_writable((folders.figures, folders.results, folders.executed, folders.runs))
     for file in remove_leftovers((folders.figures, folders.results, folders.executed)):
         say(console, f"removed {file.relative_to(folders.root)}, which a killed run left")
-    works = [Work(notebook, folders.executed / notebook.name, assigned[notebook]) for notebook in chosen]
+    works = [
+        Work(path, folders.executed / path.name, assigned[path], registry.get(path.stem, Notebook()).follows_others)
+        for path in chosen
+    ]
     if resume:
-        reasons = {
-            work.name: reason_to_run(folders, work.name, depends_on(work.notebook, work.parameters, environment))
-            for work in works
-        }
-        if any(reasons.values()):
-            followers = filter(follows_others, reasons)
-            reasons |= {name: reasons[name] or "it reads what others write" for name in followers}
-        for name, reason in reasons.items():
-            say(console, f"{name}: {f'will run, {reason}' if reason else 'skipped, done before'}")
-        works = [work for work in works if reasons[work.name]]
+        works = _unfinished(works, folders, environment, console)
     try:
         outcomes = _run(works, folders, environment, jobs, console)
     except KeyboardInterrupt:
         _complain("stopped; what is finished stays, and the same command with --resume continues.")
         return INTERRUPTED
-    console.print(_table([notebook.stem for notebook in chosen], outcomes, profile))
+    console.print(_table([path.stem for path in chosen], outcomes, profile))
     for name, outcome in outcomes.items():
         if outcome.error:
-            _complain(f"{name} failed in cell {outcome.cell}: {outcome.error} ({_copy(outcome, folders)})")
+            place = outcome.copy and Path(outcome.copy).relative_to(folders.root)
+            copy = f"executed copy: {place}" if place else "no executed copy"
+            _complain(f"{name} failed in cell {outcome.cell}: {outcome.error} ({copy})")
     return int(any(outcome.error for outcome in outcomes.values()))
 
 
 def replot_figures(names: Sequence[str] = (), *, profile: str = "quick", console: Console | None = None) -> int:
-    """Draw all figures of the chosen notebooks again from ``results/<profile>``; no notebook runs.
+    """Draw the figures of some notebooks again from ``results/<profile>``.
 
     Parameters
     ----------
     names, profile, console
-        See `make_figures`. Where none is named, notebooks that have not run in this profile are left out.
+        See `make_figures`. If no notebook is named, those without tables in this profile are left out.
 
     Returns
     -------
@@ -131,12 +138,49 @@ def replot_figures(names: Sequence[str] = (), *, profile: str = "quick", console
     """
     console = console or Console()
     folders, chosen = _open(profile, names)
+    registry, results = read_registry(folders.root), folders.results.relative_to(folders.root)
     check_writable([folders.figures])
     remove_leftovers([folders.figures])
-    wrong = replot([notebook.stem for notebook in chosen], folders, console, named=bool(names))
+    mpl.use("agg")
+    use_style()
+    drawn, wrong = 0, []
+    for notebook in (path.stem for path in chosen):
+        figures = registry.get(notebook, Notebook()).figures
+        tables = {table for drawing in figures.values() for table in drawing.tables}
+        if not names and tables and not any((folders.results / f"{table}.csv").is_file() for table in tables):
+            say(console, f"{notebook}: left out, {results} holds no table of it")
+            continue
+        for figure in figures:
+            try:
+                draw(figure, folders.figures, folders.results)
+                drawn += 1
+                say(console, f"{figure}: drawn")
+            except Exception as error:  # one figure that fails does not stop the others
+                said = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                wrong.append(f"{figure}: {said}")
+                say(console, f"{figure}: not drawn")
+            finally:
+                plt.close("all")
+    if not drawn and not wrong:
+        wrong = [f"nothing to draw: {results} holds no tables yet."]
     for line in wrong:
         _complain(line)
     return int(bool(wrong))
+
+
+def _unfinished(
+    works: Sequence[Work], folders: Folders, environment: Mapping[str, str], console: Console
+) -> list[Work]:
+    """The notebooks that have to run, and a line on each."""
+    reasons = {
+        work.name: reason_to_run(folders, work.name, depends_on(work.notebook, work.parameters, environment))
+        for work in works
+    }
+    if any(reasons.values()):
+        reasons |= {work.name: reasons[work.name] or "it reads what others write" for work in works if work.waits}
+    for name, reason in reasons.items():
+        say(console, f"{name}: {f'will run, {reason}' if reason else 'skipped, done before'}")
+    return [work for work in works if reasons[work.name]]
 
 
 @dataclass(frozen=True)
@@ -148,30 +192,23 @@ class Outcome(Ending):
 
 
 def _run(
-    works: Sequence[Work],
-    folders: Folders,
-    environment: Mapping[str, str],
-    jobs: int,
-    console: Console,
+    works: Sequence[Work], folders: Folders, environment: Mapping[str, str], jobs: int, console: Console
 ) -> dict[str, Outcome]:
-    outcomes = {}
-    present: dict[str, dict[Path, tuple[int, int]]] = {}
-    depends: dict[str, dict[str, Any]] = {}
+    outcomes, depends, present = {}, dict[str, dict[str, Any]](), dict[str, dict[Path, tuple[int, int]]]()
 
     def prepare(work: Work) -> None:
         unmark(folders, work.name)
         depends[work.name] = depends_on(work.notebook, work.parameters, environment)
         present[work.name] = folders.written(work.name)
 
-    seconds = {work.name: stored_seconds(folders, work.name) for work in works}
+    seconds = {work.name: typical_seconds(folders, work.name) for work in works}
     with (
         Progress(console, seconds, jobs) as progress,
         contextlib.closing(run_notebooks(works, jobs, environment, progress, prepare)) as endings,
     ):
         for work, ending in endings:
-            files = [
-                file for file, state in folders.written(work.name).items() if present[work.name].get(file) != state
-            ]
+            before = present[work.name].items()
+            files = [file for file, state in folders.written(work.name).items() if (file, state) not in before]
             if not ending.error:
                 try:
                     mark_finished(folders, work.name, depends[work.name], files)
@@ -187,15 +224,6 @@ def _open(profile: str, names: Sequence[str]) -> tuple[Folders, list[Path]]:
         raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
     root = project_root()
     return Folders(root, profile), choose_notebooks(root / "notebooks", names)
-
-
-def choose_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Notebooks of a folder by name or by its beginning, all when `names` is empty; ValueError for an unknown one."""
-    known = sorted(folder.glob("[0-9]*.ipynb"))
-    unknown = [name for name in names if not any(path.stem.startswith(name) for path in known)]
-    if unknown:
-        raise ValueError(f"Unknown notebook {unknown[0]!r}; known: {', '.join(path.stem for path in known)}.")
-    return [path for path in known if not names or any(path.stem.startswith(name) for name in names)]
 
 
 def _resolve(option: str, value: str) -> str:
@@ -227,12 +255,6 @@ def _table(names: Sequence[str], outcomes: Mapping[str, Outcome], profile: str) 
         wrote = f"{outcome.figures} figures, {outcome.tables} tables"
         table.add_row(name, status, clock(outcome.seconds), wrote)
     return table
-
-
-def _copy(outcome: Outcome, folders: Folders) -> str:
-    if outcome.copy is None:
-        return "no executed copy"
-    return f"executed copy: {Path(outcome.copy).relative_to(folders.root)}"
 
 
 def _complain(text: str) -> None:

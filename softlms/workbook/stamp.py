@@ -1,16 +1,16 @@
-"""Stamps: whether a notebook's committed outputs are those of its sources, this library and these versions.
+"""Committed notebooks: executed and stamped by ``softlms stamp``, run under nbval by ``softlms check-notebooks``.
 
-A notebook whose own sources changed since it was executed, or committed tables that it reads, fails CI. A change of the
-library or of the pinned versions makes it stale too, and CI only warns: else each commit to the library would ask for a
-quarter of an hour of execution.
-``softlms stamp`` executes and stamps, and keeps how long that took (`durations.py`); ``softlms stamp --check``
-says what is stale, and why.
+A stamp says what a notebook's outputs were made from. If its own sources or the tables that it reads have changed, the
+check fails. If the library or the pinned versions have changed, it only warns; otherwise each commit to the library
+would ask for half an hour of execution.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,17 +23,14 @@ from nbclient.exceptions import CellExecutionError
 
 from softlms.experiments.closure import library_hash
 from softlms.files import whole_file
-from softlms.workbook.durations import keep_seconds
-from softlms.workbook.folders import project_root
-from softlms.workbook.lanes import read_lanes
 from softlms.workbook.lint import lint
-from softlms.workbook.reads import read_tables
-from softlms.workbook.run import choose_notebooks
+from softlms.workbook.registry import LANES, choose_notebooks, keep_seconds, project_root, read_complete_registry
+from softlms.workbook.state import read_tables
 
-__all__ = ["CELL_TIMEOUT_S", "OWN_PARTS", "describe", "make_stamp", "stale_parts", "stamp_notebooks"]
+__all__ = ["OWN_PARTS", "check_notebooks", "describe", "make_stamp", "stale_parts", "stamp_notebooks"]
 
 CELL_TIMEOUT_S = 1800
-OWN_PARTS = {"source", "tables"}  # where they changed the outputs are wrong; of the others, maybe
+OWN_PARTS = {"source", "tables"}  # when they change the outputs are wrong; with the others they may be
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"  # an id of one run, of no use without its kernel
 
@@ -53,21 +50,21 @@ def make_stamp(name: str, book: dict[str, Any], root: Path) -> dict[str, str]:
     Returns
     -------
     dict
-        ``source``, ``tables`` (committed ones that it reads: `reads.py`), ``library`` (all modules, without
-        comments and docstrings) and ``environment`` (the pinned versions and Python's own).
+        ``source``, ``tables`` (committed ones that it reads), ``library`` (all modules without comments and docstrings)
+        and ``environment`` (the pinned versions and Python's own).
     """
     code = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
     pins = [line for line in (root / "requirements.txt").read_text("utf-8").splitlines() if line and line[0] != "#"]
     return {
         "source": _digest(code),
-        "tables": _digest([*read_tables(root / "results", name).items()]),
+        "tables": _digest([*read_tables(root, name).items()]),
         "library": library_hash(),
         "environment": _digest([*pins, f"python {sys.version_info.major}.{sys.version_info.minor}"]),
     }
 
 
 def stale_parts(name: str, book: dict[str, Any], root: Path) -> list[str]:
-    """Which parts of a notebook's stamp are not those of today: none where it is fresh, all where it has no stamp."""
+    """Which parts of a notebook's stamp have changed: none if it is fresh, all if it has no stamp."""
     stamp = book["metadata"].get("softlms", {}).get("stamp", {})
     return [part for part, value in make_stamp(name, book, root).items() if stamp.get(part) != value]
 
@@ -78,17 +75,16 @@ def describe(stale: Sequence[str]) -> str:
 
 
 def stamp_notebooks(names: Sequence[str] = (), *, check: bool = False) -> int:
-    """Execute notebooks in place on the profile that their parameters name, ``quick``, and stamp them.
+    """Execute notebooks in place with profile quick, and stamp them.
 
-    A notebook that fails, or that does not pass `softlms.workbook.lint.lint` afterwards, stays as it was; the others go
-    on.
+    A notebook that fails, or does not pass `softlms.workbook.lint.lint` afterwards, stays as it was; the others go on.
 
     Parameters
     ----------
     names : sequence of str
-        Notebooks by name or by its beginning (``03``); all when empty.
+        Notebooks by name or its beginning (``03``); all when empty.
     check : bool
-        Execute nothing, say which are stale and why.
+        Execute nothing; say which are stale, and why.
 
     Returns
     -------
@@ -98,24 +94,72 @@ def stamp_notebooks(names: Sequence[str] = (), *, check: bool = False) -> int:
     Raises
     ------
     ValueError, FileNotFoundError
-        Unknown notebook, one without an entry in ``lanes.toml``, or no checkout: before anything runs.
+        Unknown notebook, one without an entry in ``notebooks.toml``, or no checkout: before anything runs.
     """
     root = project_root()
-    checks = {path: check for job in read_lanes(root / "notebooks").values() for path, check in job.items()}
-    status = 0
+    registry, status = read_complete_registry(root), 0
     for path in choose_notebooks(root / "notebooks", names):
         if check:
             stale = stale_parts(path.stem, json.loads(path.read_text("utf-8")), root)
             said = f"stale, {describe(stale)}" if stale else "fresh"
             status |= bool(stale)
         else:
-            said = _execute(path, checks[path], root)
+            said = _execute(path, registry[path.stem].lane, root)
             status |= said != "executed"
         print(f"{path.stem}: {said}", flush=True)
     return status
 
 
-def _execute(path: Path, check: str, root: Path) -> str:
+def check_notebooks(jobs: Sequence[str] = ()) -> int:
+    """Run the notebooks of some jobs under nbval; those that could pass without a check fail before anything runs.
+
+    Parameters
+    ----------
+    jobs : sequence of str
+        Jobs of ``notebooks.toml``; all when empty.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 1 if a notebook failed.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Unknown job, an incomplete ``notebooks.toml``, or no checkout.
+    """
+    root = project_root()
+    registry = read_complete_registry(root)
+    known = list(dict.fromkeys(notebook.job for notebook in registry.values()))
+    if unknown := [job for job in jobs if job not in known]:
+        raise ValueError(f"Unknown job {unknown[0]!r}; known: {', '.join(known)}.")
+    lanes: dict[str, list[str]] = {lane: [] for lane in LANES}
+    faults = []
+    for name, notebook in registry.items():
+        if notebook.job in (jobs or known):
+            path = root / "notebooks" / f"{name}.ipynb"
+            lanes[notebook.lane].append(str(path))
+            book = json.loads(path.read_text("utf-8"))
+            faults += [f"{name}: {fault}" for fault in lint(book, notebook.lane)]
+            stale = stale_parts(name, book, root)
+            if OWN_PARTS & set(stale):
+                faults.append(f"{name}: stale, {describe(stale)}: run softlms stamp {name}")
+            elif stale:
+                print(f"warning: {name} is stale, {describe(stale)}", flush=True)
+    if faults:
+        print("\n".join(faults))
+        return 1
+    environment = os.environ | {"PYTHONUTF8": "1"}  # nbval opens notebooks in the locale's encoding
+    status = 0
+    for lane, paths in lanes.items():
+        if paths:
+            settings = [LANES[lane], "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT_S}"]
+            command = [sys.executable, "-m", "pytest", *settings, *paths]
+            status |= bool(subprocess.run(command, cwd=root, env=environment).returncode)
+    return status
+
+
+def _execute(path: Path, lane: str, root: Path) -> str:
     before = path.read_bytes()
     book = nbformat.reads(before.decode("utf-8"), as_version=4)
     client = NotebookClient(
@@ -152,14 +196,14 @@ def _execute(path: Path, check: str, root: Path) -> str:
             cell.metadata.pop(name, None)
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET_VIEW, None)
-    faults = lint(book, check)
+    faults = lint(book, lane)
     if faults:
         return f"left as it was: {'; '.join(faults)}"
     if path.read_bytes() != before:
         return "left as it was: it was edited while it ran"
     with whole_file(path) as partial:
         nbformat.write(book, partial)
-    keep_seconds(path.parent, path.stem, seconds)
+    keep_seconds(root, path.stem, seconds)
     return "executed"
 
 

@@ -25,9 +25,9 @@ from softlms.workbook.claims import (
     judge,
     load_claims,
 )
-from softlms.workbook.derived import check_derived
-from softlms.workbook.folders import project_root
 from softlms.workbook.readme_tables import BLOCK, check_tables, write_tables
+from softlms.workbook.registry import project_root
+from softlms.workbook.state import check_derived
 
 __all__ = ["check_prose", "failures", "verify"]
 
