@@ -37,9 +37,9 @@ FUNCTIONS = {
     "stamp": "workbook.stamp:stamp_notebooks",
     "verify": "workbook.verify:verify",
     "full-size": "experiments.full_size:print_full_size",
-    "training-memory": "experiments.training_memory:print_training_memory",
-    "benchmark": "experiments.latency:print_step_times",
-    "benchmark-scan": "experiments.latency:print_scan_times",
+    "training-memory": "experiments.training_cost:print_training_memory",
+    "benchmark": "experiments.training_cost:print_step_times",
+    "benchmark-scan": "experiments.training_cost:print_scan_times",
     "benchmark-speed": "experiments.speed:print_speed",
 }
 
