@@ -147,6 +147,11 @@ def test_what_cannot_be_followed_is_refused(package):
         code_of("toy.steps:nothing", package=package(9))
 
 
+def test_the_compiled_scan_is_in_the_code_of_mambas_steps():
+    steps, bench = "softlms.experiments.steps:learn_ranks", "softlms.experiments.language_models:LanguageBench"
+    assert {"forward", "backward", "run_units", "_exp", "CHUNK", "_COMPILED"} <= code_of(steps, bench).keys()
+
+
 def test_modules_are_named_with_what_is_taken_of_them():
     """A module that is handed on as a whole could not be followed: its code would be in no key."""
     for path in sorted(PACKAGE.rglob("*.py")):

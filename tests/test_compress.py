@@ -153,8 +153,8 @@ def test_the_newest_checkpoint_that_is_whole(tmp_path):
 
 def test_kills_at_any_moment_cost_nothing():
     """One of those that kill_compress makes many of."""
-    script = Path(__file__).with_name("kill_compress.py")
-    environment = os.environ | {"PYTHONPATH": str(script.parent.parent)}
+    script = Path(__file__).parent / "tools" / "kill_compress.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
     done = subprocess.run(
         [sys.executable, str(script), "--kills", "1"], capture_output=True, encoding="utf-8", env=environment
     )

@@ -16,7 +16,9 @@ from softlms.data.tasks import TaskData, load_task
 from softlms.distillation import DistillingTrainer
 from softlms.experiments import bench as experiments
 from softlms.experiments.bench import Bench
+from softlms.experiments.jobs import Job, run_jobs
 from softlms.experiments.recipe import ABSENT, Recipe
+from softlms.machine import use_threads
 
 
 @pytest.fixture
@@ -284,9 +286,6 @@ def test_the_papers_names_are_pairs(bench):
 
 
 def test_runs_side_by_side_are_those_of_one_process(bench):
-    from softlms.experiments.jobs import Job, run_jobs
-    from softlms.machine import use_threads
-
     units = [[Job(bench, method, RECIPE, seed) for method in ("dense", "static")] for seed in (0, 1)]
     there = {(job.method, job.seed): run.result for job, run in run_jobs(units, processes=2)}
     stored = {path.name: path.stat().st_mtime_ns for path in bench.folder.glob("*/result.json")}
@@ -303,9 +302,32 @@ def test_runs_side_by_side_are_those_of_one_process(bench):
         assert torch.get_num_threads() == 2
 
 
-def test_a_failing_run_names_its_error_and_spares_the_others(bench):
-    from softlms.experiments.jobs import Job, run_jobs
+class SlowBench:
+    """Stands for a bench: one run fails while another one is at work."""
 
-    units = [[Job(bench, "dense", RECIPE, 0)], [Job(bench, "adaptive", RECIPE.changed(epochs=0.2, deadline=1.0), 1)]]
-    with pytest.raises(BudgetNotMet):
-        list(run_jobs(units, processes=2))
+    def __init__(self, folder):
+        self.folder = folder
+
+    def stored(self, method, recipe, seed):
+        return method if (self.folder / method).exists() else None
+
+    def run(self, method, recipe, seed):
+        awaited = {"fails": "started", "works": "failing"}.get(method)
+        (self.folder / "started").touch()
+        while awaited and not (self.folder / awaited).exists():
+            time.sleep(0.05)
+        if method == "fails":
+            (self.folder / "failing").touch()
+            raise BudgetNotMet("by this run")
+        time.sleep(0.5)
+        (self.folder / method).touch()
+
+
+def test_a_failing_run_names_its_error_and_spares_the_one_beside_it(tmp_path):
+    units = [[Job(SlowBench(tmp_path), method, None, 0)] for method in ("works", "fails", "comes later")]
+    runs = run_jobs(units, processes=2)
+    assert next(runs)[0].method == "works"
+    with pytest.raises(BudgetNotMet, match="by this run") as failed:
+        next(runs)
+    assert "in run" in failed.value.__notes__[0]  # where it happened, in the other process
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["failing", "started", "works"]

@@ -1,4 +1,4 @@
-"""Folders that older versions have saved load as they did then: see make_saved.py."""
+"""Folders that older versions have saved load as they did then: see tools/make_saved.py."""
 
 import json
 from pathlib import Path

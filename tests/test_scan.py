@@ -106,7 +106,8 @@ def test_what_is_not_finite_is_not_hidden(value):
 
 
 def test_without_numba_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "softlms.kernels.selective_scan_numba")
     with pytest.raises(ImportError, match=r"pip install 'softlms\[mamba\]'"):
         selective_scan(*inputs(1, 3, 2, 5))
 

@@ -1,4 +1,4 @@
-"""The speed comparison: ranks, forms and rows; the times themselves are for the command."""
+"""What the timings compare and the rows that they give; the times themselves are for the command."""
 
 import platform
 from pathlib import Path
@@ -9,51 +9,22 @@ import psutil
 import pytest
 import torch
 
-import softlms
 from softlms.architectures import find_targets
-from softlms.budget import parameter_costs
 from softlms.cli import main
-from softlms.experiments.full_size import FULL_SIZE, find_full_size
-from softlms.experiments.speed import compare_speed
-from softlms.experiments.speed_limit import split_speed
-from softlms.experiments.stretch import half_ranks, stretch_ranks
-from softlms.experiments.timed_budget import compare_budgets
+from softlms.experiments.full_size import find_full_size
+from softlms.experiments.speed import compare_budgets, compare_speed, split_speed
+from softlms.experiments.timing import summarize_times
 from softlms.kernels.allocator import keep_memory
-from softlms.surgery import shrink
 
 RESULTS = Path(__file__).parents[1] / "results" / "laptop"
 
 
-def skeleton(model, layers=None):
-    with torch.device("meta"):
-        return find_full_size(model, layers)[0](None)
-
-
-@pytest.mark.parametrize("results", [None, RESULTS])
-@pytest.mark.parametrize("model", FULL_SIZE)
-def test_half_of_the_total_in_multiples_of_16(model, results):
-    dense = skeleton(model)
-    ranks = half_ranks(model, dense, results=results)
-    counted = softlms.count_parameters(shrink(dense, ranks))
-    assert 0.498 < counted.kept("total") <= 0.5
-    assert all(rank % 16 == 0 for rank in ranks.values())
-    if results is not None:  # learned ranks differ from block to block
-        blocks = {}
-        for target in find_targets(dense):
-            blocks.setdefault(target.symbol, set()).add(ranks[target.name])
-        assert max(len(different) for different in blocks.values()) > 3
-
-
-def test_a_stretched_profile_keeps_its_proportions():
-    small = {f"h.{block}.fc": (64, 64) for block in range(3)}
-    ranks = {"h.0.fc": 8, "h.1.fc": 16, "h.2.fc": 32}
-    large = parameter_costs({f"h.{block}.fc": (512, 512) for block in range(6)})
-    stretched = stretch_ranks(ranks, small, large, 0.4 * large.dense, 4)
-    values = [stretched[f"h.{block}.fc"] for block in range(6)]
-    assert values == pytest.approx([values[5] / share for share in (4, 4, 2, 2, 1, 1)], abs=4)
-    assert large.of(stretched) <= 0.4 * large.dense < large.of(stretched) + 6 * 4 * 1024
-    with pytest.raises(ValueError, match="pooler.dense stands in no numbered block"):
-        stretch_ranks({"pooler.dense": 3}, {"pooler.dense": (9, 9)}, large, 1e9)
+def test_times_are_summarized_against_the_first():
+    times = summarize_times({"dense": [0.003, 0.001, 0.002, 0.006], "thin": [0.001]})
+    assert times["dense"] == pytest.approx(
+        {"median_ms": 2.5, "quartile1_ms": 1.25, "quartile3_ms": 5.25, "speed_up": 1}
+    )
+    assert times["thin"] == pytest.approx({"median_ms": 1, "quartile1_ms": 1, "quartile3_ms": 1, "speed_up": 2.5})
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="without glibc nothing is kept")
@@ -77,7 +48,8 @@ def test_freed_memory_is_kept_inside_and_handed_back_afterwards():
 @pytest.mark.parametrize("model", ["bert-base", "mamba-130m"])
 def test_blocks_split_in_linear_layers_and_the_rest(model):
     table = split_speed(model, layers=2, rounds=1, tokens=8).set_index("form")
-    dense = skeleton(model, layers=2)
+    with torch.device("meta"):
+        dense = find_full_size(model, 2)[0](None)
     weights = sum(target.shape[0] * target.shape[1] for target in find_targets(dense))
     assert table.gflops_per_s["dense"] * table.linears_ms["dense"] * 1e6 == pytest.approx(2 * 8 * weights)
     assert (table.linears_ms > 0).all() and table.linears_flop_limit["dense"] == 1

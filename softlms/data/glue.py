@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,13 @@ class Layout:
     Attributes
     ----------
     label : str or int
-        Header of the label's column, or its index in a file without header.
+        Name of the label's column, or its index in a file without header.
     sentences : tuple
         The same for each sentence.
     files : dict
         File of each split; a split whose file may be missing is in `optional`.
     columns : int
-        Fields a line in a file without header; 0 where there is a header to count.
+        Fields in each line of a file without header; 0 where there is a header to count.
     """
 
     label: str | int
@@ -97,38 +99,34 @@ def read_folder(
 
 
 def _read(path: Path, layout: Layout, columns: tuple[str, ...], labels: tuple[str, ...]) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}.") from error
-    # only a newline ends a row: sentences hold other characters that splitlines() would break at
-    lines = [line.rstrip("\r") for line in text.rstrip("\n").split("\n")]
-    wanted = (layout.label, *layout.sentences)
-    if layout.columns:
-        width, first = layout.columns, 1
-    else:
-        header = lines.pop(0).split("\t")
-        width, first = len(header), 2
-        missing = [field for field in wanted if field not in header]
-        if missing:
-            raise ValueError(f"{path}, line 1: no column {missing[0]!r} in the header {header}.")
-    where = [field if isinstance(field, int) else header.index(field) for field in wanted]
-    if not any(lines):
-        raise ValueError(f"{path} holds no rows.")
-
-    rows = []
-    for number, line in enumerate(lines, first):
-        fields = line.split("\t")
-        if len(fields) != width:
-            raise ValueError(f"{path}, line {number}: {len(fields)} fields where {width} are expected.")
-        label, *sentences = (fields[i] for i in where)
-        if not all(sentence.strip() for sentence in sentences):
-            raise ValueError(f"{path}, line {number}: a sentence is empty.")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
-            rows.append({**dict(zip(columns, sentences, strict=True)), "label": _label(label, labels)})
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            rows = list(_rows(lines, layout, columns, labels))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}.") from error
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} holds no rows.")
     return rows
+
+
+def _rows(
+    lines: Iterator[list[str]], layout: Layout, columns: tuple[str, ...], labels: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    wanted = (layout.label, *layout.sentences)
+    header: Sequence[Any] = range(layout.columns) if layout.columns else next(lines, [])
+    missing = [field for field in wanted if field not in header]
+    if missing:
+        raise ValueError(f"no column {missing[0]!r} in the header {header}.")
+    for fields in filter(None, lines):  # a blank line holds no row
+        if len(fields) != len(header):
+            raise ValueError(f"{len(fields)} fields where {len(header)} are expected.")
+        label, *sentences = (fields[header.index(field)] for field in wanted)
+        if not all(sentence.strip() for sentence in sentences):
+            raise ValueError("a sentence is empty.")
+        yield {**dict(zip(columns, sentences, strict=True)), "label": _label(label, labels)}
 
 
 def _label(text: str, labels: tuple[str, ...]) -> int | float:

@@ -1,15 +1,16 @@
-"""The paper's models at their real size: compressed end to end, with time and memory, without their weights.
+"""The paper's models at their real size: their ranks, and what compressing them takes in time and memory.
 
-Time and memory depend on shapes alone, so a model made from its configuration, with random weights, stands for the
-trained one; a checkpoint does as well.
+Both depend on shapes alone, so a model with random weights stands for the trained one; a checkpoint works as well.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,11 +20,13 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel
 
 from softlms.architectures import find_targets
-from softlms.budget import Budget, count_parameters, parameter_costs
+from softlms.budget import Budget, Costs, count_parameters, parameter_costs, refill, uniform_ranks
 from softlms.data.hub import pretrained
+from softlms.experiments.language_models import SmallModel
 from softlms.experiments.provenance import append_rows
 from softlms.fused import split_fused
 from softlms.kernels.selective_scan import fast_scan
@@ -34,9 +37,19 @@ from softlms.modules import make_linear, replace
 from softlms.ranges import check_at_least_one
 from softlms.surgery import decompose, deploy
 
-__all__ = ["FULL_SIZE", "compress_full_size", "describe_full_size", "find_full_size", "peak_gb", "print_full_size"]
+__all__ = [
+    "FULL_SIZE",
+    "compress_full_size",
+    "describe_full_size",
+    "find_full_size",
+    "half_ranks",
+    "peak_gb",
+    "print_full_size",
+    "spread_blocks",
+    "stretch_ranks",
+]
 
-# class and configuration, as published on the hub
+# model class and configuration, as published on the hub
 FULL_SIZE: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
     "bert-base": ("BertForSequenceClassification", transformers.BertConfig),
     "gpt2": ("GPT2LMHeadModel", transformers.GPT2Config),
@@ -53,6 +66,15 @@ FULL_SIZE: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
     ),
 }  # fmt: skip
 
+MULTIPLE = 16
+# laptop runs whose learned ranks stand for those of the real model, and the small model that they were learned on
+PROFILES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
+    "bert-base": ("05_bert_table", lambda: BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)),
+    "gpt2": ("06_gpt2_table", lambda: SmallModel("gpt2").config),
+    "tinyllama-1.1b": ("07_tinyllama_table", lambda: SmallModel("llama").config),
+    "mamba-130m": ("08_mamba_table", lambda: SmallModel("mamba").config),
+}
+
 
 def compress_full_size(
     model: str,
@@ -64,35 +86,32 @@ def compress_full_size(
     threads: int = 2,
     tokens: int = 64,
 ) -> dict[str, Any]:
-    """Build, decompose, cut to the budget, deploy and compare with the recomposed dense model.
+    """Build a model, decompose it, cut it to the budget, deploy it, and compare it with its dense form.
 
     Parameters
     ----------
-    model : str
-        A key of `FULL_SIZE`, or the folder or hub name of a checkpoint.
+    model, layers
+        See `find_full_size`.
     keep, count
         See `softlms.Budget`.
-    layers : int, optional
-        Only so many blocks, for a quick look; all when not given.
     split : bool
-        Take GPT-2's fused projections apart first.
+        Split GPT-2's fused projections first.
     threads : int
-        Of torch.
+        Torch's threads.
     tokens : int
-        Of the random row that the outputs are compared on.
+        Length of the random row on which the outputs are compared.
 
     Returns
     -------
     dict
         "model", "weights" ("random" or "checkpoint"), "keep", "count", "split", "blocks", "parameters_total",
-        "kept_linear", "kept_total", seconds of each step ("build_s", "decompose_s", "deploy_s"), "peak_gb" (of this
-        process, all it did before included), "error" (norm of the difference of the outputs, over that of the
-        recomposed dense model's), "hardware", "versions".
+        "kept_linear", "kept_total", seconds of each step ("build_s", "decompose_s", "deploy_s"), "peak_gb" (see
+        `peak_gb`), "error" (norm of the outputs' difference, relative to the dense outputs), "hardware", "versions".
 
     Raises
     ------
     ValueError, OSError
-        The budget cannot be met, a number is below 1, or there is no such model: before any work.
+        Before any work: the budget cannot be met, a number is below 1, or there is no such model.
     """
     check_at_least_one(threads=threads, tokens=tokens)
     create, config = find_full_size(model, layers)
@@ -101,7 +120,7 @@ def compress_full_size(
     if split:
         split_fused(skeleton)
     shapes = {target.name: target.shape for target in find_targets(skeleton)}
-    Budget(keep, count).limit(parameter_costs(shapes, count_parameters(skeleton).rest, count))  # refuses what cannot be
+    Budget(keep, count).limit(parameter_costs(shapes, count_parameters(skeleton).rest, count))  # may refuse
 
     seconds = {}
     with use_threads(threads), fast_scan():
@@ -112,7 +131,7 @@ def compress_full_size(
             split_fused(compressed)
         dense = count_parameters(compressed)
         seconds["build_s"], started = time.perf_counter() - started, time.perf_counter()
-        # one at a time: a bar that moves, and one layer's SVD in memory
+        # one layer at a time: the bar moves, and one SVD is in memory
         for name in track(shapes, f"decomposing {model}", transient=True, disable=not sys.stdout.isatty()):
             decompose(compressed, targets=lambda candidate, module, name=name: candidate == name)  # type: ignore[misc]
         seconds["decompose_s"], started = time.perf_counter() - started, time.perf_counter()
@@ -145,7 +164,7 @@ def compress_full_size(
 
 
 def print_full_size(*, model: str, out: str = "", **options: Any) -> None:
-    """The ``softlms full-size`` command: a table of `compress_full_size`; a row more of the CSV that `out` names."""
+    """Run ``softlms full-size``: print what `compress_full_size` measured, and add a row to the CSV file `out`."""
     result = compress_full_size(model, **options)
     title = "{model}, {blocks} blocks, {keep} of {count} kept; {hardware}".format(**result)
     table = Table(show_header=False, title=title)
@@ -157,7 +176,7 @@ def print_full_size(*, model: str, out: str = "", **options: Any) -> None:
 
 
 def peak_gb() -> float:
-    """The most memory that this process has held, in GB."""
+    """Peak memory of this process since it started, in GB."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 1e9
     import resource  # not on Windows
@@ -166,14 +185,12 @@ def peak_gb() -> float:
 
 
 def describe_full_size(result: Mapping[str, Any]) -> pd.Series:
-    """What `compress_full_size` measured, in words."""
+    """The result of `compress_full_size` in words."""
     return pd.Series(
         {
             "parameters": f"{result['parameters_total'] / 1e6:.1f} M",
             "kept": f"{result['kept_linear']:.4f} of the linears, {result['kept_total']:.4f} of the total",
-            "build, decompose, deploy": ", ".join(
-                f"{result[f'{step}_s']:.1f} s" for step in ("build", "decompose", "deploy")
-            ),
+            "build, decompose, deploy": "{build_s:.1f} s, {decompose_s:.1f} s, {deploy_s:.1f} s".format(**result),
             "peak memory": f"{result['peak_gb']:.1f} GB",
             "deployed against recomposed": f"{result['error']:.1e} of the outputs' norm",
         }
@@ -181,7 +198,7 @@ def describe_full_size(result: Mapping[str, Any]) -> pd.Series:
 
 
 def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None], PreTrainedModel], PretrainedConfig]:
-    """What makes a model, from a checkpoint's folder or name or with random weights (None), and its configuration.
+    """Find a model: a function that makes it, from a checkpoint or with random weights (None), and its configuration.
 
     Parameters
     ----------
@@ -201,7 +218,7 @@ def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None
     else:
         config = pretrained(AutoConfig, model)
         if not config.architectures:
-            raise ValueError(f"{model} does not say in config.json what class it is (architectures).")
+            raise ValueError(f"The config.json of {model} names no model class (architectures).")
         name = config.architectures[0]
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
@@ -215,9 +232,107 @@ def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None
     return create, config
 
 
+def half_ranks(
+    model: str, skeleton: nn.Module, *, keep: float = 0.5, results: Path | None = None, measured: Costs | None = None
+) -> dict[str, int]:
+    """Find ranks, multiples of 16, with which a real-sized model keeps a share of its total parameters.
+
+    Parameters
+    ----------
+    model : str
+        A key of `FULL_SIZE`.
+    skeleton : nn.Module
+        That model, dense; only its shapes matter.
+    keep : float
+    results : Path, optional
+        Folder with the ranks that the laptop runs learned; those at the nearest budget are stretched to this model.
+        Uniform ranks when not given.
+    measured : Costs, optional
+        See `softlms.Budget.costs`: layers that factors would not make faster stay dense.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder has no such table.
+    """
+    shapes = {target.name: target.shape for target in find_targets(skeleton)}
+    budget = Budget(keep, "total", MULTIPLE)
+    costs = budget.costs(shapes, count_parameters(skeleton), measured)
+    limit = budget.limit(costs)
+    if results is None:
+        return uniform_ranks(costs, limit, MULTIPLE)
+    table_name, config = PROFILES[model]
+    path = results / f"{table_name}_ranks.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it holds the ranks that the laptop runs learned.")
+    table = pd.read_csv(path)
+    learned = table[(table.method == "whitened+soft") & (table.seed == table.seed.min())]
+    learned = learned[learned.task == learned.task.iloc[0]]
+    share = limit / (costs.dense - costs.rest)
+    nearest = min(sorted(learned.keep.unique()), key=lambda kept: abs(kept - share))
+    learned = learned[learned.keep == nearest]
+    ranks = dict(zip(learned.layer, learned["rank"], strict=True))
+    with torch.device("meta"):
+        small = type(skeleton)(config())
+    return stretch_ranks(ranks, {t.name: t.shape for t in find_targets(small)}, costs, limit, MULTIPLE)
+
+
+def stretch_ranks(
+    ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], costs: Costs, limit: float, multiple: int = 16
+) -> dict[str, int]:
+    """Give a larger model the ranks that a smaller one of its family learned, block by block at the same depth.
+
+    Parameters
+    ----------
+    ranks, shapes : mapping
+        Ranks and (m, n) of the smaller model's layers, by names that hold the block's number.
+    costs, limit, multiple
+        Of the larger model; see `refill`.
+
+    Returns
+    -------
+    dict
+        Ranks by name. Shares of full rank keep their proportions as far as the budget and the multiple allow.
+    """
+    small: dict[str, dict[int, float]] = {}
+    for name, rank in ranks.items():
+        block, kind = _place(name)
+        small.setdefault(kind, {})[block] = rank / min(shapes[name])
+    places = {name: _place(name) for name in costs.shapes}
+    depth = 1 + max(block for block, _ in places.values())
+    scores = {}
+    for name, (block, kind) in places.items():
+        shares = small[kind]
+        share = shares[round(block * (len(shares) - 1) / max(1, depth - 1))]
+        full = min(costs.shapes[name])
+        scores[name] = [-(i + 1) / (share * full) for i in range(full)]
+    start = {name: min(multiple, *shape) for name, shape in costs.shapes.items()}
+    return refill(costs, start, limit, scores, multiple)
+
+
+def spread_blocks(ranks: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """Ranks for a model with fewer blocks, taken evenly over the whole depth."""
+    depth = 1 + max(_place(name)[0] for name in ranks)
+    blocks = 1 + max(_place(name)[0] for name in names)
+    thinned = {}
+    for name in names:
+        block, kind = _place(name)
+        source = round(block * (depth - 1) / max(1, blocks - 1))
+        thinned[name] = ranks[f"{name.removesuffix(f'{block}.{kind}')}{source}.{kind}"]
+    return thinned
+
+
 def _recomposed(model: PreTrainedModel) -> PreTrainedModel:
-    """The dense model that a deployed one stands for."""
+    """A deployed model with its factors multiplied."""
     dense = copy.deepcopy(model)
     for name, layer in [(n, m) for n, m in dense.named_modules() if isinstance(m, LowRankLinear)]:
         replace(dense, name, make_linear(layer.weight, layer.bias))
     return dense
+
+
+def _place(name: str) -> tuple[int, str]:
+    """A layer's block and its name inside it."""
+    block = re.search(r"\.(\d+)\.(.+)$", name)
+    if block is None:
+        raise ValueError(f"{name} is in no numbered block: its rank cannot be stretched.")
+    return int(block[1]), block[2]

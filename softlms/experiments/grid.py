@@ -7,10 +7,10 @@ table.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -21,11 +21,11 @@ from softlms.architectures import find_targets
 from softlms.data.tasks import TASKS
 from softlms.experiments.bench import Bench, Run
 from softlms.experiments.jobs import Job, available_processes, run_jobs, tell_stored
-from softlms.experiments.latency import forward_times
 from softlms.experiments.recipe import Recipe
+from softlms.experiments.timing import summarize_times
 from softlms.kernels.selective_scan import fast_scan
-from softlms.machine import fast_bf16
-from softlms.measure import random_rows
+from softlms.machine import fast_bf16, use_threads
+from softlms.measure import interleaved, random_rows
 from softlms.methods.chain import parse
 from softlms.surgery import shrink
 
@@ -401,25 +401,18 @@ def costs(
     models = {"dense": bench.untrained_model().eval()}
     models |= {row: shrink(bench.prepare(bench.untrained_model()).eval(), ranks) for row, ranks in profiles.items()}
     inputs = random_rows(models["dense"].config.vocab_size, 8, tokens)
-    flops = {}
+    flops, calls = {}, {}
     with fast_scan(), torch.inference_mode():
         for row, model in models.items():
             with FlopCounterMode(display=False) as counter:
                 model(**inputs)
             flops[row] = counter.get_total_flops()
-        seconds = forward_times(models, inputs, rounds=rounds)
+            calls[row] = partial(model, **inputs)
+        with use_threads(1):
+            seconds = interleaved(calls, rounds, "timing forwards")
     table = []
-    for row, taken in seconds.items():
-        low, middle, high = (1e3 * q for q in statistics.quantiles(taken, n=4))
-        table.append(
-            {
-                "row": row,
-                "gflops": flops[row] / 1e9,
-                "flops_of_dense": flops[row] / flops["dense"],
-                "ms": middle,
-                "quartile1_ms": low,
-                "quartile3_ms": high,
-                "speedup": statistics.median(seconds["dense"]) / statistics.median(taken),
-            }
-        )
+    for row, times in summarize_times(seconds).items():
+        speedup, ms = times.pop("speed_up"), times.pop("median_ms")
+        shares = {"gflops": flops[row] / 1e9, "flops_of_dense": flops[row] / flops["dense"]}
+        table.append({"row": row, **shares, "ms": ms, **times, "speedup": speedup})
     return pd.DataFrame(table)

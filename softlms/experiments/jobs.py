@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import queue
+import tempfile
 import threading
+import time
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing.managers import SyncManager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
+import psutil
 import torch
 import transformers
+from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky import get_reusable_executor
 
 if TYPE_CHECKING:
     from softlms.experiments.bench import Bench, Run
@@ -50,93 +54,88 @@ def tell_stored(jobs: Iterable[Job]) -> Iterator[str]:
 
 
 def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[Job, Run]]:
-    """Do all jobs and yield each with its run as it ends; those that were done before come first.
+    """Do all jobs and yield each with its run as it ends; stored ones come first.
 
     Parameters
     ----------
     units : sequence of sequence of Job
-        The jobs of a unit run in one process, one after the other (they share the dense model and its factors); units
-        run side by side; a dense model that two of them need is trained by one while the other waits. They start in
-        the order given.
+        The jobs of a unit run one after the other in one process, which keeps what they share (the dense model, its
+        factors). Units run side by side and start in the order given. A dense model that two of them need is trained
+        by one while the other waits.
     processes : int
         Units at a time; with 1 all happens in this process.
 
     Raises
     ------
     Exception
-        Whatever a job raised. The job that runs beside it is done first; nothing else is started, and what is
-        finished is stored.
+        What a job raised. Jobs that run beside it are finished and stored first; no other job starts.
     """
-    missing: list[list[Job]] = []
+    left: list[list[Job]] = []
     for unit in units:
-        missing.append([])
+        left.append([])
         for job in unit:
-            run = job.bench.stored(job.method, job.recipe, job.seed)
-            if run is None:
-                missing[-1].append(job)
-            else:
+            if run := job.bench.stored(job.method, job.recipe, job.seed):
                 yield job, run
-    units = [unit for unit in missing if unit]
-    if processes == 1 or len(units) < 2:
-        for unit in units:
-            for job in unit:
-                yield job, job.bench.run(job.method, job.recipe, job.seed)
-        return
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    manager = SyncManager(ctx=context)
-    manager.start(_end_with_parent)
-    with manager, ProcessPoolExecutor(processes, context, _begin) as pool:
-        finished: Any = manager.Queue()
-        stop: Any = manager.Event()
-        futures = [pool.submit(_work, unit, number, finished, stop) for number, unit in enumerate(units)]
+            else:
+                left[-1].append(job)
+    left = [unit for unit in left if unit]
+    if processes > 1 and len(left) > 1:
+        yield from _side_by_side(left, processes)
+    for unit in left:
+        for job in unit:
+            yield job, job.bench.run(job.method, job.recipe, job.seed)
+
+
+def _side_by_side(left: list[list[Job]], processes: int) -> Iterator[tuple[Job, Run]]:
+    """Run the units in other processes; jobs go out of `left` as their runs are found where they are stored."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as beside:
+        stop = Path(folder) / "stop"
+        with parallel_config("loky", inner_max_num_threads=1, initializer=_begin, initargs=(os.getpid(),)):
+            pool = Parallel(processes, pre_dispatch="all", batch_size=1, max_nbytes=None)
+        work = beside.submit(pool, [delayed(_work)(tuple(unit), stop) for unit in left])
         try:
-            yield from _collect(units, futures, finished)
+            ended = False
+            while not ended:
+                ended = bool(wait([work], timeout=0.5).done)
+                for unit in [unit for unit in left if unit][:processes]:  # those that run
+                    while unit and (run := unit[0].bench.stored(unit[0].method, unit[0].recipe, unit[0].seed)):
+                        yield unit.pop(0), run
+            for error in filter(None, work.result()):
+                raise error
         finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+            stop.touch()
+            wait([work])
+            get_reusable_executor(reuse=True).shutdown()  # idle workers would hold their memory for minutes
 
 
-def _collect(units: Sequence[Sequence[Job]], futures: list[Future], finished: Any) -> Iterator[tuple[Job, Run]]:
-    left = sum(map(len, units))
-    while left:
-        try:
-            unit, job, run = finished.get(timeout=0.5)
-        except queue.Empty:
-            for future in futures:
-                if future.done() and future.exception() is not None:
-                    raise future.exception() from None  # type: ignore[misc]
-            continue
-        left -= 1
-        yield units[unit][job], run
+def _work(unit: Sequence[Job], stop: Path) -> Exception | None:
+    """Do the jobs of a unit until one fails, here or in another process; raised, its error would end that one too."""
+    bench = unit[0].bench  # one object for all, so that they share what it keeps in memory
+    try:
+        for job in unit:
+            if not stop.exists():
+                bench.run(job.method, job.recipe, job.seed)
+    except Exception as error:
+        stop.touch()
+        error.add_note(traceback.format_exc())
+        return error
+    return None
+
+
+def _begin(parent: int) -> None:
+    """Make this process quiet, and end it when the one that started it ends, even where that is killed."""
+
+    def follow() -> None:
+        while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows the first never changes
+            time.sleep(0.5)
+        os._exit(1)
+
+    be_quiet()
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def be_quiet() -> None:
-    """No bars of a second, and no report of a new head: both are expected where many models are made."""
+    """Show no bars that last a second and no report of a new head: both are expected where many models are made."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-
-
-def _begin() -> None:
-    be_quiet()
-    _end_with_parent()
-
-
-def _end_with_parent() -> None:
-    """Make this process end when the one that started it does, even where that is killed."""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _work(unit: Sequence[Job], number: int, finished: Any, stop: Any) -> None:
-    bench = unit[0].bench  # one object for all, so that they share what it keeps in memory
-    for i, job in enumerate(unit):
-        if stop.is_set():
-            return
-        finished.put((number, i, bench.run(job.method, job.recipe, job.seed)))

@@ -27,12 +27,12 @@ def commit() -> str:
     return "none" if head.returncode else head.stdout.strip() + ("+" if changed.returncode else "")
 
 
-def append_rows(path: str | Path, rows: pd.DataFrame) -> None:
-    """Add rows to a CSV file, which a command makes where there is none; each names the commit it was made at."""
+def append_rows(path: str | Path, rows: pd.DataFrame, *, anew: bool = False) -> None:
+    """Add rows to a CSV file, made where there is none or made `anew`; each row names the commit it was made at."""
     path = Path(path)
     added = io.StringIO(rows.assign(commit=commit()).to_csv(index=False, float_format="%.6g"))
     with lock(path), whole_file(path) as partial:  # else of two that read the same file one loses its rows
         # as text: rows that are there stay as they were written
-        texts = [path, added] if path.is_file() else [added]
+        texts = [path, added] if path.is_file() and not anew else [added]
         parts = [pd.read_csv(text, dtype=str, keep_default_na=False) for text in texts]
         pd.concat(parts).fillna("").to_csv(partial, index=False, lineterminator="\n")

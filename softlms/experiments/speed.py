@@ -1,13 +1,10 @@
-"""How much faster the compressed models are, at the paper's real sizes: dense and thin take turns in one run."""
+"""How much faster compressed models are, and why not more: dense and thin forms take turns in one run."""
 
 from __future__ import annotations
 
-import multiprocessing
-import statistics
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -19,33 +16,33 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.functional import linear
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
-from transformers.models.llama.modeling_llama import LlamaMLP
 
 from softlms.architectures import find_targets
-from softlms.budget import Costs, count_parameters
-from softlms.experiments.full_size import FULL_SIZE, find_full_size
+from softlms.budget import Costs, count_parameters, parameter_costs
+from softlms.data.encoders import find_encoder
+from softlms.data.hub import pretrained
+from softlms.data.inputs import prepared
+from softlms.data.tasks import encode, load_task
+from softlms.experiments.full_size import FULL_SIZE, find_full_size, half_ranks, spread_blocks
 from softlms.experiments.provenance import append_rows
-from softlms.experiments.stretch import half_ranks, spread_blocks
+from softlms.experiments.timing import summarize_times
 from softlms.export import example_rows, export_onnx, onnx_session, without_notices
 from softlms.kernels.allocator import keep_memory
 from softlms.kernels.selective_scan import fast_scan
 from softlms.layers import LowRankLinear
+from softlms.lowrank.allocation import allocate
+from softlms.lowrank.calibration import calibrate
+from softlms.lowrank.factorization import factorize
 from softlms.machine import hardware, use_threads, versions
 from softlms.measure import count_flops, interleaved, measure_latency, random_rows
 from softlms.ranges import check_at_least_one
-from softlms.surgery import shrink
+from softlms.surgery import shrink, truncate
 
-__all__ = [
-    "build_forms",
-    "compare_onnx",
-    "compare_speed",
-    "linear_weights",
-    "print_speed",
-    "time_tricks",
-]
+__all__ = ["compare_budgets", "compare_onnx", "compare_speed", "print_speed", "split_speed"]
+
+CALIBRATION_ROWS, HELD_OUT_ROWS = 128, 64
 
 
 def compare_speed(
@@ -60,9 +57,9 @@ def compare_speed(
     rounds: int = 9,
     decode: bool = True,
 ) -> pd.DataFrame:
-    """Time the dense model against thin ones of half its parameters: forward passes in turn, fp32 (bf16 on a GPU).
+    """Time forward passes of the dense model and of thin ones that keep a share of it; fp32, on a GPU bf16.
 
-    All forms run inside `softlms.fast_scan` and `softlms.keep_memory`.
+    All forms run inside `fast_scan` and `keep_memory`.
 
     Parameters
     ----------
@@ -73,24 +70,24 @@ def compare_speed(
     keep : float
         Share of the total parameters.
     results : Path, optional
-        See `half_ranks`; with it a form "trained ranks" beside "uniform ranks".
+        See `half_ranks`; adds a form "trained ranks" to "uniform ranks".
     batches, threads : sequence of int
         Each of them is measured.
     tokens : int
-        Tokens a row, of a prefill and of the cache that a decoding step reads.
+        Tokens in a row, of a prefill and of the cache that a decoding step reads.
     rounds : int
         Measured calls, after one that warms up.
     decode : bool
-        Also time one token with a cache, at batch 1 (for BERT, which has none, one token alone).
+        Time one token with a cache too, at batch 1 (BERT has no cache: one token alone).
 
     Returns
     -------
     DataFrame
-        A row for each form ("dense", "uniform ranks", "trained ranks"), part ("stack", the blocks and the norms around
-        them, or "model", end to end), phase ("prefill" or "decode"), batch and number of threads: median and quartiles
-        in ms, "speed_up" over dense, the speed-up if only FLOPs took time ("flop_limit"), or if the head and each layer
-        that is factored took what its FLOPs or its weights take, whichever is longer, and all else its FLOPs, at the
-        peak and bandwidth that this machine shows ("roofline_limit"), and where all this was measured.
+        A row for each form, part ("stack", the blocks and the norms around them, or "model", end to end), phase
+        ("prefill" or "decode"), batch and number of threads: median and quartiles in ms; "speed_up" over dense; the
+        speed-up if only FLOPs took time ("flop_limit"); the speed-up if the head and each target layer took the time
+        of their FLOPs or of reading their weights, whichever is longer, and all else that of its FLOPs, at this
+        machine's measured peak and bandwidth ("roofline_limit"); and where it was measured.
 
     Raises
     ------
@@ -98,7 +95,7 @@ def compare_speed(
         Unknown model, a number out of range, or no table of ranks.
     """
     check_at_least_one(batches=min(batches), threads=min(threads), tokens=tokens, rounds=rounds)
-    forms = build_forms(model, layers=layers, keep=keep, results=results)
+    forms = _forms(model, layers=layers, keep=keep, results=results)
     rows = []
     with torch.inference_mode(), fast_scan(), keep_memory():
         for number, case in product(threads, _cases(forms, batches, tokens, decode)):
@@ -108,9 +105,7 @@ def compare_speed(
                 machine = _machine()
                 limits = {form: _limits(network, case, rest, *machine) for form, network in forms.items()}
                 seconds = interleaved(case.calls, rounds, f"{model}: {case.part}, {case.phase}, {case.batch} row(s)", 1)
-            dense = statistics.median(seconds["dense"])
-            for form, taken in seconds.items():
-                low, middle, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
+            for form, times in summarize_times(seconds).items():
                 rows.append(
                     {
                         "model": model,
@@ -120,10 +115,7 @@ def compare_speed(
                         "batch": case.batch,
                         "tokens": tokens,
                         "threads": number,
-                        "median_ms": 1e3 * middle,
-                        "quartile1_ms": 1e3 * low,
-                        "quartile3_ms": 1e3 * high,
-                        "speed_up": dense / middle,
+                        **times,
                         "flop_limit": limits["dense"][0] / limits[form][0],
                         "roofline_limit": limits["dense"][1] / limits[form][1],
                         "parameters": count_parameters(forms[form]).total,
@@ -136,39 +128,65 @@ def compare_speed(
     return pd.DataFrame(rows)
 
 
-def build_forms(
-    model: str, *, layers: int | None = None, keep: float = 0.5, results: Path | None = None
-) -> dict[str, PreTrainedModel]:
-    """The models that are compared, with random weights and in eval mode; see `compare_speed`.
+def split_speed(
+    model: str,
+    *,
+    layers: int | None = None,
+    keep: float = 0.5,
+    results: Path | None = None,
+    tokens: int = 128,
+    rounds: int = 9,
+) -> pd.DataFrame:
+    """Time the blocks, and their linear layers alone, on random inputs; one row, one thread.
 
-    Layers that two factors would make slower at one token, by measured time, stay dense and count so.
+    Parameters
+    ----------
+    model, layers, keep, results, tokens, rounds
+        See `compare_speed`.
+
+    Returns
+    -------
+    DataFrame
+        A row for each form: milliseconds of the blocks ("blocks_ms"), of their linear layers ("linears_ms") and of the
+        rest ("rest_ms"), GFLOPs per second in the linear layers ("gflops_per_s"), the speed-up over dense of the
+        blocks ("speed_up") and of their linear layers ("linears_speed_up"), and the latter if only FLOPs took time
+        ("linears_flop_limit").
 
     Raises
     ------
     ValueError, FileNotFoundError
-        Unknown model, or no table of ranks.
+        As from `compare_speed`.
     """
-    if model not in FULL_SIZE:
-        raise ValueError(f"Unknown model {model!r}; known: {', '.join(FULL_SIZE)}.")
-    create, _ = find_full_size(model, layers)
-    dense = _form(create, {})
-    with torch.device("meta"):
-        skeleton = find_full_size(model, None)[0](None)
-    few = measure_latency(dense, tokens=1)
-    by_shape = {few.shapes[name]: price for name, price in few.prices.items()}
-    shapes = {target.name: target.shape for target in find_targets(skeleton)}
-    measured = Costs("latency", shapes, {name: by_shape[shape] for name, shape in shapes.items()})
-    ranks = {"uniform ranks": half_ranks(model, skeleton, keep=keep, measured=measured)}
-    if results is not None:
-        ranks["trained ranks"] = half_ranks(model, skeleton, keep=keep, results=results, measured=measured)
-    return {"dense": dense} | {form: _form(create, chosen) for form, chosen in ranks.items()}
-
-
-def linear_weights(model: PreTrainedModel) -> list[Tensor]:
-    """What the linear layers multiply with: a dense layer's weight, a thin one's two factors."""
-    layers = [target.module for target in find_targets(model)]
-    parts = [part for m in layers for part in ((m.down, m.up) if isinstance(m, LowRankLinear) else (m,))]
-    return [part.weight for part in parts]
+    check_at_least_one(tokens=tokens, rounds=rounds)
+    forms = _forms(model, layers=layers, keep=keep, results=results)
+    states = torch.randn(1, tokens, forms["dense"].config.hidden_size, device=forms["dense"].device)
+    states = states.to(forms["dense"].dtype)
+    calls: dict[str, Callable[[], object]] = {}
+    for form, network in forms.items():
+        calls[f"{form}, blocks"] = partial(network.base_model, inputs_embeds=states)
+        calls[f"{form}, linears"] = _linears(network, tokens)
+    with torch.inference_mode(), fast_scan(), keep_memory(), use_threads(1):
+        seconds = interleaved(calls, rounds, f"{model}: blocks and their linear layers", 1)
+    taken = {name: times["median_ms"] for name, times in summarize_times(seconds).items()}
+    flops = {form: 2 * tokens * sum(w.numel() for w in _linear_weights(network)) for form, network in forms.items()}
+    rows = []
+    for form in forms:
+        blocks, linears = taken[f"{form}, blocks"], taken[f"{form}, linears"]
+        rows.append(
+            {
+                "model": model,
+                "form": form,
+                "tokens": tokens,
+                "blocks_ms": blocks,
+                "linears_ms": linears,
+                "rest_ms": blocks - linears,
+                "gflops_per_s": flops[form] / linears / 1e6,
+                "speed_up": taken["dense, blocks"] / blocks,
+                "linears_speed_up": taken["dense, linears"] / linears,
+                "linears_flop_limit": flops["dense"] / flops[form],
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def compare_onnx(
@@ -180,7 +198,7 @@ def compare_onnx(
     tokens: int = 128,
     rounds: int = 9,
 ) -> pd.DataFrame:
-    """The same under onnxruntime, with float32 and with 8-bit weights: one row of tokens, one thread.
+    """Time the forms under onnxruntime, with float32 and with 8-bit weights; one row, one thread.
 
     Parameters
     ----------
@@ -194,71 +212,90 @@ def compare_onnx(
         in MB.
     """
     check_at_least_one(tokens=tokens, rounds=rounds)
-    forms = build_forms(model, layers=layers, keep=keep, results=results)
+    forms = _forms(model, layers=layers, keep=keep, results=results)
     inputs = {name: values.numpy() for name, values in example_rows(forms["dense"], 1, tokens).items()}
     calls, sizes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for (form, network), int8 in product(forms.items(), (False, True)):
             name = f"{form}, int8" if int8 else form
-            with without_notices():  # weights are random here: what rounding does to them means nothing
+            with without_notices():  # of rounding, which means nothing where weights are random
                 path = export_onnx(network, Path(folder) / f"{name.replace(' ', '-')}.onnx", int8=int8)
             sizes[name] = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6
             calls[name] = partial(onnx_session(path).run, ["logits"], inputs)
         seconds = interleaved(calls, rounds, f"{model} under onnxruntime")
-    dense = statistics.median(seconds["dense"])
     rows = [
         {
-            "model": model, "form": name, "tokens": tokens, "median_ms": 1e3 * statistics.median(taken),
-            "speed_up": dense / statistics.median(taken), "file_mb": sizes[name], "blocks": layers or "all",
+            "model": model, "form": name, "tokens": tokens, "median_ms": times["median_ms"],
+            "speed_up": times["speed_up"], "file_mb": sizes[name], "blocks": layers or "all",
         }
-        for name, taken in seconds.items()
+        for name, times in summarize_times(seconds).items()
     ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def time_tricks(*, tokens: int = 128, rounds: int = 21) -> pd.DataFrame:
-    """What single tricks are worth, each alone, at the models' layer sizes; one thread, fp32.
+def compare_budgets(
+    budgets: Mapping[str, float], *, encoder: str = "minilm", tokens: int = 128, multiple: int = 16, rounds: int = 15
+) -> pd.DataFrame:
+    """Cut an encoder uniformly under budgets that count different things, and time the results; one row, one thread.
 
     Parameters
     ----------
-    tokens : int
-        In one row.
-    rounds : int
-        Interleaved, after two that warm up.
+    budgets : mapping
+        From what is counted ("linear", "total", "flops" or "latency") to the share of it that is kept.
+    encoder : str
+        See `find_encoder`. Its factors are whitened, calibrated on the embedded sentence pairs.
+    tokens, rounds : int
+        Tokens in the timed row, and measured calls.
+    multiple : int
+        See `softlms.Budget`.
 
     Returns
     -------
     DataFrame
-        "trick", microseconds without and with it ("without_us", "with_us", medians), and "gain", their ratio.
+        A row for each budget: "kept_linear" (share of the linears' weights), "kept_flops", "predicted_speed_up" (from
+        the times of single layers), "speed_up" (of the whole model), "output_error" (relative, of the last hidden
+        states on held-out rows; nothing is trained after the cut).
+
+    Raises
+    ------
+    ValueError
+        Unknown encoder, or a budget that cannot be met.
     """
-    x, wide = torch.randn(1, tokens, 768), torch.randn(1, tokens, 3072)
-    odd, even = (LowRankLinear(torch.randn(r, 768), torch.randn(768, r), torch.zeros(768)) for r in (127, 128))
-    downs = [torch.randn(96, 768) for _ in range(3)]
-    ups = [torch.randn(768, 96) for _ in range(3)]
-    stacked = torch.cat(downs)
+    found = find_encoder(encoder)
+    model = pretrained(AutoModel, found.location).eval()
+    collator = DataCollatorWithPadding(found.tokenizer())
+    rows = encode(load_task("docpairs", "embedded"), found.tokenizer(), 40)
+    seen = calibrate(model, rows["train"], collator, rows=CALIBRATION_ROWS)
+    factors = factorize(model, "whitened", seen)
+    unseen = [{"input_ids": row["input_ids"]} for row in rows["dev"].select(range(HELD_OUT_ROWS))]
+    held_out = prepared(model, collator(unseen))
+    words = held_out["attention_mask"].bool()
 
-    def apart() -> None:
-        for down, up in zip(downs, ups, strict=True):
-            linear(linear(x, down), up)
-
-    def together() -> None:
-        for down, up in zip(linear(x, stacked).chunk(3, -1), ups, strict=True):
-            linear(down, up)
-
-    tricks: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "rank 128 instead of 127 (768 x 768)": (partial(odd, x), partial(even, x)),
-        "down-projections of Q, K, V in one product (rank 96)": (apart, together),
-        "GPT-2's GELU in one pass": (partial(NewGELUActivation(), wide), partial(GELUTanh(), wide)),
-    }
-    rows = []
-    with torch.inference_mode(), use_threads(1):
-        for name, (without, using) in tricks.items():
-            seconds = interleaved({"without": without, "with": using}, rounds)
-            us = {f"{key}_us": 1e6 * statistics.median(taken) for key, taken in seconds.items()}
-            rows.append({"trick": name, "tokens": tokens} | us)
-    us = {f"{key}_us": _in_new_process(_mlp, tokens, rounds, key == "with") for key in ("without", "with")}
-    rows.append({"trick": "freed memory kept (TinyLlama's MLP, rank 640)", "tokens": tokens} | us)
-    return pd.DataFrame(rows).assign(gain=lambda table: table["without_us"] / table["with_us"])
+    flops, latency = count_flops(model, tokens=tokens), measure_latency(model, tokens=tokens, rounds=rounds)
+    weights = parameter_costs(flops.shapes)
+    ranks = {
+        count: allocate(
+            model, factors, "uniform", keep=keep, count=count, multiple=multiple,
+            costs={"flops": flops, "latency": latency}.get(count),
+        )
+        for count, keep in budgets.items()
+    }  # fmt: skip
+    forms = {"dense": model} | {count: truncate(copy.deepcopy(model), kept, factors) for count, kept in ranks.items()}
+    inputs = random_rows(model.config.vocab_size, 1, tokens)
+    with use_threads(1), torch.inference_mode():
+        times = summarize_times(interleaved({name: partial(form, **inputs) for name, form in forms.items()}, rounds))
+        states = {name: form(**held_out).last_hidden_state[words] for name, form in forms.items()}
+    return pd.DataFrame(
+        {
+            "budget": f"{budgets[count]:.0%} of {count}",
+            "kept_linear": weights.of(kept) / weights.dense,
+            "kept_flops": (flops.rest + flops.of(kept)) / flops.dense,
+            "predicted_speed_up": latency.dense / (latency.rest + latency.of(kept)),
+            "speed_up": times[count]["speed_up"],
+            "output_error": float((states[count] - states["dense"]).norm() / states["dense"].norm()),
+        }
+        for count, kept in ranks.items()
+    )
 
 
 def print_speed(
@@ -269,7 +306,7 @@ def print_speed(
     two_threads: bool = False,
     **options: Any,
 ) -> None:
-    """The ``softlms benchmark-speed`` command: a table for each model; rows go to the CSV that `out` names at once."""
+    """Run ``softlms benchmark-speed``: print a table for each model, and add its rows to the CSV file `out`."""
     for model in models or FULL_SIZE:
         table = compare_speed(
             model,
@@ -290,17 +327,37 @@ def print_speed(
 
 @dataclass(frozen=True)
 class _Case:
-    """What is timed in turn: the same work by each form."""
+    """Work that each form does in turn."""
 
     part: str
     phase: str
     batch: int
-    tokens: int  # computed in a row
+    tokens: int  # that a call computes in each row
     calls: Mapping[str, Callable[[], Any]]
 
 
+def _forms(
+    model: str, *, layers: int | None = None, keep: float = 0.5, results: Path | None = None
+) -> dict[str, PreTrainedModel]:
+    """The models to compare, with random weights; a layer that factors would slow down at one token stays dense."""
+    if model not in FULL_SIZE:
+        raise ValueError(f"Unknown model {model!r}; known: {', '.join(FULL_SIZE)}.")
+    create, _ = find_full_size(model, layers)
+    dense = _form(create, {})
+    with torch.device("meta"):
+        skeleton = find_full_size(model, None)[0](None)
+    few = measure_latency(dense, tokens=1)
+    by_shape = {few.shapes[name]: price for name, price in few.prices.items()}
+    shapes = {target.name: target.shape for target in find_targets(skeleton)}
+    measured = Costs("latency", shapes, {name: by_shape[shape] for name, shape in shapes.items()})
+    ranks = {"uniform ranks": half_ranks(model, skeleton, keep=keep, measured=measured)}
+    if results is not None:
+        ranks["trained ranks"] = half_ranks(model, skeleton, keep=keep, results=results, measured=measured)
+    return {"dense": dense} | {form: _form(create, chosen) for form, chosen in ranks.items()}
+
+
 def _form(create: Callable[[str | None], PreTrainedModel], ranks: Mapping[str, int]) -> PreTrainedModel:
-    """A model with random weights, dense or of these ranks; activations in one pass, for all forms alike."""
+    """A model with random weights, dense or of these ranks."""
     torch.manual_seed(0)
     model = create(None).eval()
     if ranks:
@@ -326,12 +383,32 @@ def _cases(forms: Mapping[str, PreTrainedModel], batches: Sequence[int], tokens:
         yield _Case("model", "decode", 1, 1, calls)
 
 
+def _linears(model: PreTrainedModel, tokens: int) -> Callable[[], None]:
+    """A call of all target layers, one after the other."""
+    targets = find_targets(model)
+    widths = {target.shape[1] for target in targets}
+    inputs = {n: torch.randn(1, tokens, n, device=model.device, dtype=model.dtype) for n in widths}
+
+    def run() -> None:
+        for target in targets:
+            target.module(inputs[target.shape[1]])
+
+    return run
+
+
+def _linear_weights(model: PreTrainedModel) -> list[Tensor]:
+    """Matrices of the target layers: a dense layer's weight, a thin layer's two factors."""
+    layers = [target.module for target in find_targets(model)]
+    parts = [part for m in layers for part in ((m.down, m.up) if isinstance(m, LowRankLinear) else (m,))]
+    return [part.weight for part in parts]
+
+
 def _limits(model: PreTrainedModel, case: _Case, rest: float, peak: float, bandwidth: float) -> tuple[float, float]:
-    """FLOPs of a case, and the seconds of its roofline; elementwise work and the scan are in neither."""
+    """FLOPs of a case, and its seconds by the roofline; both without elementwise work and the scan."""
     rows = case.batch * case.tokens
-    weights = linear_weights(model)
+    weights = _linear_weights(model)
     head = model.get_output_embeddings() if case.part == "model" else None
-    if head is not None:  # a product like the others, and the largest to read
+    if head is not None:  # a product too, with the largest weight
         weights.append(head.weight)
         rest -= 2 * rows * head.weight.numel()
     flops = rest + sum(2 * rows * w.numel() for w in weights)
@@ -339,25 +416,8 @@ def _limits(model: PreTrainedModel, case: _Case, rest: float, peak: float, bandw
     return flops, seconds
 
 
-def _in_new_process(measure: Callable[..., float], *arguments: object) -> float:
-    """How an allocator serves a call depends on what the process freed before."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
-
-
-def _mlp(tokens: int, rounds: int, keep: bool) -> float:
-    """Microseconds of an MLP of TinyLlama's size, its three layers of rank 640."""
-    mlp = LlamaMLP(LlamaConfig(hidden_size=2048, intermediate_size=5632))
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        m, n = mlp.get_submodule(name).weight.shape
-        mlp.set_submodule(name, LowRankLinear(torch.randn(640, n), torch.randn(m, 640), None))
-    x = torch.randn(1, tokens, 2048)
-    with torch.inference_mode(), use_threads(1), keep_memory() if keep else nullcontext():
-        return 1e6 * statistics.median(interleaved({"": partial(mlp, x)}, rounds)[""])
-
-
 def _machine() -> tuple[float, float]:
-    """FLOPs a second of a large product, and bytes a second of reading more than a cache holds."""
+    """FLOPs per second of a large product, and bytes per second of reading more than a cache holds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     square, long = torch.randn(1536, 1536, device=device, dtype=dtype), torch.ones(1 << 26, device=device)
@@ -366,7 +426,7 @@ def _machine() -> tuple[float, float]:
 
 
 def _decoding(model: PreTrainedModel, tokens: int) -> Callable[[], Any]:
-    """One token more, from a cache of so many; of a BERT, which has none, one token alone."""
+    """A call that decodes one token after a cache of so many; BERT has no cache: one token alone."""
     inputs = random_rows(model.config.vocab_size, 1, tokens)
     one = random_rows(model.config.vocab_size, 1, 1)["input_ids"].to(model.device)
     if not model.can_generate():

@@ -27,8 +27,8 @@ def keep_memory() -> Iterator[bool]:
 
     Notes
     -----
-    What it is worth is in `softlms.experiments.speed.time_tricks`. Afterwards glibc's thresholds are the largest that
-    it would have chosen by itself: 32 MiB and twice that.
+    `softlms.experiments.timing.time_tricks` measures what it is worth. Afterwards glibc's thresholds are the largest
+    that it would have chosen by itself: 32 MiB and twice that.
     """
     if platform.libc_ver()[0] != "glibc":
         yield False

@@ -1,9 +1,11 @@
-"""Mamba's selective scan on a CPU, as an operator of torch with a backward of its own."""
+"""Mamba's selective scan on a CPU, as an operator of torch with a backward of its own.
+
+Its loops are imported where they run: numba is a large library, and only Mamba's users want it.
+"""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,17 +79,20 @@ def _scan_traced(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tupl
 @torch.library.custom_op("softlms::selective_scan", mutates_args=(), device_types="cpu")
 def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (b, L, d), the last state (b, N, d), and where `keep` says so the states that the backward starts from."""
-    kernel = _kernel()
+    from softlms.kernels.selective_scan_numba import FORWARD_LANES, forward, run_units
+
     outputs = _outputs(u, dt, A, B, C, keep)
-    units = len(u) * -(-u.shape[2] // kernel.FORWARD_LANES)
+    units = len(u) * -(-u.shape[2] // FORWARD_LANES)
     arrays = (x.numpy() for x in (u, dt, A, B, C, *outputs))
-    kernel.run_units(kernel.forward, units, torch.get_num_threads(), *arrays)
+    run_units(forward, units, torch.get_num_threads(), *arrays)
     return outputs
 
 
 @_scan.register_fake
 def _outputs(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = -(-u.shape[1] // _kernel().CHUNK) if keep else 0
+    from softlms.kernels.selective_scan_numba import CHUNK
+
+    chunks = -(-u.shape[1] // CHUNK) if keep else 0
     return torch.empty_like(u), u.new_empty(u.shape[0], *A.shape), u.new_empty(u.shape[0], chunks, *A.shape)
 
 
@@ -95,12 +100,13 @@ def _outputs(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool)
 def _scan_backward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, kept: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel = _kernel()
-    blocks = -(-u.shape[2] // kernel.BACKWARD_LANES)
+    from softlms.kernels.selective_scan_numba import BACKWARD_LANES, backward, run_units
+
+    blocks = -(-u.shape[2] // BACKWARD_LANES)
     parts = (u.new_empty(u.shape[0], *A.shape), *(B.new_empty(blocks, *B.shape) for _ in range(2)))
     du, ddt = torch.empty_like(u), torch.empty_like(u)
     arrays = (x.numpy() for x in (u, dt, A, B, C, kept, dy.contiguous(), du, ddt, *parts))
-    kernel.run_units(kernel.backward, len(u) * blocks, torch.get_num_threads(), *arrays)
+    run_units(backward, len(u) * blocks, torch.get_num_threads(), *arrays)
     dA, dB, dC = (part.sum(0) for part in parts)
     return du, ddt, dA, dB, dC
 
@@ -124,13 +130,6 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ..
 
 
 _scan.register_autograd(_gradients, setup_context=_keep_for_backward)
-
-
-def _kernel() -> Any:
-    """Loaded where it is needed: numba is a large library, and only Mamba's users want it."""
-    if importlib.util.find_spec("numba") is None:
-        raise ImportError("Mamba's fast scan needs numba, which is not installed: pip install 'softlms[mamba]'.")
-    return importlib.import_module("softlms.kernels.selective_scan_numba")
 
 
 @contextmanager

@@ -11,11 +11,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
+
+try:
+    import numba
+    from llvmlite import ir
+    from numba.core import types
+    from numba.extending import intrinsic
+except ModuleNotFoundError as error:
+    message = "Mamba's fast scan needs numba, which is not installed: pip install 'softlms[mamba]'."
+    raise ImportError(message) from error
 
 __all__ = ["BACKWARD_LANES", "CHUNK", "FORWARD_LANES", "backward", "forward", "run_units"]
 

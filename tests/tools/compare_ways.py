@@ -1,7 +1,7 @@
 """Run all notebooks on their own profile under papermill, nbval, nbclient and JupyterLab, and compare their tables.
 
-    python tests/compare_ways.py                          # all notebooks, each way from nothing: about an hour
-    python tests/compare_ways.py 01 03 --ways papermill nbclient
+    python tests/tools/compare_ways.py                          # all notebooks, each way from nothing: about an hour
+    python tests/tools/compare_ways.py 01 03 --ways papermill nbclient
 
 Each way has a clone of this checkout's last commit of its own. Compared are all tables that a way wrote, all columns
 but those of measured times. Exit status 1 when something differs, is missing, or a notebook failed. JupyterLab needs
@@ -22,7 +22,7 @@ from lab import BROWSER, DRIVER, NotebookPage, open_browser, serve_lab
 
 from softlms.workbook.registry import choose_notebooks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODULE = [sys.executable, "-m"]
 
 

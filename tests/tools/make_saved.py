@@ -1,6 +1,6 @@
 """Save tiny models of each family in each form, as test data of the format that this version writes.
 
-    python tests/make_saved.py FOLDER
+    python tests/tools/make_saved.py FOLDER
 
 ``tests/saved/format-1`` was made so, at the last version that could write nothing but linear layers in other forms. A
 folder that is committed is never made again: it stands for what users have on their disks. Beside each model lies

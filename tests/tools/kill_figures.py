@@ -1,7 +1,7 @@
 """Kill ``softlms figures`` at random moments, resume it, and compare its tables with those of a run nobody killed.
 
-    python tests/kill_figures.py --kills 20                       # all notebooks, profile quick: about an hour
-    python tests/kill_figures.py --kills 1 01 --profile quick     # some minutes
+    python tests/tools/kill_figures.py --kills 20                       # all notebooks, profile quick: about an hour
+    python tests/tools/kill_figures.py --kills 1 01 --profile quick     # some minutes
 
 It clones this checkout's last commit twice into a temporary folder. In one clone all notebooks run undisturbed. In the
 other the command and all that is in its process group get SIGKILL, and it is started again with ``--resume``. The
@@ -26,7 +26,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "import sys; from softlms.cli import main; sys.exit(main())", "figures"]
 FOLDERS = ("figures", "results", "executed")
 MEASURED = re.compile(r"seconds|ms|.*_ms|.*_s|.*_us|peak_gb|.*speed_?up|times_faster|roofline_limit|gain")  # times

@@ -1,7 +1,7 @@
 """Score models under onnxruntime with 8-bit weights, in every way to round them, and add rows to a CSV file.
 
     softlms compress --model minilm --task mrpc --data DIR --keep 0.35 --out small
-    python tests/measure_int8.py small --task mrpc --data DIR --out results/export_int8.csv
+    python tests/tools/measure_int8.py small --task mrpc --data DIR --out results/export_int8.csv
 
 A model takes minutes. The score is that of the test split, where its labels are public, else of dev, in batches of 32
 rows of like length; times are of one row, one thread, all ways in turn. Not part of the test suite.

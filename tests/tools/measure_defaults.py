@@ -1,7 +1,7 @@
 """Train with the defaults, no setting but keep, and add rows to a CSV file: when the budget is met, and the scores.
 
-    python tests/measure_defaults.py mrpc --data DIR --dense 'dense-{seed}' --out results/defaults.csv
-    python tests/measure_defaults.py language --out results/defaults_language.csv
+    python tests/tools/measure_defaults.py mrpc --data DIR --dense 'dense-{seed}' --out results/defaults.csv
+    python tests/tools/measure_defaults.py language --out results/defaults_language.csv
 
 MRPC: MiniLM at three seeds and two budgets, as many steps, the learning rate and the distillation of notebook 05, whose
 committed rows have settings tuned by hand; dense models are fine-tuned first where the folders are not there.

@@ -1,7 +1,7 @@
 """Kill ``softlms compress`` at random moments, try again, and compare every file with those of a run nobody killed.
 
-    python tests/kill_compress.py --kills 20                      # some minutes
-    python tests/kill_compress.py --kills 20 count=flops
+    python tests/tools/kill_compress.py --kills 20                      # some minutes
+    python tests/tools/kill_compress.py --kills 20 count=flops
 
 The moments are touches of the disk, one of which is drawn for each kill: by the clock, those between two checkpoints
 would get nearly all. A tiny BERT with a head for another task, which is fine-tuned first, keeps a run in seconds. Runs
