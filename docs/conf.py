@@ -1,0 +1,46 @@
+"""The site: ``sphinx-build docs site``, or ``softlms gallery``. Notebooks are shown as committed, never executed."""
+
+from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
+import softlms
+from softlms.workbook.gallery import write_pages
+
+project = "softlms"
+release = softlms.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc"]
+exclude_patterns = ["_build"]
+default_role = "py:obj"
+
+nb_execution_mode = "off"
+nb_ipywidgets_js = {}  # would come from the net
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False
+autodoc_typehints = "none"
+numpydoc_show_class_members = False
+
+html_theme = "pydata_sphinx_theme"
+html_title = "softlms"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_math_renderer = "mathml"
+html_theme_options = {"navigation_with_keys": False, "header_links_before_dropdown": 8}
+
+
+def show_math(translator, node):
+    """Formulas as MathML: no script, no font from elsewhere."""
+    translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    raise nodes.SkipNode
+
+
+def setup(app):
+    app.add_config_value("softlms_profile", "laptop", "env")
+    app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir), app.config.softlms_profile))
+    app.add_html_math_renderer("mathml", inline_renderers=(show_math, None), block_renderers=(show_math, None))
