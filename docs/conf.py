@@ -1,5 +1,6 @@
 """The site: ``sphinx-build docs site``, or ``softlms gallery``. Notebooks are shown as committed, never executed."""
 
+import re
 from pathlib import Path
 
 from docutils import nodes
@@ -24,6 +25,8 @@ autodoc_inherit_docstrings = False
 autodoc_typehints = "none"
 numpydoc_show_class_members = False
 
+ALONE = ("getting_started", "results", "figures", "workbook", "design")  # pages that have none below them
+
 html_theme = "pydata_sphinx_theme"
 html_title = "softlms"
 html_static_path = ["_static"]
@@ -31,12 +34,24 @@ html_css_files = ["style.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_math_renderer = "mathml"
-html_theme_options = {"navigation_with_keys": False, "header_links_before_dropdown": 8}
+html_theme_options = {
+    "navigation_with_keys": False,
+    "header_links_before_dropdown": 6,
+    # not on notebooks: their code is wide
+    "secondary_sidebar_items": dict.fromkeys([*ALONE, "api", "methods/*", "modules/*"], ["page-toc"]),
+}
+html_context = {"default_mode": "auto"}
+html_sidebars = dict.fromkeys(["index", *ALONE], [])
 
 
 def show_math(translator, node):
     """Formulas as MathML: no script, no font from elsewhere."""
-    translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    block = isinstance(node, nodes.math_block)
+    mathml = tex2mathml(node.astext(), as_block=block)
+    # browsers let only one of a norm's bars grow, and set a function's name against its argument: tanhu
+    mathml = re.sub(r"<mo[^>]*>‖</mo>", '<mo stretchy="false">‖</mo>', mathml)
+    mathml = re.sub(r"<mo>&ApplyFunction;</mo>(?=\s*<mi)", '<mspace width="0.167em" />', mathml)
+    translator.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
     raise nodes.SkipNode
 
 

@@ -215,7 +215,7 @@ def run(tree, **options):
 def test_a_wrong_cell_fails_and_write_repairs_it(tree, name):
     path = tree / name
     whole = path.read_text("utf-8")
-    change(path, "| 25.30 ± 0.06 |", "| 25.20 ± 0.06 |")
+    change(path, "| 25.30\u00a0±", "| 25.20\u00a0±")
     status, output = run(tree)
     assert status == 1 and f"{name} has '| " in output and "25.30" in output and "--write" in output
     assert run(tree, write=True)[0] == 0

@@ -83,7 +83,7 @@ def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "objects.inv").is_file():
         raise ValueError(f"{out} holds something else than a site: choose an empty folder or a new one.")
     write_pages(docs, profile)  # here as well: what is wrong is said in a line
-    if main(["-q", "-W", "--keep-going", "-D", f"softlms_profile={profile}", str(docs), str(out)]):
+    if main(["-q", "-a", "-W", "--keep-going", "-D", f"softlms_profile={profile}", str(docs), str(out)]):
         raise ValueError("Sphinx found what is said above.")
     return out / "index.html"
 

@@ -570,8 +570,13 @@ def _claim_line(one: Judged) -> list[str]:
 
 
 def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    first, *rest = (f"| {' | '.join(cells)} |" for cells in (header, *lines))
+    first, *rest = (f"| {' | '.join(map(_unbroken, cells))} |" for cells in (header, *lines))
     return "\n".join([first, "|---" * len(header) + "|", *rest])
+
+
+def _unbroken(cell: str) -> str:
+    """A number stays in one line with its spread or unit."""
+    return re.sub(r"(?<=\d) (?=[±%])|(?<=[±≥≤]) ", "\u00a0", cell)
 
 
 def _cell(values: pd.Series, digits: int, seeds: int = 0) -> str:
