@@ -38,10 +38,10 @@ html_theme_options = {
     "navigation_with_keys": False,
     "header_links_before_dropdown": 6,
     # not on notebooks: their code is wide
-    "secondary_sidebar_items": dict.fromkeys([*ALONE, "api", "methods/*", "modules/*"], ["page-toc"]),
+    "secondary_sidebar_items": {page: ["page-toc"] for page in (*ALONE, "api", "methods/*", "modules/*")},
 }
 html_context = {"default_mode": "auto"}
-html_sidebars = dict.fromkeys(["index", *ALONE], [])
+html_sidebars = {page: [] for page in ("index", *ALONE)}
 
 
 def show_math(translator, node):
@@ -51,7 +51,7 @@ def show_math(translator, node):
     # browsers let only one of a norm's bars grow, and set a function's name against its argument: tanhu
     mathml = re.sub(r"<mo[^>]*>‖</mo>", '<mo stretchy="false">‖</mo>', mathml)
     mathml = re.sub(r"<mo>&ApplyFunction;</mo>(?=\s*<mi)", '<mspace width="0.167em" />', mathml)
-    translator.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
+    translator.body.append(f'<div class="formula">{mathml}</div>' if block else mathml)
     raise nodes.SkipNode
 
 

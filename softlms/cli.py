@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures.add_argument("--resume", action="store_true", help="leave out notebooks that are finished and unchanged")
     figures.add_argument("--replot", action="store_true", help="run nothing: draw the figures again from the tables")
 
-    gallery = commands.add_parser("gallery", help="build a static site of the figures, the notebooks and the API")
+    gallery = commands.add_parser("gallery", help="build the site: methods, notebooks, results, figures, API")
     gallery.add_argument("--profile", default="laptop", help="quick, laptop (default) or paper")
     gallery.add_argument("--out", default="site", help="folder (default site)")
 
@@ -141,9 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory.add_argument("--tokens", type=int, default=128, help="tokens a row (default 128)")
     memory.add_argument("--out", default="", help="CSV file that gets a row more")
 
-    verify = commands.add_parser("verify", help="judge every claim, and hold README and notebooks against the results")
+    verify = commands.add_parser("verify", help="judge every claim, and hold the generated tables against the rows")
     verify.add_argument("--profile", default="laptop", help="whose rows: quick, laptop (default) or paper")
-    verify.add_argument("--write", action="store_true", help="write README's generated tables anew first")
+    verify.add_argument("--write", action="store_true", help="write docs/results.md and README's table anew first")
 
     for stream in (sys.stdout, sys.stderr):  # what a console's encoding lacks is written as its code, not an error
         if isinstance(stream, io.TextIOWrapper):

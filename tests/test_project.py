@@ -34,6 +34,7 @@ def needed():
         *extras["notebooks"],
         *extras["export"],
         *extras["mamba"],
+        *extras["docs"],
         *extras["browser"],
         *extras["test"],
     ]
@@ -44,8 +45,15 @@ def test_environment_installs_what_pyproject_names():
     python, pip, pip_section = environment["dependencies"]
     # repo2docker reads "python=3.11", not "python>=3.11", and no pin says that the newest Python has a wheel
     assert f">={python.removeprefix('python=')}" == PYPROJECT["project"]["requires-python"] and pip == "pip"
-    assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,export,test]"]
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "export", "mamba", "browser", "test"}
+    assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,export,docs,test]"]
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == {
+        "notebooks",
+        "export",
+        "mamba",
+        "docs",
+        "browser",
+        "test",
+    }
 
 
 def test_binder_gets_the_encoder_that_make_installs():

@@ -160,7 +160,7 @@ def _notebook(chapter: Chapter, root: Path) -> str:
         if cell.cell_type == "markdown" and cell.source.startswith("#"):
             heading = cell.source.partition("\n")[0].lstrip("# ")
         if cell.cell_type == "code":
-            cell.metadata["mystnb"] = {"image": {"alt": f"Figure: {heading}"}}
+            cell.metadata["mystnb"] = {"image": {"alt": f"Figure: {_plain(heading)}"}}
             cell.outputs = [
                 output
                 for output in cell.outputs
@@ -169,6 +169,11 @@ def _notebook(chapter: Chapter, root: Path) -> str:
     said = f"> Outputs of `{chapter.source.relative_to(root).as_posix()}`, run with profile `{chapter.profile}`."
     book.cells.insert(1, nbformat.v4.new_markdown_cell(said, id="outputs"))
     return nbformat.writes(book)
+
+
+def _plain(title: str) -> str:
+    """A heading for where no formula can be: ``$\\alpha$`` becomes alpha."""
+    return re.sub(r"[$\\`*]", "", title)
 
 
 def _figure_lines(chapters: list[Chapter], root: Path, profile: str) -> Iterator[str]:
@@ -184,7 +189,8 @@ def _figure_lines(chapters: list[Chapter], root: Path, profile: str) -> Iterator
                 f"[{table['file']}](../results/{profile}/{table['file']}) ({table['rows']} rows)" for table in tables
             ]
             links += [] if tables else ["drawn from formulas, without a table"]
-            yield f"### {picture.title}\n\n{picture.text}\n\n![{picture.title}]({path}.png)\n\n{', '.join(links)}"
+            image = f"![{_plain(picture.title)}]({path}.png)"
+            yield "\n\n".join([f"### {picture.title}", picture.text, image, ", ".join(links)])
 
 
 def _module_pages() -> Iterator[tuple[str, str]]:
