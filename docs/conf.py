@@ -23,6 +23,7 @@ myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_inherit_docstrings = False
 autodoc_typehints = "none"
+add_module_names = False
 numpydoc_show_class_members = False
 
 ALONE = ("getting_started", "results", "figures", "workbook", "design")  # pages that have none below them
@@ -55,7 +56,15 @@ def show_math(translator, node):
     raise nodes.SkipNode
 
 
+def keep_columns(app, what, name, thing, options, lines):
+    """Columns in a module's docstring stay columns."""
+    for i in range(len(lines) - 1, 0, -1):
+        if what == "module" and re.match(r" {4}.*\S {2,}\S", lines[i]) and not lines[i - 1].startswith(" "):
+            lines[i:i] = ["", "::", ""]
+
+
 def setup(app):
     app.add_config_value("softlms_profile", "laptop", "env")
+    app.connect("autodoc-process-docstring", keep_columns, priority=900)
     app.connect("builder-inited", lambda app: write_pages(Path(app.srcdir), app.config.softlms_profile))
     app.add_html_math_renderer("mathml", inline_renderers=(show_math, None), block_renderers=(show_math, None))

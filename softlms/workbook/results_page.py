@@ -16,7 +16,6 @@ import pandas as pd
 
 from softlms.experiments.full_size import FULL_SIZE
 from softlms.experiments.grid import CUT_FROM
-from softlms.experiments.recipe import LEARNED, parse_method
 from softlms.files import whole_file
 from softlms.lowrank.allocation import ALLOCATIONS
 from softlms.lowrank.factorization import FACTORIZATIONS
@@ -587,10 +586,14 @@ def _cell(values: pd.Series, digits: int, seeds: int = 0) -> str:
     return f"{values.mean():.{digits}f}{spread}{f' ({len(values)})' if len(values) < seeds else ''}"
 
 
-def _place(method: str) -> tuple[int, int]:
-    """Methods by how ranks are chosen, learned ones last, then by factors."""
-    factors, allocation = parse_method(method)
-    return (*ALLOCATIONS, *LEARNED).index(allocation), FACTORIZATIONS.index(factors)
+def _place(method: str) -> tuple[int, int, str]:
+    """Methods by how ranks are chosen, learned ones last, then by factors; then those that are no such pair."""
+    factors, _, chosen = method.partition("+")
+    places = [
+        order.index(part) if part in order else len(order)
+        for part, order in ((chosen, (*ALLOCATIONS, "mask", "soft")), (factors, FACTORIZATIONS))
+    ]
+    return places[0], places[1], method
 
 
 def _percent(share: float) -> str:
