@@ -374,10 +374,10 @@ training after the cut; one dense model each. At one seed all methods start from
 text, and fill the same share of the linears' weights. Rows, ranks, samples and speed: `results/laptop/06_*` to
 `08_*`.
 
-At one half `whitened+soft` has lower perplexity than uniform SVD, plain or whitened, on all three, with intervals clear
-of zero. Against learned masks it leads on Llama and, with intervals that include zero, on Mamba; on GPT-2, which loses
-little, the two are level. At 75 % of Llama the masks are ahead. Mamba's thresholds need a heavier push than the others':
-with a gamma of 0.03 they did not meet the budget of themselves in any trial.
+At one half `whitened+soft` has lower perplexity than uniform SVD, plain or whitened, on all three, with intervals
+clear of zero. Against learned masks it leads on Llama and, with intervals that include zero, on Mamba; on GPT-2,
+which loses little, the two are level. At 75 % of Llama the masks are ahead. Mamba's thresholds need a heavier push
+than the others': with a gamma of 0.03 they did not meet the budget of themselves in any trial.
 
 ### GPT-2
 
