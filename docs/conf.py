@@ -34,6 +34,8 @@ html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_use_index = False
+html_domain_indices = False
 html_math_renderer = "mathml"
 html_theme_options = {
     "navigation_with_keys": False,
