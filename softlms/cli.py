@@ -18,7 +18,7 @@ __all__ = ["main"]
 COMMANDS = {
     "figures": ("run notebooks headless and leave figures, tables and a summary", "workbook.run:make_figures",
                 "<names> profile data model text parameters jobs resume replot"),
-    "gallery": ("build a static site of the figures, the notebooks and the API",
+    "gallery": ("build the site: methods, notebooks, results, figures, API",
                 "workbook.gallery:print_gallery|build_gallery", "profile out"),
     "doctor": ("say what is installed here, and what would stop the workbook", "workbook.doctor:print_findings", ""),
     "check-notebooks": ("run notebooks under nbval, as notebooks/notebooks.toml says",
@@ -41,7 +41,7 @@ COMMANDS = {
     "training-memory": ("count and measure the memory that a training step takes",
                         "experiments.training_cost:print_training_memory|training_memory",
                         "<model> form=soft layers batch tokens out"),
-    "verify": ("judge every claim, and compare README and notebooks with the results", "workbook.verify:verify",
+    "verify": ("judge every claim, and compare the generated tables with the rows", "workbook.verify:verify",
                "profile write"),
 }
 # fmt: on
@@ -97,7 +97,7 @@ HELP = {
     "threads": "threads",
     "tokens": "tokens in a row",
     "two_threads": "time two threads as well as one",
-    "write": "write README's generated tables first",
+    "write": "write docs/results.md and README's table first",
 }
 FLAGS = {"jobs": "-j", "parameters": "-p"}
 METAVARS = {"names": "notebook", "parameters": "NAME=VALUE"}

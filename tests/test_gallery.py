@@ -1,69 +1,121 @@
-import os
+"""The site: what is generated for Sphinx, and, among the slow tests, all of it."""
+
+import json
 import re
 import shutil
-import socket
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
-import pandas as pd
 import pytest
-from PIL import Image
 from test_project import PYPROJECT, ROOT
 
 import softlms
 from softlms import cli
 from softlms.workbook import gallery
-from softlms.workbook.gallery import build_gallery
-from softlms.workbook.pages import markdown
+from softlms.workbook.gallery import write_pages
 
 BOOKS = ("01_threshold_functions", "03_block_sensitivity")  # formulas, a widget; figures with and without tables
 
 
-def copy_checkout(place):
-    """The committed tree with two of its notebooks."""
-    (place / "notebooks").mkdir(parents=True)
-    (place / "pyproject.toml").touch()
-    shutil.copy(ROOT / "notebooks/notebooks.toml", place / "notebooks")
-    for book in BOOKS:
-        shutil.copy(ROOT / "notebooks" / f"{book}.ipynb", place / "notebooks")
-        for kind in ("figures", "results"):
-            (place / kind / "laptop").mkdir(parents=True, exist_ok=True)
-            for file in (ROOT / kind / "laptop").glob(f"{book}*"):
-                shutil.copy(file, place / kind / "laptop")
-    claim = {"claim": "order", "ground": "PAPER", "text": "2 < 3", "claimed": "2", "unit": "%", "measured": "1.9"}
-    claims = pd.DataFrame([claim | {"verdict": "HOLDS", "why": "", "hardware": "AMD EPYC"}])
-    claims.to_csv(place / "results/laptop/10_paper_vs_reproduced.csv", index=False)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    place = tmp_path_factory.mktemp("checkout")
-    copy_checkout(place)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        assert cli.main(["gallery"]) == 0
-    return place / "site"
-
-
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    copy_checkout(tmp_path)
+    """The committed tree with two of its notebooks."""
+    for folder in ("docs", "notebooks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    shutil.copy(ROOT / "notebooks/notebooks.toml", tmp_path / "notebooks")
+    for book in BOOKS:
+        shutil.copy(ROOT / "notebooks" / f"{book}.ipynb", tmp_path / "notebooks")
+        for kind in ("figures", "results"):
+            (tmp_path / kind / "laptop").mkdir(parents=True, exist_ok=True)
+            for file in (ROOT / kind / "laptop").glob(f"{book}*"):
+                shutil.copy(file, tmp_path / kind / "laptop")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+def test_each_figure_has_its_text_files_and_tables(checkout):
+    write_pages(checkout / "docs", "laptop")
+    page = (checkout / "docs/figures.md").read_text("utf-8")
+    for title in ("# 01 Threshold functions", "# Three ways to cut", "# Their gradients", "# One block at a time"):
+        assert f"{title}\n" in page
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert len([link for link in links if link.endswith(".png")]) == 4 == page.count("[PDF]")
+    assert all((checkout / "docs" / link).is_file() for link in links)
+    assert "03_block_sensitivity.csv) (60 rows)" in page and page.count("without a table") == 2
+
+
+def test_notebooks_say_where_their_outputs_come_from(checkout):
+    (checkout / "executed/laptop").mkdir(parents=True)
+    shutil.copy(checkout / "notebooks" / f"{BOOKS[1]}.ipynb", checkout / "executed/laptop")
+    (checkout / "docs/notebooks").mkdir()
+    (checkout / "docs/notebooks/gone.ipynb").touch()
+    write_pages(checkout / "docs", "laptop")
+    first, second = sorted((checkout / "docs/notebooks").iterdir())
+    assert (first.stem, second.stem) == BOOKS
+    assert f"notebooks/{BOOKS[0]}.ipynb`, run with profile `quick`" in first.read_text("utf-8")
+    assert f"executed/laptop/{BOOKS[1]}.ipynb`, run with profile `laptop`" in second.read_text("utf-8")
+    before = json.loads((checkout / "notebooks" / first.name).read_text("utf-8"))
+    assert "VBox(children" in json.dumps(before) and "VBox(children" not in first.read_text("utf-8")
+
+
+def test_each_module_is_in_its_room(checkout):
+    write_pages(checkout / "docs", "laptop")
+    for path in (ROOT / "softlms").rglob("*.py"):
+        if path.stem != "__init__":
+            room, module = (".".join(part.relative_to(ROOT).parts) for part in (path.parent, path.with_suffix("")))
+            assert f".. automodule:: {module}\n" in (checkout / f"docs/modules/{room}.md").read_text("utf-8")
+
+
+def test_bad_input_is_told_in_a_line(checkout, monkeypatch, capsys):
+    def fails(message, *arguments):
+        assert cli.main(["gallery", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+    (checkout / "thesis").mkdir()
+    (checkout / "thesis/index.html").touch()
+    fails("thesis holds something else than a site", "--out", "thesis")
+    fails("pyproject.toml holds something else than a site", "--out", "pyproject.toml")
+    fails("Unknown profile 'huge'; known: quick, laptop, paper", "--profile", "huge")
+    fails("has no figures: run softlms figures --profile paper", "--profile", "paper")
+    figure, table = (
+        checkout / "figures/laptop/03_block_sensitivity.png",
+        checkout / "results/laptop/03_block_sensitivity.csv",
+    )
+    figure.rename(checkout / "away")
+    fails("03_block_sensitivity.png is missing")
+    (checkout / "away").rename(figure)
+    table.write_text(table.read_text("utf-8").replace("0.8", "0.9", 1), "utf-8")
+    fails("is not the file that the note names")
+    shutil.copy(ROOT / "results/laptop" / table.name, table)
+    (checkout / "notebooks" / f"{BOOKS[1]}.ipynb").unlink()
+    fails("03_block_sensitivity.png is drawn by no notebook")
+    monkeypatch.setattr(gallery, "NEEDED", ("sphinx", "no_such_theme"))
+    fails("The site needs no_such_theme: pip install 'softlms[docs]'.")
+    assert not (checkout / "site").exists()
+
+
+def test_an_installed_package_has_all_its_files():
+    package = ROOT / "softlms"
+    packed = {
+        path for glob in PYPROJECT["tool"]["setuptools"]["package-data"]["softlms"] for path in package.glob(glob)
+    }
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files == packed
+
+
 class Page(HTMLParser):
-    """What a page loads when it is opened, what it links to, what can be linked to, and its metadata."""
+    """What a page loads when it is opened, what it links to, and what can be linked to."""
 
     def __init__(self, path):
         super().__init__()
-        self.loads, self.links, self.names, self.tags, self.alts = [], [], set(), [], []
-        self.feed(path.read_text("utf-8"))
+        self.loads, self.links, self.names, self.alts, self.text = [], [], set(), [], path.read_text("utf-8")
+        self.feed(self.text)
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
-        self.tags.append((tag, values))
-        self.names.add(values.get("id"))
+        self.names |= {values.get("id"), values.get("name")}
         if tag == "a":
             self.links += [values["href"]] if "href" in values else []
         else:
@@ -72,161 +124,48 @@ class Page(HTMLParser):
             self.alts.append(values.get("alt"))
 
 
-def pages(site):
-    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The whole site; a warning of Sphinx's fails the build."""
+    out = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert cli.main(["gallery", "--out", str(out)]) == 0
+    return {
+        path.relative_to(out).as_posix(): (path, Page(path))
+        for path in out.rglob("*.html")
+        if "_static" not in path.parts
+    }
 
 
-def test_every_link_and_image_is_there(site):
-    read = pages(site)
-    assert len(read) == 2 + len(BOOKS)
-    for path, page in read.items():
+@pytest.mark.slow
+def test_every_notebook_and_every_public_name_is_on_it(site):
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        page = site[f"notebooks/{path.stem}.html"][1]
+        assert all(page.alts) and "widget-view" not in page.text
+    assert {f"softlms.{name}" for name in softlms.__all__} <= site["api.html"][1].names
+
+
+@pytest.mark.slow
+def test_it_needs_no_network_and_no_link_is_dead(site):
+    for path, page in site.values():
         for address in page.loads + page.links:
             parts = urlsplit(address)
-            if parts.scheme:
+            if parts.scheme or parts.netloc:
+                assert address in page.links or parts.scheme == "data", (path.name, address)
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             assert target.is_file(), (path.name, address)
-            if parts.fragment and target in read:
-                assert parts.fragment in read[target].names, (path.name, address)
+        scripts = re.findall(r"<script[^>]*>(.*?)</script>", page.text, flags=re.DOTALL)
+        assert not any("://" in script for script in scripts), path.name
+    (index, _) = site["index.html"]
+    for style in index.parent.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", style.read_text("utf-8")), style
 
 
-def test_nothing_is_loaded_from_elsewhere(site):
-    for path, page in pages(site).items():
-        assert all(urlsplit(address).scheme in ("", "data") for address in page.loads), path
-        assert not any(tag in ("script", "iframe") for tag, _ in page.tags), path
-        style = path.read_text("utf-8") + (site / "style.css").read_text("utf-8")
-        assert not re.search(r"@import|url\(\s*['\"]?https?:", style), path
-
-
-def test_pages_are_for_phones_and_dark_screens_too(site):
-    for path, page in pages(site).items():
-        viewports = [values["content"] for tag, values in page.tags if values.get("name") == "viewport"]
-        assert viewports == ["width=device-width, initial-scale=1"], path
-    for style in (site / "style.css", site / "api.html"):
-        assert re.search(r"prefers-color-scheme: ?dark", style.read_text("utf-8")), style
-
-
-def test_each_figure_has_title_thumbnail_files_and_tables(site):
-    index = (site / "index.html").read_text("utf-8")
-    figures = sorted(path.stem for path in (ROOT / "figures/laptop").glob("*.png") if path.stem.startswith(BOOKS))
-    assert len(figures) == 4 and index.count("<figure>") == 4
-    titles = ("Three ways to cut", "Their gradients", "cuts a real layer (Fig. 3)", "One block at a time")
-    for title in ("01 Threshold functions", "03 Block sensitivity", *titles):
-        assert re.search(rf"<h[23]>[^\n]*{re.escape(title)}</h[23]>", index), title
-    for name in figures:
-        assert f'href="figures/{name}.png"' in index and f'href="figures/{name}.pdf"' in index
-        with Image.open(site / "thumbnails" / f"{name}.png") as image:
-            assert max(image.size) == 720
-    for table in ("01_threshold_functions_spectra.csv", "03_block_sensitivity.csv"):
-        rows = len(pd.read_csv(site / "tables" / table))
-        assert f'href="tables/{table}">{table}</a> <span>{rows} rows' in index
-    assert index.count("without a table") == 2
-    assert all(alt for page in pages(site).values() for alt in page.alts)
-
-
+@pytest.mark.slow
 def test_formulas_are_mathml(site):
-    page = (site / "notebooks" / "01_threshold_functions.html").read_text("utf-8")
+    page = site["notebooks/01_threshold_functions.html"][1].text
     assert page.count("<math") > 20 and 'display="block"' in page
-    prose = re.sub(r"<pre.*?</pre>|<code.*?</code>", "", page, flags=re.DOTALL)
+    prose = re.sub(r"<(pre|code|script|style).*?</\1>", "", page, flags=re.DOTALL)
     assert "$" not in prose and "\\" not in prose  # no TeX is left
-    assert "<mi>tanh</mi><mspace" in markdown(r"$\tanh u$")
-    assert markdown(r"$\lVert W \rVert_F$").count('<mo stretchy="false">') == 2
-    assert 'alt="Figure: α cuts a real layer (Fig. 3)"' in page
-    assert "widget-view" not in page and "interactive(" not in page
-
-
-def test_where_outputs_come_from_is_said(checkout):
-    executed = checkout / "executed" / "laptop"
-    executed.mkdir(parents=True)
-    shutil.copy(checkout / "notebooks" / f"{BOOKS[1]}.ipynb", executed)
-    index = build_gallery().read_text("utf-8")
-    assert f"notebooks/{BOOKS[0]}.ipynb, run with profile quick" in index
-    assert f"executed/laptop/{BOOKS[1]}.ipynb, run with profile laptop" in index
-
-
-def test_claims_are_shown_where_they_were_judged(site, checkout):
-    index = (site / "index.html").read_text("utf-8")
-    row = ("PAPER", "2 &lt; 3", "2", "%", "1.9", "HOLDS", "")
-    assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in index
-    (checkout / "results/laptop/10_paper_vs_reproduced.csv").unlink()
-    assert "Paper against reproduced" not in build_gallery().read_text("utf-8")
-
-
-def test_every_public_name_is_in_the_api(site):
-    page = (site / "api.html").read_text("utf-8")
-    names = Page(site / "api.html").names
-    assert set(softlms.__all__) <= names
-    for words in ("Parameters", "Returns", "Raises", "Weight of the compression loss, positive"):
-        assert words in page
-
-
-def test_a_failed_build_leaves_the_old_site(checkout, monkeypatch):
-    build_gallery()
-    (checkout / "site" / "mine.txt").touch()
-    before = sorted(checkout.rglob("*"))
-
-    def fail():
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(gallery, "_api_page", fail)  # the last page
-        assert cli.main(["gallery"]) == 2
-    assert sorted(checkout.rglob("*")) == before
-    build_gallery()
-    assert not (checkout / "site" / "mine.txt").exists() and not list(checkout.glob(".site*"))
-
-
-def test_what_killed_builds_left_is_put_right(checkout):
-    build_gallery()
-    here, dead = socket.gethostname(), 2**22 + 1  # above Linux's largest process number
-    (checkout / "site").rename(checkout / f".site.old-{here}-{dead}")  # killed between the two
-    (checkout / f".site.partial-{here}-{dead}").mkdir()
-    others = {f".site.partial-{here}-{os.getppid()}", f".site.partial-elsewhere-{dead}"}
-    for name in others:
-        (checkout / name).mkdir()
-    gallery._recover(checkout / "site")
-    assert (checkout / "site" / "index.html").is_file()
-    assert {path.name for path in checkout.glob(".site*")} == others
-
-
-def test_a_figure_that_lacks_a_file_is_not_left_out(checkout, capsys):
-    figure = checkout / "figures/laptop/03_block_sensitivity.png"
-    figure.rename(checkout / "away")
-    assert cli.main(["gallery"]) == 2
-    assert "03_block_sensitivity.png is missing" in capsys.readouterr().err
-
-
-def test_bad_input_stops_before_anything_is_built(checkout, capsys):
-    (checkout / "thesis").mkdir()
-    (checkout / "thesis" / "index.html").write_text("<h1>années de travail</h1>", "latin-1")
-    table = checkout / "results/laptop/03_block_sensitivity.csv"
-    for arguments, message in (
-        (["--profile", "huge"], "Unknown profile 'huge'; known: quick, laptop, paper"),
-        (["--profile", "paper"], "has no figures: run softlms figures --profile paper"),
-        (["--out", "thesis"], "thesis holds something else than a gallery"),
-        (["--out", "pyproject.toml"], "pyproject.toml holds something else than a gallery"),
-    ):
-        assert cli.main(["gallery", *arguments]) == 2
-        assert message in capsys.readouterr().err
-    table.write_text(table.read_text("utf-8").replace("0.8", "0.9", 1), "utf-8")
-    assert cli.main(["gallery"]) == 2
-    assert "is not the file that the note names" in capsys.readouterr().err
-    shutil.copy(ROOT / "results/laptop/03_block_sensitivity.csv", table)
-    (checkout / "notebooks" / f"{BOOKS[1]}.ipynb").unlink()
-    assert cli.main(["gallery"]) == 2
-    assert "03_block_sensitivity.png is drawn by no notebook" in capsys.readouterr().err
-    assert not (checkout / "site").exists() and not list(checkout.glob(".*"))
-    assert (checkout / "thesis" / "index.html").read_text("latin-1") == "<h1>années de travail</h1>"
-
-
-def test_an_installed_package_has_the_templates():
-    package = ROOT / "softlms"
-    packed = {
-        path for glob in PYPROJECT["tool"]["setuptools"]["package-data"]["softlms"] for path in package.glob(glob)
-    }
-    files = {
-        path
-        for path in package.rglob("*")
-        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
-    }
-    assert len(files) > 5 and files <= packed

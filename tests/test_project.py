@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from softlms.experiments.full_size import FULL_SIZE
-from softlms.workbook.readme_tables import check_tables
+from softlms.workbook.results_page import check_results
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -34,6 +34,7 @@ def needed():
         *extras["notebooks"],
         *extras["export"],
         *extras["mamba"],
+        *extras["docs"],
         *extras["browser"],
         *extras["test"],
     ]
@@ -44,8 +45,15 @@ def test_environment_installs_what_pyproject_names():
     python, pip, pip_section = environment["dependencies"]
     # repo2docker reads "python=3.11", not "python>=3.11", and no pin says that the newest Python has a wheel
     assert f">={python.removeprefix('python=')}" == PYPROJECT["project"]["requires-python"] and pip == "pip"
-    assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,export,test]"]
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {"notebooks", "export", "mamba", "browser", "test"}
+    assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,export,docs,test]"]
+    assert set(PYPROJECT["project"]["optional-dependencies"]) == {
+        "notebooks",
+        "export",
+        "mamba",
+        "docs",
+        "browser",
+        "test",
+    }
 
 
 def test_binder_gets_the_encoder_that_make_installs():
@@ -109,13 +117,13 @@ def test_no_public_name_hides_a_module():
     assert not modules & set(softlms.__all__)
 
 
-def test_tables_in_readme_are_those_of_the_runs():
-    """Every table and line of results, made again from the committed rows."""
-    assert check_tables((ROOT / "README.md").read_text("utf-8"), ROOT / "results") == []
+def test_tables_are_those_of_the_runs():
+    """docs/results.md and README's table, made again from the committed rows."""
+    assert check_results(ROOT) == []
 
 
 def test_committed_rows_are_complete():
-    """What the tables need for being what README calls them; what they show is claimed in results/claims.toml."""
+    """What the tables need for being what docs/results.md calls them; results/claims.toml claims what they show."""
     scores = pd.read_csv(ROOT / "results/laptop/04_static_vs_adaptive_rank.csv")
     assert (scores.groupby(["method", "split", "metric"]).seed.nunique() >= 5).all()
     for book in ("05_bert_table", "06_gpt2_table", "07_tinyllama_table", "08_mamba_table"):

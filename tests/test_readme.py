@@ -3,9 +3,7 @@
 import re
 from pathlib import Path
 
-import pandas as pd
 import torch
-from test_project import ROOT
 from transformers import pipeline
 
 import softlms
@@ -39,18 +37,3 @@ def test_the_ten_lines_are_ten_and_end_in_a_model_that_a_pipeline_loads(tiny_fol
     exec(LOADED, names)  # in the same session: its rows are those above
     assert torch.equal(names["model"](**encoded).logits, expected)
     assert (tmp_path / "small.onnx").is_file() and (tmp_path / "int8.onnx").is_file()
-
-
-def test_what_the_defaults_lose_is_what_the_rows_say():
-    """Means over seeds of the difference to the rows of notebook 05, whose settings were tuned by hand."""
-    ours = pd.read_csv(ROOT / "results/defaults.csv").rename(columns={"factors": "factorize"})
-    rows = pd.read_csv(ROOT / "results/laptop/05_bert_table.csv")
-    rows = rows[(rows.task == "mrpc") & (rows.allocate == "soft") & (rows.method == rows.factorize + "+soft")]
-    tuned = rows[rows.recovered & (rows.split == "test") & (rows.metric == "f1")]
-    both = ours.merge(tuned, on=["factorize", "keep", "seed"])
-    assert len(both) == len(ours) == 12 and len(set(ours.hardware)) == 1
-    lost = (100 * (both.value - both.test_f1)).groupby([both.factorize, both.keep]).mean().map("{:.1f}".format)
-    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    whitened, svd = lost["whitened"], lost["svd"]
-    assert f"whitened factors lose {whitened[0.5]} points at 50 % and {whitened[0.35]} at 35 %" in text
-    assert f"plain SVD {svd[0.5]} and {svd[0.35]}." in text

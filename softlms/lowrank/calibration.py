@@ -27,7 +27,7 @@ class LayerStatistics:
     gram : Tensor
         Shape (n, n): mean of x x^T over the tokens, padding left out.
     mean_abs : Tensor
-        Shape (n,): mean of |x|.
+        Shape (n,): mean of abs(x).
     fisher : Tensor or None
         Shape (n,): sum over the outputs i of the mean over examples of g_ij^2, with g the gradient of one
         example's loss in W; None where the calibration was asked to do without.

@@ -42,7 +42,6 @@ CHOICES = {
 }
 TEXTS = ("id", "who", "ground", "text", "unit", "profile", "setup", "file", "column", "aggregate", "pattern")
 NUMBERS = (*BOUNDS, "scale", "tolerance")
-PLACEHOLDERS = ("{measured}", "{claimed}")
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,9 @@ class Claim:
     needs : mapping
         What all these rows must be, like `where`, for a comparison to mean anything.
     at_least, at_most, equals : float, optional
-        The value claimed, one of them. A claim without states what its text in README says.
+        The value claimed, one of them. A claim without is only measured.
     tolerance : float
         How far short of the value still is WITHIN TOLERANCE.
-    says : mapping
-        File to a text that must stand there, with ``{measured}`` or ``{claimed}`` in the number's place.
     """
 
     id: str
@@ -100,7 +97,6 @@ class Claim:
     at_most: float | None = None
     equals: float | None = None
     tolerance: float = 0
-    says: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bound(self) -> str:
@@ -137,8 +133,8 @@ def load_claims(path: Path) -> list[Claim]:
         tables = tomllib.loads(path.read_text("utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name}: {error}") from error
-    if unknown := set(tables) - {"claim", "setting"}:
-        raise ValueError(f"{path.name}: unknown table {min(unknown)!r}; known: claim, setting.")
+    if unknown := set(tables) - {"claim"}:
+        raise ValueError(f"{path.name}: unknown table {min(unknown)!r}; known: claim.")
     entries = tables.get("claim", [])
     claims = [
         _parse(entry, f"{path.name}: claim {entry.get('id', f'number {i}')!r}") for i, entry in enumerate(entries, 1)
@@ -185,13 +181,6 @@ def _parse(entry: dict[str, Any], place: str) -> Claim:
         raise ValueError(f"{place}: field 'pattern' must have one group, the number, got {claim.pattern!r}.")
     if claim.tolerance < 0:
         raise ValueError(f"{place}: field 'tolerance' cannot be {claim.tolerance!r}.")
-    if not claim.bound and not any("{measured}" in text for text in claim.says.values()):
-        raise ValueError(f"{place}: field 'says' must hold {{measured}} where none of {', '.join(BOUNDS)} is given.")
-    for text in claim.says.values():
-        if sum(text.count(name) for name in PLACEHOLDERS) != 1:
-            raise ValueError(f"{place}: field 'says' must hold {' or '.join(PLACEHOLDERS)} once, got {text!r}.")
-        if "{claimed}" in text and not claim.bound:
-            raise ValueError(f"{place}: field 'says' names {{claimed}}, and none of {', '.join(BOUNDS)} is given.")
     return claim
 
 
@@ -212,7 +201,7 @@ def judge(claim: Claim, results: Path, profile: str) -> Judged:
 
     REPRODUCED is at or beyond the value claimed (``equals``: the same when rounded to its digits); WITHIN TOLERANCE is
     short of it by no more than the tolerance; DIFFERS is further off. A claim without a bound is REPRODUCED where it
-    could be measured: whether its text has that number is for `softlms verify`. NOT COMPARABLE: other rows than the
+    could be measured. NOT COMPARABLE: other rows than the
     claim is about, by its profile or by what it needs. NOT RUN: no rows, or a number is missing in them.
 
     Parameters

@@ -1,61 +1,49 @@
-"""A static site of what the notebooks made: every figure with its tables, every notebook, the public names.
+"""``softlms gallery``: the Sphinx site of ``docs/``, with what the notebooks made.
 
-It opens from disk: no server, no script, nothing loaded from elsewhere.
+Pages that follow from notebooks, figures and modules are generated: ``docs/conf.py`` calls `write_pages`, so that plain
+``sphinx-build docs site`` builds the same site. It opens from disk: no server, nothing loaded from elsewhere.
 """
 
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import nbformat
-import pandas as pd
-import pdoc.doc
-import pdoc.render
-from markupsafe import Markup
-from PIL import Image
 
 import softlms
 from softlms.experiments.profiles import PROFILES
-from softlms.experiments.provenance import commit
-from softlms.files import is_orphaned, process_mark
-from softlms.workbook.pages import Section, code_style, markdown, notebook_body, plain, sections
+from softlms.files import whole_file
 from softlms.workbook.plots.drawing import check_drawing
 from softlms.workbook.registry import project_root
 
-__all__ = ["build_gallery", "print_gallery"]
+__all__ = ["build_gallery", "print_gallery", "write_pages"]
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
-GENERATOR = "softlms gallery"  # in every page: the sign that a folder may be replaced
-CLAIMS = "10_paper_vs_reproduced"
-CLAIM_COLUMNS = ["ground", "text", "claimed", "unit", "measured", "verdict", "why"]  # the file has more
-THUMBNAIL = (720, 720)  # pixels at most
+NEEDED = ("sphinx", "myst_nb", "numpydoc", "pydata_sphinx_theme")
+SLIDERS = ("VBox(", "interactive(")  # widgets as text: they show nothing without a kernel
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure: its name, what its notebook says of it, and the tables that it was drawn from, by file and rows."""
+    """A figure: its name, and what its notebook says before it draws it (a heading and Markdown)."""
 
     name: str
-    section: Section
-    tables: list[dict[str, Any]]
+    title: str
+    text: str
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """A notebook: heading and introduction, where its outputs come from, and its figures."""
+    """A notebook: where it is read, the profile that made its outputs, its heading, and its figures."""
 
-    name: str
-    section: Section
     source: Path
-    provenance: str
+    profile: str
+    title: str
     pictures: list[Picture]
 
 
@@ -65,7 +53,7 @@ def print_gallery(**options: str) -> None:
 
 
 def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
-    """Build the site.
+    """Build the site; Sphinx's warnings are errors.
 
     Parameters
     ----------
@@ -73,7 +61,7 @@ def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
         Its ``figures/`` and ``results/``. Notebooks come from ``executed/<profile>`` where they are there, else from
         ``notebooks/`` as committed; every page says which.
     out : str or Path
-        Folder. An older gallery there is replaced when the new one is whole.
+        Folder.
 
     Returns
     -------
@@ -83,156 +71,141 @@ def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
     Raises
     ------
     ValueError
-        Unknown profile, a figure that is not the one its note and tables describe or that no notebook draws, or `out`
-        holds something else than a gallery.
+        Sphinx is missing or finds something wrong, `out` holds something else than a site, or as `write_pages`.
     FileNotFoundError
         No checkout, or no figure of this profile.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
-    root, out = project_root(), Path(out).resolve()
-    _check_replaceable(out)
-    figures, results = root / "figures" / profile, root / "results" / profile
-    chapters = _read_chapters(root, profile)
-    with _whole_folder(out) as folder:
-        for part in ("figures", "thumbnails", "tables", "notebooks"):
-            (folder / part).mkdir()
-        for picture in (picture for chapter in chapters for picture in chapter.pictures):
-            for kind in ("png", "pdf"):
-                shutil.copy(figures / f"{picture.name}.{kind}", folder / "figures")
-            for table in picture.tables:
-                shutil.copy(results / table["file"], folder / "tables")
-            with Image.open(figures / f"{picture.name}.png") as image:
-                image.thumbnail(THUMBNAIL)
-                image.save(folder / "thumbnails" / f"{picture.name}.png", optimize=True)
-        claims = _read_claims(results / f"{CLAIMS}.csv")
-        if claims:
-            shutil.copy(results / claims["file"], folder / "tables")
-        pages = _Pages(folder, profile)
-        pages.write("index.html", chapters=chapters, claims=claims)
-        for chapter in chapters:
-            body = Markup(notebook_body(nbformat.read(chapter.source, as_version=4)))
-            pages.write("notebook.html", f"notebooks/{chapter.name}.html", chapter=chapter, body=body)
-        style = (TEMPLATES / "style.css").read_text("utf-8")
-        (folder / "style.css").write_text(style + code_style(), "utf-8")
-        (folder / "api.html").write_text(_api_page(), "utf-8")
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise ValueError(f"The site needs {', '.join(missing)}: pip install 'softlms[docs]'.")
+    from sphinx.cmd.build import main
+
+    docs, out = project_root() / "docs", Path(out).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "objects.inv").is_file():
+        raise ValueError(f"{out} holds something else than a site: choose an empty folder or a new one.")
+    write_pages(docs, profile)  # here as well: what is wrong is said in a line
+    if main(["-q", "-a", "-W", "--keep-going", "-D", f"softlms_profile={profile}", str(docs), str(out)]):
+        raise ValueError("Sphinx found what is said above.")
     return out / "index.html"
 
 
-class _Pages:
-    """Fills the templates in ``softlms/templates``."""
+def write_pages(docs: Path, profile: str) -> None:
+    """Write the pages of `docs` that are generated: ``notebooks/``, ``modules/`` and ``figures.md``.
 
-    def __init__(self, folder: Path, profile: str) -> None:
-        self.folder = folder
-        self.environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self.environment.filters |= {"markdown": _block, "inline": _inline, "plain": plain}
-        self.environment.globals |= {
-            "profile": profile,
-            "commit": commit(),
-            "version": softlms.__version__,
-            "generator": GENERATOR,
-        }
-
-    def write(self, template: str, path: str = "", **values: Any) -> None:
-        (self.folder / (path or template)).write_text(self.environment.get_template(template).render(**values), "utf-8")
-
-
-def _block(text: str) -> Markup:
-    return Markup(markdown(text))
-
-
-def _inline(text: str) -> Markup:
-    """A heading's text, which Markdown takes for a paragraph."""
-    return Markup(markdown(text).strip().removeprefix("<p>").removesuffix("</p>"))
+    Raises
+    ------
+    ValueError
+        Unknown profile, or a figure that is not the one its note and tables describe or that no notebook draws.
+    FileNotFoundError
+        No figure of this profile.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
+    root = docs.parent
+    chapters = _read_chapters(root, profile)
+    pages = {f"notebooks/{chapter.source.name}": _notebook(chapter, root) for chapter in chapters}
+    pages |= {f"modules/{room}.md": text for room, text in _module_pages()}
+    pages["figures.md"] = "\n\n".join(["# Figures", *_figure_lines(chapters, root, profile)]) + "\n"
+    for folder in ("notebooks", "modules"):
+        (docs / folder).mkdir(exist_ok=True)
+        for path in (docs / folder).iterdir():
+            if f"{folder}/{path.name}" not in pages and path.is_file():
+                path.unlink()
+    for name, text in pages.items():
+        path = docs / name
+        if not path.is_file() or path.read_text("utf-8") != text:
+            with whole_file(path) as partial:
+                partial.write_text(text, "utf-8")
 
 
 def _read_chapters(root: Path, profile: str) -> list[Chapter]:
-    figures, results = root / "figures" / profile, root / "results" / profile
+    figures = root / "figures" / profile
     # by any of its files: one that lacks another is told
-    left = sorted({path.stem for path in figures.glob("[0-9]*.*") if path.suffix in (".png", ".pdf", ".json")})
+    left = {path.stem for path in figures.glob("[0-9]*.*") if path.suffix in (".png", ".pdf", ".json")}
     if not left:
         raise FileNotFoundError(f"{figures} has no figures: run softlms figures --profile {profile}.")
-    wrong = [line for name in left for line in check_drawing(name, figures, results)]
-    if wrong:
+    if wrong := [line for name in sorted(left) for line in check_drawing(name, figures, root / "results" / profile)]:
         raise ValueError("; ".join(wrong))
     chapters = []
     for committed in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
         executed = root / "executed" / profile / committed.name
-        source = executed if executed.is_file() else committed
         book = nbformat.read(committed, as_version=4)
-        said = dict(sections(book))
-        pictures = [
-            Picture(name, said[name.removeprefix(committed.stem)], _tables(figures / f"{name}.json"))
-            for name in left
-            if name.startswith(committed.stem) and name.removeprefix(committed.stem) in said
-        ]
-        left = [name for name in left if name not in {picture.name for picture in pictures}]
-        heading, _, text = book.cells[0].source.partition("\n")
-        section = Section(heading.lstrip("# "), text.strip())
-        run_with = profile if source == executed else "quick"  # a test sees to it that the committed ones are
-        provenance = f"{source.relative_to(root)}, run with profile {run_with}"
-        chapters.append(Chapter(committed.stem, section, source, provenance, pictures))
+        pictures = [picture for picture in _pictures(committed.stem, book) if picture.name in left]
+        left -= {picture.name for picture in pictures}
+        source, made = (executed, profile) if executed.is_file() else (committed, "quick")
+        chapters.append(Chapter(source, made, book.cells[0].source.partition("\n")[0].lstrip("# "), pictures))
     if left:
-        raise ValueError(f"{figures / left[0]}.png is drawn by no notebook: remove it, or add the notebook.")
+        raise ValueError(f"{figures / min(left)}.png is drawn by no notebook: remove it, or add the notebook.")
     return chapters
 
 
-def _tables(note: Path) -> list[dict[str, Any]]:
-    return json.loads(note.read_text("utf-8"))["tables"]
+def _pictures(name: str, book: nbformat.NotebookNode) -> Iterator[Picture]:
+    """Each ``book.draw(suffix)``, with the last heading and the last Markdown before it."""
+    title = text = ""
+    for cell in book.cells:
+        if cell.cell_type == "markdown":
+            heading, _, rest = cell.source.partition("\n")
+            if heading.startswith("#"):
+                title, text = heading.lstrip("# "), rest.strip()
+            else:
+                text = cell.source
+        for suffix in re.findall(r'book\.draw\((?:"(\w*)")?\)', cell.source):
+            yield Picture(name + suffix, title, text)
 
 
-def _read_claims(path: Path) -> dict[str, Any] | None:
-    """What was claimed, what was measured, and the verdict, from notebook 10; None where that has not run."""
-    if not path.is_file():
-        return None
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=CLAIM_COLUMNS)[CLAIM_COLUMNS]
-    return {"file": path.name, "columns": CLAIM_COLUMNS, "rows": table.to_numpy().tolist()}
+def _notebook(chapter: Chapter, root: Path) -> str:
+    """A notebook with a line on where its outputs come from, a text for each picture, and no sliders."""
+    book = nbformat.read(chapter.source, as_version=4)
+    heading = chapter.title
+    for cell in book.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("#"):
+            heading = cell.source.partition("\n")[0].lstrip("# ")
+        if cell.cell_type == "code":
+            cell.metadata["mystnb"] = {"image": {"alt": f"Figure: {_plain(heading)}"}}
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if not output.get("data", {}).get("text/plain", "").startswith(SLIDERS)
+            ]
+    said = f"> Outputs of `{chapter.source.relative_to(root).as_posix()}`, run with profile `{chapter.profile}`."
+    book.cells.insert(1, nbformat.v4.new_markdown_cell(said, id="outputs"))
+    return nbformat.writes(book)
 
 
-def _api_page() -> str:
-    """Every name in ``softlms.__all__``, from its docstring."""
-    pdoc.render.configure(docformat="numpy", search=False, show_source=False, template_directory=TEMPLATES / "api")
-    module = pdoc.doc.Module(softlms)
-    page = pdoc.render.html_module(module, all_modules={"softlms": module})
-    # members inherited from another library are named, but have no place on the page
-    return re.sub(r'<a href="#([^"]+)">(.*?)</a>', lambda a: a[0] if f'id="{a[1]}"' in page else a[2], page)
+def _plain(title: str) -> str:
+    """A heading for where no formula can be: ``$\\alpha$`` becomes alpha."""
+    return re.sub(r"[$\\`*]", "", title)
 
 
-def _check_replaceable(out: Path) -> None:
-    index = out / "index.html"
-    ours = index.is_file() and f'content="{GENERATOR}"' in index.read_text("utf-8", errors="replace")
-    if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} holds something else than a gallery: choose an empty folder or a new one.")
+def _figure_lines(chapters: list[Chapter], root: Path, profile: str) -> Iterator[str]:
+    yield f"All of profile `{profile}`, each with the tables that it was drawn from."
+    for chapter in chapters:
+        if chapter.pictures:
+            yield f"## {chapter.title}\n\n[The notebook](notebooks/{chapter.source.name})"
+        for picture in chapter.pictures:
+            path = f"../figures/{profile}/{picture.name}"
+            tables = json.loads((root / "docs" / f"{path}.json").read_text("utf-8"))["tables"]
+            links = [f"[PDF]({path}.pdf)"]
+            links += [
+                f"[{table['file']}](../results/{profile}/{table['file']}) ({table['rows']} rows)" for table in tables
+            ]
+            links += [] if tables else ["drawn from formulas, without a table"]
+            image = f"![{_plain(picture.title)}]({path}.png)"
+            yield "\n\n".join([f"### {picture.title}", picture.text, image, ", ".join(links)])
 
 
-def _recover(out: Path) -> None:
-    """Take away what killed builds left beside the site; put back an older one that stood aside when it was killed."""
-    for kind in ("old", "partial"):
-        for left in out.parent.glob(f".{out.name}.{kind}-*"):
-            if is_orphaned(left):
-                if kind == "old" and not out.exists():
-                    left.rename(out)
-                else:
-                    shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to build in; it takes the place of `out` when the block ends well, and is gone when not."""
-    _recover(out)
-    partial, old = (out.with_name(f".{out.name}.{kind}-{process_mark()}") for kind in ("partial", "old"))
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _module_pages() -> Iterator[tuple[str, str]]:
+    """A page for each room: its modules, and what each defines."""
+    rooms: dict[str, list[str]] = {"softlms": []}
+    for module in pkgutil.walk_packages(softlms.__path__, "softlms."):
+        if module.ispkg:
+            rooms[module.name] = []
+        else:
+            rooms[module.name.rpartition(".")[0]].append(module.name)
+    for room, modules in rooms.items():
+        intro = f"```{{eval-rst}}\n.. automodule:: {room}\n   :no-members:\n   :no-index:\n```"
+        parts = [
+            # what a module hands on from another is told there
+            f"## {name.rpartition('.')[2]}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :ignore-module-all:\n```"
+            for name in modules
+        ]
+        yield room, "\n\n".join([f"# {room}", intro, *parts]) + "\n"
