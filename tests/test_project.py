@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+import pytest
 import yaml
 
 from softlms.experiments.full_size import FULL_SIZE
@@ -31,7 +32,7 @@ def needed():
     extras = PYPROJECT["project"]["optional-dependencies"]
     return [
         *PYPROJECT["project"]["dependencies"],
-        *extras["notebooks"],
+        *extras["workbook"],
         *extras["export"],
         *extras["mamba"],
         *extras["docs"],
@@ -45,9 +46,9 @@ def test_environment_installs_what_pyproject_names():
     python, pip, pip_section = environment["dependencies"]
     # repo2docker reads "python=3.11", not "python>=3.11", and no pin says that the newest Python has a wheel
     assert f">={python.removeprefix('python=')}" == PYPROJECT["project"]["requires-python"] and pip == "pip"
-    assert pip_section["pip"] == ["-c requirements.txt", "-e .[notebooks,export,docs,test]"]
+    assert pip_section["pip"] == ["-c requirements.txt", "-e .[workbook,export,docs,test]"]
     assert set(PYPROJECT["project"]["optional-dependencies"]) == {
-        "notebooks",
+        "workbook",
         "export",
         "mamba",
         "docs",
@@ -111,10 +112,83 @@ def test_public_names_have_docstrings():
 
 def test_no_public_name_hides_a_module():
     """``import softlms.x as x`` would be the function."""
+
+    modules = {path.stem for path in (ROOT / "softlms").iterdir()}
+    assert not modules & set(NAMES)
+
+
+NAMES = [
+    "ALLOCATIONS",
+    "ARCHITECTURES",
+    "FACTORIZATIONS",
+    "TASKS",
+    "Budget",
+    "BudgetNotMet",
+    "Costs",
+    "DistillingTrainer",
+    "Factors",
+    "LayerStatistics",
+    "LowRankLinear",
+    "MaskTrainer",
+    "ParameterCount",
+    "SoftLMsConfig",
+    "SoftLinear",
+    "SoftThreshold",
+    "SoftTrainer",
+    "adaptive_compression_loss",
+    "add_teacher_logits",
+    "allocate",
+    "calibrate",
+    "count_flops",
+    "count_parameters",
+    "decompose",
+    "deploy",
+    "distillation_loss",
+    "encode",
+    "evaluate",
+    "export_onnx",
+    "factorize",
+    "fast_scan",
+    "find_targets",
+    "hard_threshold",
+    "keep_memory",
+    "linear_compression_loss",
+    "load_task",
+    "load_text",
+    "measure_latency",
+    "parameter_costs",
+    "perplexity",
+    "ranks",
+    "refill",
+    "sensitivity_curves",
+    "shifted_tanh",
+    "soft_threshold",
+    "split_fused",
+    "truncate",
+    "uniform_ranks",
+]  # what 0.1 had
+
+
+def test_names_of_earlier_versions_resolve():
     import softlms
 
-    modules = {path.stem for path in (ROOT / "softlms").glob("*.py")}
-    assert not modules & set(softlms.__all__)
+    for name in NAMES:
+        assert getattr(softlms, name) is not None
+    assert set(softlms.__all__) < set(NAMES) and len(softlms.__all__) == 22
+    with pytest.raises(AttributeError):
+        _ = softlms.magic
+
+
+def test_imports_wait_until_something_is_asked_for():
+    heavy = {"torch", "transformers", "datasets", "pandas", "sklearn", "matplotlib"}
+    for code, allowed in (
+        ("import softlms", set()),
+        ("from softlms import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass", set()),
+        ("import softlms.thresholds, softlms.losses", {"torch"}),
+    ):
+        script = f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
+        assert heavy & set(run.stderr.split()) == allowed, code
 
 
 def test_tables_are_those_of_the_runs():
@@ -164,22 +238,24 @@ def declared(requirements):
 
 def test_every_import_is_declared():
     """Else a package that another one brings along today is missing tomorrow."""
-    trees = {path.stem: ast.parse(path.read_text("utf-8")) for path in (ROOT / "softlms").glob("*.py")}
+    folder = ROOT / "softlms"
+    trees = {
+        ".".join(path.relative_to(folder).with_suffix("").parts): ast.parse(path.read_text("utf-8"))
+        for path in folder.rglob("*.py")
+    }
     extras = PYPROJECT["project"]["optional-dependencies"]
     core, mamba = declared(PYPROJECT["project"]["dependencies"]), declared(extras["mamba"])
+    outer = ("experiments", "workbook")
+    library = {name: tree for name, tree in trees.items() if not name.startswith(outer)}
     used = packages(name for tree in trees.values() for name in imports(ast.walk(tree)))
-    beside = {"peft"} & declared(extras["test"])  # a user has it or not: its module asks
-    assert used <= core | declared(extras["notebooks"]) | declared(extras["export"]) | beside
-    assert packages(imports(ast.walk(trees["scan_kernel"]))) <= core | mamba
-
-    reached, left = set(), ["__init__"]  # what `import softlms` imports
-    while left:
-        if (module := left.pop()) not in reached:
-            reached.add(module)
-            inner = (name.removeprefix("softlms.") for name in imports(trees[module].body))
-            left += [name for name in inner if name in trees]
-    assert "training" in reached
-    assert packages(name for module in reached for name in imports(trees[module].body)) <= core
+    beside = {"peft"} & declared(extras["test"])  # imported when a user imports it
+    workbook = core | declared(extras["workbook"])
+    assert used <= workbook | declared(extras["export"]) | declared(extras["docs"]) | beside
+    kernel = library.pop("kernels.selective_scan_numba")
+    assert packages(imports(ast.walk(kernel))) <= core | mamba
+    assert packages(name for tree in library.values() for name in imports(tree.body)) <= core | beside
+    every = packages(name for tree in library.values() for name in imports(ast.walk(tree)))
+    assert every <= core | mamba | declared(extras["export"]) | beside
 
 
 ELSEWHERE = """
@@ -190,7 +266,9 @@ def without(name, globals=None, *rest, **named):
         raise ImportError(f"{name} is not on Windows")
     return known(name, globals, *rest, **named)
 
-modules = [f"softlms.{path.stem}" for path in pathlib.Path(sys.argv[1]).glob("*.py") if path.stem != "__init__"]
+root = pathlib.Path(sys.argv[1])
+files = [path.relative_to(root.parent).with_suffix("") for path in root.rglob("*.py") if path.stem != "__init__"]
+modules = [".".join(file.parts) for file in files]
 known, builtins.__import__ = builtins.__import__, without
 for module in modules:
     importlib.import_module(module)
@@ -203,4 +281,4 @@ def test_every_module_is_imported_where_there_is_no_posix():
     run = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     posix = r"\bos\.(fork|getgid|getuid|kill|killpg|sysconf)\b"  # os.kill(process, 0) ends the process on Windows
-    assert not [path.name for path in (ROOT / "softlms").glob("*.py") if re.search(posix, path.read_text("utf-8"))]
+    assert not [path.name for path in (ROOT / "softlms").rglob("*.py") if re.search(posix, path.read_text("utf-8"))]

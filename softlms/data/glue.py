@@ -120,7 +120,7 @@ def _rows(
     missing = [field for field in wanted if field not in header]
     if missing:
         raise ValueError(f"no column {missing[0]!r} in the header {header}.")
-    for fields in filter(None, lines):  # a blank line holds no row
+    for fields in lines:
         if len(fields) != len(header):
             raise ValueError(f"{len(fields)} fields where {len(header)} are expected.")
         label, *sentences = (fields[header.index(field)] for field in wanted)

@@ -21,6 +21,9 @@ import transformers
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 
+from softlms.methods.base import Method
+from softlms.methods.registry import methods, register
+
 if TYPE_CHECKING:
     from softlms.experiments.bench import Bench, Run
     from softlms.experiments.recipe import Recipe
@@ -90,7 +93,7 @@ def _side_by_side(left: list[list[Job]], processes: int) -> Iterator[tuple[Job, 
     """Run the units in other processes; jobs go out of `left` as their runs are found where they are stored."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as beside:
         stop = Path(folder) / "stop"
-        with parallel_config("loky", inner_max_num_threads=1, initializer=_begin, initargs=(os.getpid(),)):
+        with parallel_config("loky", inner_max_num_threads=1, initializer=_begin, initargs=_begun_by()):
             pool = Parallel(processes, pre_dispatch="all", batch_size=1, max_nbytes=None)
         work = beside.submit(pool, [delayed(_work)(tuple(unit), stop) for unit in left])
         try:
@@ -122,8 +125,14 @@ def _work(unit: Sequence[Job], stop: Path) -> Exception | None:
     return None
 
 
-def _begin(parent: int) -> None:
+def _begun_by() -> tuple[int, list[Method]]:
+    """What other processes have to know of this one: itself, and the methods that were registered in it."""
+    return os.getpid(), list(methods().values())
+
+
+def _begin(parent: int, known: Sequence[Method]) -> None:
     """Make this process quiet, and end it when the one that started it ends, even where that is killed."""
+    register(*known)
 
     def follow() -> None:
         while os.getppid() == parent and psutil.pid_exists(parent):  # on Windows the first never changes
