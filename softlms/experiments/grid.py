@@ -165,14 +165,14 @@ GRIDS = {
     "quick": Grid(
         Recipe(
             dense_epochs=2,
-            epochs=0.75,
+            epochs=1,
             learning_rate=1e-4,
             static_learning_rate=1e-4,
             calibration_rows=64,
             further_keeps=(0.35,),
             bf16=fast_bf16(),
         ),
-        {"docpairs": Setting(train_rows=768, max_length=40)},
+        {"docpairs": Setting(train_rows=512, max_length=40)},
         (0, 1),
         (
             Pass(("whitened+uniform", "whitened+soft"), (0.5,)),  # svd's own two are notebook 04's

@@ -70,14 +70,14 @@ PROFILES = {
             seeds=(0, 1),
             recipe=Recipe(
                 dense_epochs=2,
-                epochs=1.25,
+                epochs=1.5,
                 learning_rate=1e-4,
                 static_learning_rate=1e-4,  # 2e-4 does not always hold on so few rows
                 bf16=fast_bf16(),
             ),
             loss_seeds=(0,),
             max_length=40,
-            train_rows=768,
+            train_rows=512,
         ),
         Profile(
             "laptop",
@@ -187,8 +187,8 @@ LANGUAGE_PROFILES = {
                 (Pass(LANGUAGE_METHODS, (0.35,)),),
             ),
             window=64,
-            train_tokens=800_000,
-            test_tokens=8192,
+            train_tokens=500_000,
+            test_tokens=4096,
             libraries=corpus.SMALL_LIBRARIES,
         ),
         LanguageProfile(
