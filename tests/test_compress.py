@@ -93,10 +93,13 @@ def quiet():
     return Console(width=200, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: PTH123
 
 
-@pytest.mark.parametrize("factors", ["svd", "whitened", "fwsvd"])
-def test_the_command_leaves_a_model_that_scores_what_it_says(tiny_folder, data, tmp_path, capsys, factors):
+@pytest.mark.parametrize(
+    ("method", "factors"), [("soft", "svd"), ("soft", "whitened"), ("soft", "fwsvd"), ("uniform", "svd")]
+)
+def test_the_command_leaves_a_model_that_scores_what_it_says(tiny_folder, data, tmp_path, capsys, method, factors):
     out = tmp_path / "small"
     options = {"model": tiny_folder, "task": "rte", "keep": 0.5, "data": data, "out": out, "factors": factors}
+    options |= {} if method == "soft" else {"method": method}
     options |= {"epochs": 4, "dense-epochs": 1, "alpha-learning-rate": 0.1, "batch-size": 8, "max-length": 32}
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     assert main(["compress", *arguments, "--bf16"]) == 0
@@ -104,7 +107,11 @@ def test_the_command_leaves_a_model_that_scores_what_it_says(tiny_folder, data, 
     assert "compressed" in printed and re.search(r"ranks \d+ to \d+ over 12 layers", printed)
     model = AutoModelForSequenceClassification.from_pretrained(out)
     notes = model.config.softlms
-    assert 0.49 < notes["kept_linear"] <= 0.5 and notes["factors"] == factors and notes["bf16"]
+    assert 0.49 < notes["kept_linear"] <= 0.5 and (notes["method"], notes["factors"], notes["bf16"]) == (
+        method,
+        factors,
+        True,
+    )
     task = load_task("rte", data)
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = encode(task, tokenizer, 32)["dev"]

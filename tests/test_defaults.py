@@ -1,5 +1,8 @@
 """The defaults, and nothing but a keep ratio: every family meets its budget before the deadline."""
 
+import dataclasses
+import inspect
+
 import datasets
 import pytest
 import torch
@@ -7,7 +10,11 @@ import transformers
 from transformers import TrainingArguments, default_data_collator
 
 import softlms
+from softlms.compress import Compression
+from softlms.experiments.recipe import Recipe
 from softlms.kernels.selective_scan import fast_scan
+from softlms.methods.registry import methods
+from softlms.methods.soft import SoftConfig
 from softlms.training import DEADLINE
 
 STEPS = 40
@@ -19,6 +26,23 @@ FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", BLOCKS | {"num_key_value_heads": 2}),
     "mamba": ("MambaForCausalLM", "MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 4}),
 }
+
+
+def test_there_is_one_set_of_defaults():
+    """Library, command and recipes: a setting of the same name has the same default everywhere."""
+    configs = [method.config for method in methods().values()]
+    known = [
+        {f.name: f.default for f in dataclasses.fields(of) if f.name != "allocation"}
+        for of in (Recipe, Compression, *dict.fromkeys(configs))
+    ]
+    for settings in known:
+        for others in known:
+            assert all(settings[name] == others[name] for name in settings.keys() & others.keys())
+    trainer = inspect.signature(softlms.SoftTrainer).parameters
+    surgery = inspect.signature(softlms.decompose).parameters
+    for name in ("count", "gamma", "alpha_learning_rate", "compression_loss", "weigh_by_size", "deadline"):
+        assert trainer[name].default == getattr(SoftConfig, name)
+    assert (surgery["s"].default, surgery["unit"].default) == (SoftConfig.s, SoftConfig.unit)
 
 
 @pytest.fixture(params=FAMILIES)
