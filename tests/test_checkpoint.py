@@ -547,8 +547,8 @@ def test_the_dense_model_is_remembered(tiny_bert, tmp_path, way):
         card = (tmp_path / "README.md").read_text("utf-8")
         assert f"{fewer.total:,} of {before.total_dense:,} parameters" in card
     pooler = softlms.decompose(copy.deepcopy(model), targets=lambda name, module: name == "bert.pooler.dense")
-    softlms.deploy(pooler, keep=0.65, count="total")
-    assert count_parameters(pooler).total <= 0.65 * before.total_dense
+    softlms.deploy(pooler, keep=0.62, count="total")
+    assert count_parameters(pooler).total <= 0.62 * before.total_dense
     model.resize_token_embeddings(200)
     assert count_parameters(model) == before
 
