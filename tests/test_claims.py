@@ -152,7 +152,7 @@ def test_missing_fields_repeated_ids_and_unknown_columns(results):
     with pytest.raises(ValueError, match="claim 'better': field 'unit' is missing"):
         load_claims(path)
     path.write_text(2 * toml(**CLAIM, at_least=1), "utf-8")
-    with pytest.raises(ValueError, match="claim 'better': field 'id' is that of two claims"):
+    with pytest.raises(ValueError, match="claim 'better': field 'id' is used by two claims"):
         load_claims(path)
     with pytest.raises(ValueError, match="claim 'better': field 'where' names 'metod'"):
         judge(made(results, at_least=1, where={"metod": "a"}), results, "laptop")

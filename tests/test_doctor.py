@@ -43,7 +43,7 @@ def test_kernel_of_another_python(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     finding = found("kernel python3")
     assert finding.state == "problem" and f"remove {folder}" in finding.fix
-    assert finding.text.endswith("/gone/bin/python, which is not there")
+    assert finding.text.endswith("/gone/bin/python, which does not exist")
     (folder / "kernel.json").write_text(json.dumps(kernel | {"argv": ["sh"], "display_name": ""}), "utf-8")
     finding = found("kernel python3")
     assert finding.state == "problem" and f"remove {folder}" in finding.fix

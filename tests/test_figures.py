@@ -160,12 +160,12 @@ def test_bad_input_stops_before_anything_runs(checkout, capsys):
             "Unknown parameter 'rat': none of 01_good, 02_more has it; known: data, model, profile, rate.",
         ),
         (["-p", "rate=fast"], "Parameter 'rate' is 'fast'; expected: number, such as 0.1."),
-        (["-p", "rate"], "-p 'rate' is no parameter: write -p name=value."),
+        (["-p", "rate"], "-p 'rate' is not a parameter: write -p name=value."),
         (["-p", "data=x"], "-p 'data=x': write --data instead."),
         (["--data", "nowhere"], "--data is 'nowhere'; there is no such folder"),
         (["--model", "./nowhere"], "--model is './nowhere'; there is no such folder"),
         (["-j", "0"], "-j is 0; it must be at least 1."),
-        (["--replot", "--resume", "-j", "2"], "--replot runs no notebook: jobs, resume would mean nothing."),
+        (["--replot", "--resume", "-j", "2"], "--replot runs no notebook: jobs, resume would have no effect."),
     ):
         assert cli.main(["figures", *arguments]) == 2
         errors = capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_bad_input_stops_before_anything_runs(checkout, capsys):
 def test_outside_a_checkout(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["figures"]) == 2
-    assert "is in no softlms checkout" in capsys.readouterr().err
+    assert "is not in a softlms checkout" in capsys.readouterr().err
 
 
 def test_missing_kernel(checkout, monkeypatch, capsys):
@@ -347,14 +347,14 @@ def test_replot(checkout, capsys):
 
     (results / "09_speedup.csv").unlink()
     status, output = run(profile="laptop", command=replot_figures)
-    assert status == 0 and "09_speedup: left out, results/laptop holds no table of it" in output
+    assert status == 0 and "09_speedup: skipped, results/laptop has no table of it" in output
     (results / "03_block_sensitivity.csv").write_text("seed\n1\n", "utf-8")
     status, output = run("03", "09", profile="laptop", command=replot_figures)
     broken, missing = capsys.readouterr().err.splitlines()
     assert status == 1 and "03_block_sensitivity: " in broken and "Error: " in broken
     assert "09_speedup.csv is missing: 09_speedup is drawn from it" in missing
     assert run(profile="paper", command=replot_figures)[0] == 1
-    assert "nothing to draw: results/paper holds no tables yet" in capsys.readouterr().err
+    assert "nothing to draw: results/paper has no tables yet" in capsys.readouterr().err
 
 
 def slow_notebooks(folder):
@@ -429,7 +429,7 @@ def test_ctrl_c_stops_all_and_says_how_to_continue(tmp_path):
     assert wait_for(process, "started")
     assert stop_figures(process, 3, signal.SIGINT)
     assert process.returncode == 130
-    stopped = "stopped; what is finished stays, and the same command with --resume continues."
+    stopped = "stopped; finished notebooks are kept, and the same command with --resume continues."
     told = process.stderr.read()  # before it, IPython has a warning where the home is read-only
     assert told.endswith(f"softlms figures: {stopped}\n") and "Traceback" not in told
     assert survivors(tmp_path, patience=2) == [] and broken_files(tmp_path) == []
@@ -453,4 +453,4 @@ def test_a_notebook_that_reads_what_others_write_follows_them(checkout):
     output = run(resume=True)[1]
     assert "01_good: skipped" in output and "02_reads: will run, tables changed: claims.toml" in output
     (checkout / "executed/quick/01_good.json").unlink()
-    assert "02_reads: will run, it reads what others write" in run(resume=True, jobs=2)[1]
+    assert "02_reads: will run, it reads the outputs of others" in run(resume=True, jobs=2)[1]

@@ -75,8 +75,8 @@ def test_bad_input_is_told_in_a_line(checkout, monkeypatch, capsys):
 
     (checkout / "thesis").mkdir()
     (checkout / "thesis/index.html").touch()
-    fails("thesis holds something else than a site", "--out", "thesis")
-    fails("pyproject.toml holds something else than a site", "--out", "pyproject.toml")
+    fails("thesis contains something other than a site", "--out", "thesis")
+    fails("pyproject.toml contains something other than a site", "--out", "pyproject.toml")
     fails("Unknown profile 'huge'; known: quick, laptop, paper", "--profile", "huge")
     fails("has no figures: run softlms figures --profile paper", "--profile", "paper")
     figure, table = (

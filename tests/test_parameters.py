@@ -68,15 +68,15 @@ def test_each_notebook_gets_what_it_declares(tmp_path):
     with pytest.raises(ValueError, match="'size': none of 01_one, 02_two has it; known: name, rate, seeds."):
         assign_parameters([one, two], {"size": "2"})
     broken = write(tmp_path / "03_broken.ipynb", "rate = 2 * 3")
-    with pytest.raises(ValueError, match="03_broken.ipynb: the default of 'rate' is 2 \\* 3, which is no literal"):
+    with pytest.raises(ValueError, match="03_broken.ipynb: the default of 'rate' is 2 \\* 3, not a literal"):
         assign_parameters([broken], {})
 
 
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (["rate"], "-p 'rate' is no parameter: write -p name=value"),
-        (["=1"], "-p '=1' is no parameter"),
+        (["rate"], "-p 'rate' is not a parameter: write -p name=value"),
+        (["=1"], "-p '=1' is not a parameter"),
         (["data=x"], "write --data instead"),
         (["a=1", "a=2"], "'a' is given twice: '1' and '2'"),
     ],

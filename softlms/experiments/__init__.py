@@ -1,1 +1,1 @@
-"""Runs that are stored and found again, and what is measured for the tables; not for the library's users."""
+"""Stored runs, and the measurements behind the tables; not for the library's users."""

@@ -1,9 +1,9 @@
-"""The runs behind the figures, each stored, so that none is done twice.
+"""The runs behind the figures, stored so that none is done twice.
 
 A run is one method at one seed. Its folder under ``runs/`` is named by a key of everything it depends on: recipe,
-encoder, sentences, the library's code and versions. It is written under a temporary name and moved when whole, so a
-killed batch continues with the first run that is missing, and a dense model's training at its last checkpoint. One
-process at a time makes a run; others that want it wait, and take what is there then.
+encoder, sentences, the library's code and versions. It is written under a temporary name and renamed when complete.
+So a killed batch continues with the first missing run, and a dense model's training at its last checkpoint. One
+process at a time makes a run; others that need it wait and then load it.
 """
 
 from __future__ import annotations
@@ -49,34 +49,34 @@ from softlms.methods.chain import Link, full_name, parse
 
 __all__ = ["Bench", "Run"]
 
-# a run's numbers do not depend on how many cores are free, nor on whether others run beside it
+# so that a run's numbers depend neither on the number of free cores nor on other runs at the same time
 _THREADS = 1
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run left.
+    """The outcome of one run.
 
     Attributes
     ----------
     result : dict
-        "method", "seed", "scores" (split, then metric; 0 to 1, but for perplexity), "untuned" (those of dev before any
+        "method", "seed", "scores" (split, then metric; 0 to 1, except perplexity), "untuned" (those of dev before any
         training after the cut), "ranks" (layer to components), "kept_linear", "kept_total", "steps", "frozen_at" (soft
         thresholds: the step at which the budget was met), "further" (keep to scores on dev; see `Recipe`), "history"
-        (one entry a logging step), "seconds" (what several methods share, the teacher's logits, calibration and
-        factors, counts for the first that needs it; after an interruption, the rest), "hardware", "versions",
+        (one entry per logging step), "seconds" (shared work, that is the teacher's logits, calibration and factors,
+        counts for the first method that needs it; after an interruption, only the rest), "hardware", "versions",
         "commit", "encoder", "data".
     model : Path or None
-        The saved model, where the run keeps one (the dense ones do).
+        The saved model, if the run keeps one (dense runs do).
     """
 
     result: dict[str, Any]
     model: Path | None = None
 
 
-@dataclass(eq=False)  # by identity: the same bench, not one like it
+@dataclass(eq=False)  # compared by identity
 class Bench:
-    """An encoder, a task and a folder: where runs are made and found again.
+    """An encoder, a task and a folder: makes runs and finds stored ones.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class Bench:
     folder : Path
         Holds a subfolder for each run.
     max_length : int
-        Tokens a row at most.
+        Maximum tokens per row.
     train_rows : int, optional
         Use only the first rows of the training split.
     """
@@ -101,7 +101,7 @@ class Bench:
 
     @not_in_keys
     def __getstate__(self) -> dict[str, Any]:
-        """To another process goes what defines the bench: a note may be anything, and what is derived is large."""
+        """Only what defines the bench goes to another process: a note may be anything, and derived values are large."""
         kept = {k: v for k, v in self.__dict__.items() if not isinstance(getattr(type(self), k, None), cached_property)}
         return kept | {"note": print, "_shared_of": (), "_shared": {}}
 
@@ -118,12 +118,12 @@ class Bench:
         return {target.name: target.shape for target in find_targets(self.skeleton())}
 
     def skeleton(self) -> PreTrainedModel:
-        """What is factored, without memory for its weights."""
+        """The model that is factored, without memory for its weights."""
         with torch.device("meta"):
             return self.prepare(self.untrained_model())
 
     def untrained_model(self) -> PreTrainedModel:
-        """A dense model whose weights mean nothing: for what depends on shapes alone."""
+        """A dense model with arbitrary weights, for whatever depends on shapes alone."""
         # torch counts no FLOPs for its fused attention on a CPU
         config = pretrained(AutoConfig, self.encoder.location, attn_implementation="eager")
         return AutoModelForSequenceClassification.from_config(config)
@@ -151,7 +151,7 @@ class Bench:
 
     @not_in_keys
     def run(self, method: str, recipe: Recipe, seed: int) -> Run:
-        """Do a run, or take it from its folder if it is there.
+        """Do a run, or load it if it is stored.
 
         Parameters
         ----------
@@ -172,13 +172,13 @@ class Bench:
             return stored
         chain, folder = self._place(method, recipe, seed)
         if _needs_dense(chain, recipe):
-            self.run("dense", recipe, seed)  # first, so that its time is not counted here
+            self.run("dense", recipe, seed)  # first, so that its time does not count here
         with lock(folder):
             return self.stored(method, recipe, seed) or self._run(chain, folder, method, recipe, seed)
 
     @not_in_keys
     def _run(self, chain: str, folder: Path, method: str, recipe: Recipe, seed: int) -> Run:
-        partial = folder.with_name(f"{folder.name}.partial")  # one that a killed process left is continued
+        partial = folder.with_name(f"{folder.name}.partial")  # left by a killed process: continued
         partial.mkdir(exist_ok=True)
         started = time.monotonic()
         result = self._make(_step(chain), recipe, seed, partial, _links(chain)) | {
@@ -202,7 +202,7 @@ class Bench:
 
     @not_in_keys
     def stored(self, method: str, recipe: Recipe, seed: int) -> Run | None:
-        """A run that was done before, as `run` gives it, or None."""
+        """A stored run, as `run` returns it, or None."""
         chain, folder = self._place(method, recipe, seed)
         if not (folder / "result.json").is_file():
             return None
@@ -211,19 +211,19 @@ class Bench:
 
     @not_in_keys
     def _place(self, method: str, recipe: Recipe, seed: int) -> tuple[str, Path]:
-        """A method's name in full, and the folder of its run."""
+        """A method's full name, and the folder of its run."""
         chain = "dense" if method == "dense" else full_name(method)
         return chain, self.folder / f"{chain}-{seed}-{key(self._depends(chain, recipe, seed))}"
 
     @not_in_keys
     def why_missing(self, method: str, recipe: Recipe, seed: int) -> str:
-        """Why a run is not there yet; see `softlms.experiments.run_key.why_missing`."""
+        """Why a run is not stored; see `softlms.experiments.run_key.why_missing`."""
         chain, folder = self._place(method, recipe, seed)
         return why_missing(self.folder, folder.name.rsplit("-", 1)[0], self._depends(chain, recipe, seed))
 
     @not_in_keys
     def runs(self, methods: tuple[str, ...], recipe: Recipe, seeds: tuple[int, ...]) -> list[Run]:
-        """All methods at all seeds, in that order; seeds side by side, with a line of progress for each run."""
+        """All methods at all seeds, in that order; seeds in parallel, with a progress line for each run."""
         started, total = time.monotonic(), len(methods) * len(seeds)
         units = [[Job(self, method, recipe, seed) for method in methods] for seed in seeds]
         runs, metric = {}, self.data.task.metrics[0]
@@ -240,11 +240,11 @@ class Bench:
         return [runs[method, seed] for seed in seeds for method in methods]
 
     def new_model(self) -> PreTrainedModel:
-        """What the dense model is trained from; torch's seed decides how what is new in it starts."""
+        """The model before dense training; torch's seed decides how new weights are initialized."""
         return self.encoder.for_task(self.data.task)
 
     def load_model(self, folder: Path) -> PreTrainedModel:
-        """A dense model as its run saved it."""
+        """A dense model saved by its run."""
         return load_classifier(folder)
 
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -256,19 +256,19 @@ class Bench:
         return {}
 
     def dense_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
-        """The dense model of `seed`, trained now if it was not before, where the training will be."""
+        """The dense model of `seed`, trained now if it is not stored, on the device used for training."""
         return self.load_model(self.dense_folder(recipe, seed)).to(device())
 
     @not_in_keys
     def dense_folder(self, recipe: Recipe, seed: int) -> Path:
-        """Where the dense model of `seed` is stored, trained now if it was not before."""
+        """The folder of the dense model of `seed`, trained now if it is not stored."""
         folder = self.run("dense", recipe, seed).model
         assert folder is not None  # dense runs keep their model
         return folder
 
     @not_in_keys
     def shared(self, recipe: Recipe, seed: int) -> dict[str, Any]:
-        """What methods of one model share in memory, such as its factors; empty where the last model was another."""
+        """What the methods of one model share in memory, such as factors; emptied when the model changes."""
         model = (key(self._depends("dense", recipe, seed)), recipe.start, recipe.calibration_rows)
         if self._shared_of != model:
             self._shared_of = model
@@ -276,21 +276,21 @@ class Bench:
         return self._shared
 
     def starting_model(self, recipe: Recipe, seed: int) -> PreTrainedModel:
-        """What every method cuts: the fine-tuned dense model, or the pretrained encoder with a new head."""
+        """The model that every method cuts: the fine-tuned dense one, or the pretrained encoder with a new head."""
         if recipe.start == "fine-tuned":
             return self.prepare(self.dense_model(recipe, seed))
         transformers.set_seed(seed)
         return self.prepare(self.new_model().to(device()))
 
     def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
-        """Metrics on those of the splits that the task has."""
+        """Metrics on those splits that the task has."""
         present = {split: self.splits[split] for split in splits if split in self.splits}
         return {split: evaluate(model, self.data.task, rows, self.collator) for split, rows in present.items()}
 
     def arguments(
         self, folder: Path, learning_rate: float, epochs: float, recipe: Recipe, seed: int
     ) -> TrainingArguments:
-        """What all trainings of a run have in common."""
+        """Training arguments common to all trainings of a run."""
         return training_arguments(
             folder,
             learning_rate,
@@ -306,7 +306,7 @@ class Bench:
 
     @not_in_keys
     def _depends(self, chain: str, recipe: Recipe, seed: int) -> dict[str, Any]:
-        """All that a run's numbers depend on."""
+        """Everything that a run's numbers depend on."""
         links = _links(chain)
         starts: list[Any] = [_step(chain), type(self)]
         starts += [part for link in links for part in (link.method.apply, link.method.config)]

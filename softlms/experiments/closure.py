@@ -1,8 +1,8 @@
-"""The code that a step runs: the definitions of this library that it reaches, wherever they stand.
+"""The code that a step runs: the definitions of this library that it reaches, in whatever file they are.
 
 A definition is a function, a class or a constant at a module's top level. It reaches the names in it that its module
-defines, or imports from another module of the package. Only what runs is compared: docstrings, comments and import
-lines do not count, nor the file in which a definition stands. So code may move, and stored runs are found again.
+defines, or imports from another module of the package. Only code that runs is compared: docstrings, comments,
+import lines and the file of a definition do not count. So code may move, and stored runs are still found.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any, TypeVar
 __all__ = ["code_behind", "code_of", "library_hash", "not_in_keys"]
 
 PACKAGE = Path(__file__).parents[1]
-EFFECTS = "on import"  # the name of statements that define none
+EFFECTS = "on import"  # the name of statements that define no name
 Thing = TypeVar("Thing")
 
 
 def not_in_keys(thing: Thing) -> Thing:
-    """Mark a function, class or method as one that changes no number, or whose values are in the keys themselves."""
+    """Mark a function, class or method that changes no number, or whose values are in the keys themselves."""
     return thing
 
 
 @cache
 def code_of(*starts: str, package: Path = PACKAGE) -> dict[str, str]:
-    """Hash of each definition that these reach, and of themselves.
+    """Hashes of these definitions and of all that they reach.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def code_of(*starts: str, package: Path = PACKAGE) -> dict[str, str]:
     Raises
     ------
     ValueError
-        A name or an import that cannot be followed: code would be left out without a word.
+        A name or an import that cannot be followed: code would be left out silently.
     """
     modules = _Modules(package)
     waiting = [modules.find(*start.split(":")) for start in starts]
@@ -67,7 +67,7 @@ def code_of(*starts: str, package: Path = PACKAGE) -> dict[str, str]:
 
 
 def code_behind(*things: Any) -> dict[str, str]:
-    """`code_of` for functions and classes themselves; those of other packages count with the whole of their file."""
+    """`code_of` for functions and classes themselves; those of other packages count with their whole file."""
     starts = {thing: thing.__module__ for thing in things}
     inner = [f"{module}:{thing.__qualname__}" for thing, module in starts.items() if _is_ours(module)]
     files = {inspect.getfile(thing) for thing, module in starts.items() if not _is_ours(module)}
@@ -80,7 +80,7 @@ def _is_ours(module: str) -> bool:
 
 @cache
 def library_hash(package: Path = PACKAGE) -> str:
-    """Hash of all that runs in a package, in its folders too; the same in whatever files it stands."""
+    """Hash of all code that runs in a package and its subfolders, regardless of the files that hold it."""
     trees = [_Running().visit(ast.parse(path.read_text("utf-8"))) for path in package.rglob("*.py")]
     return _hash(sorted({ast.dump(statement) for tree in trees for statement in tree.body}))
 
@@ -90,7 +90,7 @@ def _hash(texts: list[str]) -> str:
 
 
 class _Running(ast.NodeTransformer):
-    """Takes away what does not run: docstrings, and imports, which are followed instead."""
+    """Removes what does not run: docstrings, and imports, which are followed instead."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
@@ -103,11 +103,11 @@ class _Running(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> ast.AST | None:
         self.generic_visit(node)
-        return node if node.body or node.orelse else None  # what is imported for type checking only
+        return node if node.body or node.orelse else None  # an import for type checking only
 
 
 class _Counting(_Running):
-    """Takes away, besides, what is marked with `not_in_keys`."""
+    """Also removes what is marked with `not_in_keys`."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
         return None if _is_marked(node) else self.generic_visit(node)
@@ -122,7 +122,7 @@ def _is_marked(node: ast.AST) -> bool:
 
 
 class _Module:
-    """A module's definitions, and what it imports of the package, inside functions and for type checking too."""
+    """A module's definitions and its imports from the package, also inside functions and for type checking."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
@@ -131,7 +131,7 @@ class _Module:
         self.definitions = self._definitions(tree)
 
     def _imports(self, tree: ast.Module) -> dict[str, tuple[str, str]]:
-        """Name here to module and name there, "" for the module itself."""
+        """Local name to the module and the name in it, "" for the module itself."""
         found: dict[str, tuple[str, str]] = {}
         root = self.name.split(".")[0]
         for node in ast.walk(tree):
@@ -199,7 +199,7 @@ class _Modules:
         return self.read[dotted]
 
     def find(self, dotted: str, name: str) -> tuple[_Module, str]:
-        """The module that defines a name, through those that only pass it on."""
+        """The module that defines a name, through modules that only re-export it."""
         module = self.module(dotted)
         if name in module.definitions:
             return module, name
@@ -220,7 +220,7 @@ class _Modules:
                     yield self.find(whole, node.attr)
 
     def _whole(self, module: _Module, name: str) -> str | None:
-        """The module that a name stands for, where it stands for one."""
+        """The module that a name refers to, if it refers to one."""
         dotted, inner = module.imports.get(name, ("", ""))
         whole = f"{dotted}.{inner}" if inner else dotted
         return whole if dotted and self.file(whole) else None

@@ -1,6 +1,7 @@
-"""The paper's models at their real size: their ranks, and what compressing them takes in time and memory.
+"""The paper's models at full size: their ranks, and the time and memory that compressing them takes.
 
-Both depend on shapes alone, so a model with random weights stands for the trained one; a checkpoint works as well.
+Time and memory depend on shapes alone, so a model with random weights can replace the trained one. A checkpoint works
+as well.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ FULL_SIZE: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
 }  # fmt: skip
 
 MULTIPLE = 16
-# laptop runs whose learned ranks stand for those of the real model, and the small model that they were learned on
+# laptop runs whose learned ranks are used for the real model, and the small model they were learned on
 PROFILES: dict[str, tuple[str, Callable[[], PretrainedConfig]]] = {
     "bert-base": ("05_bert_table", lambda: BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)),
     "gpt2": ("06_gpt2_table", lambda: SmallModel("gpt2").config),
@@ -120,7 +121,7 @@ def compress_full_size(
     if split:
         split_fused(skeleton)
     shapes = {target.name: target.shape for target in find_targets(skeleton)}
-    Budget(keep, count).limit(parameter_costs(shapes, count_parameters(skeleton).rest, count))  # may refuse
+    Budget(keep, count).limit(parameter_costs(shapes, count_parameters(skeleton).rest, count))  # may raise
 
     seconds = {}
     with use_threads(threads), fast_scan():
@@ -131,7 +132,7 @@ def compress_full_size(
             split_fused(compressed)
         dense = count_parameters(compressed)
         seconds["build_s"], started = time.perf_counter() - started, time.perf_counter()
-        # one layer at a time: the bar moves, and one SVD is in memory
+        # one layer at a time: the bar moves, and only one SVD is in memory
         for name in track(shapes, f"decomposing {model}", transient=True, disable=not sys.stdout.isatty()):
             decompose(compressed, targets=lambda candidate, module, name=name: candidate == name)  # type: ignore[misc]
         seconds["decompose_s"], started = time.perf_counter() - started, time.perf_counter()
@@ -198,14 +199,14 @@ def describe_full_size(result: Mapping[str, Any]) -> pd.Series:
 
 
 def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None], PreTrainedModel], PretrainedConfig]:
-    """Find a model: a function that makes it, from a checkpoint or with random weights (None), and its configuration.
+    """Find a model: a function that builds it from a checkpoint or with random weights (None), and its configuration.
 
     Parameters
     ----------
     model : str
         A key of `FULL_SIZE`, or the folder or hub name of a checkpoint.
     layers : int, optional
-        Only so many blocks.
+        Number of blocks to use.
 
     Raises
     ------
@@ -235,7 +236,7 @@ def find_full_size(model: str, layers: int | None) -> tuple[Callable[[str | None
 def half_ranks(
     model: str, skeleton: nn.Module, *, keep: float = 0.5, results: Path | None = None, measured: Costs | None = None
 ) -> dict[str, int]:
-    """Find ranks, multiples of 16, with which a real-sized model keeps a share of its total parameters.
+    """Find ranks, multiples of 16, at which a full-size model keeps a share of its total parameters.
 
     Parameters
     ----------
@@ -248,7 +249,7 @@ def half_ranks(
         Folder with the ranks that the laptop runs learned; those at the nearest budget are stretched to this model.
         Uniform ranks when not given.
     measured : Costs, optional
-        See `softlms.Budget.costs`: layers that factors would not make faster stay dense.
+        See `softlms.Budget.costs`. Layers that factors would not make faster stay dense.
 
     Raises
     ------
@@ -280,19 +281,19 @@ def half_ranks(
 def stretch_ranks(
     ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], costs: Costs, limit: float, multiple: int = 16
 ) -> dict[str, int]:
-    """Give a larger model the ranks that a smaller one of its family learned, block by block at the same depth.
+    """Apply the ranks learned by a smaller model to a larger one of its family, block by block at the same depth.
 
     Parameters
     ----------
     ranks, shapes : mapping
-        Ranks and (m, n) of the smaller model's layers, by names that hold the block's number.
+        Ranks and (m, n) of the smaller model's layers, by names that contain the block's number.
     costs, limit, multiple
         Of the larger model; see `refill`.
 
     Returns
     -------
     dict
-        Ranks by name. Shares of full rank keep their proportions as far as the budget and the multiple allow.
+        Ranks by name. Shares of full rank keep their proportions as far as budget and multiple allow.
     """
     small: dict[str, dict[int, float]] = {}
     for name, rank in ranks.items():

@@ -1,8 +1,7 @@
 """The table: every method at every budget on every task, on the same rows, steps and seeds.
 
-The grid is done cell by cell (`run_grid`); a cell is one method at one seed, stored like any other run, so a killed
-grid continues with the first cell that is missing. Cells are ordered so that a grid that is stopped early is still a
-table.
+The grid is done cell by cell (`run_grid`); a cell is one method at one seed, stored like any other run. So a killed
+grid continues with the first missing cell. Cells are ordered so that a grid stopped early is still a table.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ __all__ = [
     "summarize",
 ]
 
-# metrics that are no share of 1, and better where they are lower
+# metrics that are not fractions of 1, and better when lower
 UNSCALED = ("perplexity",)
 CUT_FROM = " cut from "  # names the rows of a soft model that was cut further
 
@@ -57,7 +56,7 @@ OTHERS = (
     "fwsvd+uniform", "asvd+uniform", "whitened+energy", "whitened+greedy", "whitened+sensitivity", "svd+mask",
     "whitened+mask",
 )  # fmt: skip
-# the others' untuned state is measured on the way to recovery
+# for the others, the untuned state is measured before recovery
 UNTUNED = tuple(f"{f}+{a}" for f in ("svd", "fwsvd", "asvd") for a in ("energy", "greedy"))
 
 
@@ -70,7 +69,7 @@ class Setting:
     changes : mapping
         To the grid's recipe, for all methods.
     methods : mapping
-        Method to changes for it alone; they come last.
+        Method to changes for it alone; applied last.
     train_rows, max_length
         See `softlms.experiments.bench.Bench`.
     """
@@ -83,7 +82,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Pass:
-    """Methods at budgets, on all of the grid's tasks; without `recover`, untuned."""
+    """Methods at budgets, on all of the grid's tasks; untuned if not `recover`."""
 
     methods: tuple[str, ...]
     keeps: tuple[float, ...]
@@ -92,14 +91,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class Grid:
-    """All cells of a profile's table, the most telling first.
+    """All cells of a profile's table, the most informative first.
 
     Attributes
     ----------
     recipe : Recipe
         What all cells share.
     changes : mapping
-        What single methods have instead: a threshold's scale depends on what sigma are.
+        Settings of single methods instead: a threshold's scale depends on the scale of sigma.
     tasks : mapping
         Setting of each task.
     seeds : tuple of int
@@ -114,11 +113,11 @@ class Grid:
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def only(self, *tasks: str) -> Grid:
-        """The grid of some tasks, its own or others, which then have no setting of their own."""
+        """The grid restricted to some tasks; tasks that are not in it get default settings."""
         return replace(self, tasks={task: self.tasks.get(task, Setting()) for task in tasks})
 
     def units(self, benches: Mapping[str, Bench]) -> Iterator[list[Job]]:
-        """Jobs that share a dense model, budget and seed, in the order of the passes; dense is done with the first.
+        """Jobs that share a dense model, budget and seed, in the order of the passes; dense comes first.
 
         Parameters
         ----------
@@ -138,7 +137,7 @@ class Grid:
                         ]
 
     def describe(self) -> str:
-        """The recipe that all cells share, and what tasks and methods have instead: a line each."""
+        """The recipe that all cells share, and the settings of tasks and methods that differ: one line each."""
         lines = [str(self.recipe)]
         for task, setting in self.tasks.items():
             rows = {"train_rows": setting.train_rows} if setting.train_rows else {}
@@ -154,8 +153,8 @@ def _say(name: str, changes: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {', '.join(f'{key}={value!r}' for key, value in changes.items())}"] if changes else []
 
 
-# settings of the committed rows: tuned by hand, before a push that adapts was the default. Sigma of whitened factors
-# fall so steeply that their largest says nothing, and a push of 0.1 drowned what the task says
+# settings of the committed rows: tuned by hand, before the adaptive gamma was the default. Sigma of whitened factors
+# falls so steeply that its maximum is uninformative, and a gamma of 0.1 drowned the task's gradient
 SVD_SOFT: dict[str, Any] = {"unit": "max", "s": 50.0, "alpha_learning_rate": 8e-3, "gamma": 0.1}
 WHITENED_SOFT: dict[str, Any] = {"unit": "mean", "s": 12.5, "alpha_learning_rate": 3.2e-2, "gamma": 0.03}
 TUNED = {"svd+soft": SVD_SOFT, "whitened+soft": WHITENED_SOFT}
@@ -233,7 +232,7 @@ def run_grid(
     note: Callable[[str], None] = print,
     grown: Callable[[list[Cell]], None] = lambda cells: None,
 ) -> list[Cell]:
-    """Do every cell that is missing and return all, the dense model of a seed once.
+    """Run every missing cell and return all cells, the dense model of a seed once.
 
     Parameters
     ----------
@@ -241,23 +240,23 @@ def run_grid(
     benches : mapping
         The bench of each task.
     stored_only : bool
-        Run nothing: return the cells that are there.
+        Run nothing: return the stored cells.
     processes : int, optional
         Cells at a time; `softlms.experiments.jobs.available_processes` when not given.
     note : callable
-        Takes a line for each cell done.
+        Called with a line for each cell done.
     grown : callable
-        Takes the cells so far after each that was not there before, to store their rows as they grow.
+        Called with the cells so far after each new one, to store their rows.
 
     Returns
     -------
     list of (Job, Run)
-        In the grid's order, whichever ended first.
+        In the grid's order, not in the order of completion.
 
     Raises
     ------
     FileNotFoundError
-        `stored_only`, and nothing is there.
+        `stored_only`, and nothing is stored.
     """
     units = list(grid.units(benches))
     place = {job: number for number, job in enumerate(job for unit in units for job in unit)}
@@ -282,7 +281,7 @@ def run_grid(
 
 
 def _once(cells: Mapping[Job, Run], place: Mapping[Job, int]) -> list[Cell]:
-    """The dense model is in many units, and counts once."""
+    """The dense model is in many units but counts once."""
     unique = {}
     for job, run in sorted(cells.items(), key=lambda cell: place[cell[0]]):
         budget = None if job.method == "dense" else (job.recipe.keep, bool(job.recipe.epochs))
@@ -294,7 +293,7 @@ def grid_rows(cells: Iterable[Cell]) -> pd.DataFrame:
     """One tidy row for each score.
 
     Columns: task, method, factorize, allocate, keep, seed (that of the run: one dense model may serve all), recovered,
-    split, metric, value (0 to 1, but for perplexity), kept_linear, kept_total, parameters_linear, parameters_total,
+    split, metric, value (0 to 1, except perplexity), kept_linear, kept_total, parameters_linear, parameters_total,
     steps, frozen_at, seconds, hardware, versions, commit, data, encoder.
     """
     keys = ["task", "keep", "method", "recovered", "seed", "split", "metric"]
@@ -322,7 +321,7 @@ def rank_rows(cells: Iterable[Cell]) -> pd.DataFrame:
 
 
 def middle_budget(ranks: pd.DataFrame) -> pd.DataFrame:
-    """Ranks of the first task at the budget in the middle."""
+    """Ranks of the first task at the middle budget."""
     keeps = sorted(ranks.keep.unique())
     return ranks[(ranks.keep == keeps[len(keeps) // 2]) & (ranks.task == ranks.task.iloc[0])]
 
@@ -357,7 +356,7 @@ def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
         for metric, value in values.items()
     ]  # fmt: skip
     for keep, splits in result.get("further", {}).items():
-        # a smaller model cut from this one: its budget is exact, its other counts are not stored
+        # a smaller model cut from this one: its budget is exact; other counts are not stored
         exact = float(keep) if job.recipe.count == "linear" else None
         cut = {"kept_linear": exact} | dict.fromkeys(("kept_total", "parameters_linear", "parameters_total"))
         rows += [
@@ -370,7 +369,7 @@ def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean, standard deviation and number of seeds of every score, in %; a perplexity as it is."""
+    """Mean, standard deviation and number of seeds of every score, in %; perplexity unscaled."""
     keys = ["task", "keep", "method", "recovered", "split", "metric"]
     values = rows.value.where(rows.metric.isin(UNSCALED), 100 * rows.value)
     summary = values.groupby([rows[key] for key in keys], sort=False).agg(["mean", "std", "count"])
@@ -380,23 +379,23 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 def costs(
     bench: Bench, profiles: Mapping[str, Mapping[str, int]], *, tokens: int = 128, rounds: int = 15
 ) -> pd.DataFrame:
-    """FLOPs and forward time of deployed models against dense, from their ranks alone: values do not matter for speed.
+    """FLOPs and forward time of deployed models against dense, from ranks alone: weights do not matter for speed.
 
     Parameters
     ----------
     bench : Bench
-        Whose model.
+        The bench of the model.
     profiles : mapping
         Ranks of each model, by the name of its row.
     tokens : int
-        Tokens a row; batches of 8 rows.
+        Tokens per row; batches of 8 rows.
     rounds : int
-        Interleaved rounds, after two that warm up; one thread.
+        Interleaved rounds, after two warm-up rounds; one thread.
 
     Returns
     -------
     DataFrame
-        Columns row, gflops (a batch), flops_of_dense, ms (median), quartile1_ms, quartile3_ms, speedup.
+        Columns row, gflops (per batch), flops_of_dense, ms (median), quartile1_ms, quartile3_ms, speedup.
     """
     models = {"dense": bench.untrained_model().eval()}
     models |= {row: shrink(bench.prepare(bench.untrained_model()).eval(), ranks) for row, ranks in profiles.items()}

@@ -1,4 +1,4 @@
-"""Runs side by side, one thread each."""
+"""Runs in parallel, one thread each."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Job:
 
 
 def available_processes() -> int:
-    """How many runs this machine takes side by side: its cores, two at most; one where an accelerator does the work."""
+    """How many runs go in parallel on this machine: one per core, at most two; one if there is an accelerator."""
     return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
 
 
 def tell_stored(jobs: Iterable[Job]) -> Iterator[str]:
-    """Lines for people: how many of the runs are stored, and why the others are to be done."""
+    """Lines to print: how many runs are stored, and why the others must be done."""
     once = list(dict.fromkeys(jobs))
     missing = [job for job in once if job.bench.stored(job.method, job.recipe, job.seed) is None]
     yield f"{len(once) - len(missing)} of {len(once)} runs are stored"
@@ -63,15 +63,15 @@ def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[J
     ----------
     units : sequence of sequence of Job
         The jobs of a unit run one after the other in one process, which keeps what they share (the dense model, its
-        factors). Units run side by side and start in the order given. A dense model that two of them need is trained
-        by one while the other waits.
+        factors). Units run in parallel and start in the given order. If two need the same dense model, one trains it
+        and the other waits.
     processes : int
-        Units at a time; with 1 all happens in this process.
+        Units at a time; with 1 everything runs in this process.
 
     Raises
     ------
     Exception
-        What a job raised. Jobs that run beside it are finished and stored first; no other job starts.
+        The error of a job. Jobs running at the same time are finished and stored first; no other job starts.
     """
     left: list[list[Job]] = []
     for unit in units:
@@ -90,7 +90,7 @@ def run_jobs(units: Sequence[Sequence[Job]], processes: int) -> Iterator[tuple[J
 
 
 def _side_by_side(left: list[list[Job]], processes: int) -> Iterator[tuple[Job, Run]]:
-    """Run the units in other processes; jobs go out of `left` as their runs are found where they are stored."""
+    """Run the units in other processes; a job is removed from `left` once its run is stored."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as beside:
         stop = Path(folder) / "stop"
         with parallel_config("loky", inner_max_num_threads=1, initializer=_begin, initargs=_begun_by()):
@@ -100,7 +100,7 @@ def _side_by_side(left: list[list[Job]], processes: int) -> Iterator[tuple[Job, 
             ended = False
             while not ended:
                 ended = bool(wait([work], timeout=0.5).done)
-                for unit in [unit for unit in left if unit][:processes]:  # those that run
+                for unit in [unit for unit in left if unit][:processes]:  # those running
                     while unit and (run := unit[0].bench.stored(unit[0].method, unit[0].recipe, unit[0].seed)):
                         yield unit.pop(0), run
             for error in filter(None, work.result()):
@@ -112,8 +112,8 @@ def _side_by_side(left: list[list[Job]], processes: int) -> Iterator[tuple[Job, 
 
 
 def _work(unit: Sequence[Job], stop: Path) -> Exception | None:
-    """Do the jobs of a unit until one fails, here or in another process; raised, its error would end that one too."""
-    bench = unit[0].bench  # one object for all, so that they share what it keeps in memory
+    """Do the jobs of a unit until one fails, here or in another process; raising would end the other one too."""
+    bench = unit[0].bench  # one object for all, so that they share its memory
     try:
         for job in unit:
             if not stop.exists():
@@ -126,12 +126,12 @@ def _work(unit: Sequence[Job], stop: Path) -> Exception | None:
 
 
 def _begun_by() -> tuple[int, list[Method]]:
-    """What other processes have to know of this one: itself, and the methods that were registered in it."""
+    """What other processes need from this one: its id, and the methods registered in it."""
     return os.getpid(), list(methods().values())
 
 
 def _begin(parent: int, known: Sequence[Method]) -> None:
-    """Make this process quiet, and end it when the one that started it ends, even where that is killed."""
+    """Make this process quiet, and end it when its parent ends or is killed."""
     register(*known)
 
     def follow() -> None:
@@ -144,7 +144,7 @@ def _begin(parent: int, known: Sequence[Method]) -> None:
 
 
 def be_quiet() -> None:
-    """Show no bars that last a second and no report of a new head: both are expected where many models are made."""
+    """Hide short progress bars and reports of a new head: both are expected when many models are made."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

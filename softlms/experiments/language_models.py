@@ -39,7 +39,7 @@ PROMPT, SAMPLE = 24, 32  # tokens
 
 @dataclass(frozen=True)
 class SmallModel:
-    """A model of the real transformers class that is trained from scratch.
+    """A model of the real transformers class, trained from scratch.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class SmallModel:
 
     @property
     def config(self) -> PretrainedConfig:
-        """The family's configuration, its proportions those of the large model."""
+        """The family's configuration, with the proportions of the large model."""
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
         return FAMILIES[self.family](self, {"vocab_size": self.vocabulary, "tie_word_embeddings": True} | ends)
 
@@ -91,10 +91,10 @@ FAMILIES: dict[str, Callable[[SmallModel, dict[str, Any]], PretrainedConfig]] = 
 
 
 class LanguageBench(Bench):
-    """A causal language model and a text: as `Bench`, with perplexity in place of a task's metrics.
+    """A causal language model and a text: like `Bench`, with perplexity instead of a task's metrics.
 
-    The dense model is trained once for all seeds, or taken from a checkpoint: a seed decides the order of the rows and
-    the choice of calibration rows in what comes after.
+    The dense model is trained once for all seeds, or taken from a checkpoint. A seed decides the order of the rows and
+    the choice of calibration rows in the later steps.
 
     Parameters
     ----------
@@ -107,18 +107,18 @@ class LanguageBench(Bench):
     folder : Path
         Holds a subfolder for each run.
     window : int
-        Tokens a row; perplexity's stride is half of it.
+        Tokens per row; perplexity's stride is half of it.
     train_tokens, test_tokens : int, optional
-        Use only the first tokens of the training split, and of the other two.
+        Use only the first tokens of the training split, or of the other two.
     split : bool
-        Take GPT-2's fused projections apart before they are factored (`softlms.split_fused`).
+        Split GPT-2's fused projections before they are factored (`softlms.split_fused`).
     note : callable
-        Takes a line of progress.
+        Called with a line of progress.
 
     Raises
     ------
     ValueError
-        A window that the model cannot read, or longer than a split.
+        A window that is too long for the model or longer than a split.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class LanguageBench(Bench):
         return {split: {"perplexity": trigram.perplexity(ids)} for split, ids in self._held_out.items()}
 
     def extras(self, model: PreTrainedModel) -> dict[str, Any]:
-        """ "sample": what the model writes after the first tokens of the test split, always the likeliest token."""
+        """ "sample": the model's greedy continuation of the first tokens of the test split."""
         tokenizer = load_tokenizer(self.text.tokenizer)
         start = torch.as_tensor(self.splits["test"][None, :PROMPT]).long().to(model.device)
         with in_eval_mode(model):

@@ -1,4 +1,4 @@
-"""Profiles: the same notebooks at three sizes. Encoders, language models, and what is timed."""
+"""Profiles: the same notebooks at three sizes, for encoders, language models and speed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Profile:
     encoder : str
         See `softlms.data.encoders.find_encoder`.
     task, data : str
-        See `softlms.data.tasks.load_task`. The environment variable SOFTLMS_DATA replaces `data` where that is "hub".
+        See `softlms.data.tasks.load_task`. The environment variable SOFTLMS_DATA replaces `data` if that is "hub".
     seeds : tuple of int
-        Every comparison of methods runs at each.
+        Every comparison of methods runs at each of them.
     recipe : Recipe
     max_length, train_rows
         See `softlms.experiments.bench.Bench`.
     loss_seeds : tuple of int
-        Where the two compression losses are compared (notebook 02).
+        Seeds at which the two compression losses are compared (notebook 02).
     ablation : mapping
         Which rows of `ABLATION` are run, and at which seeds; each is compared with the recipe at the same seeds.
     """
@@ -113,7 +113,7 @@ class LanguageProfile:
     text : str
         See `softlms.data.text.load_text`.
     models : mapping
-        Family to a model that is trained from scratch, or to the folder or hub name of a checkpoint.
+        Family to a model trained from scratch, or to the folder or hub name of a checkpoint.
     grid : Grid
         Its tasks are the families.
     window, train_tokens, test_tokens
@@ -134,7 +134,7 @@ class LanguageProfile:
 
 LANGUAGE_METHODS = ("svd+uniform", "whitened+uniform", "whitened+mask", "svd+soft", "whitened+soft")
 
-# settings were chosen on dev at seed 0 and half of the linears: results/laptop/language_trials.csv
+# settings were chosen on dev at seed 0 with half of the linear weights: results/laptop/language_trials.csv
 LANGUAGE_LAPTOP = Grid(
     Recipe(
         dense_learning_rate=1e-3,
@@ -150,7 +150,7 @@ LANGUAGE_LAPTOP = Grid(
     {
         "gpt2": Setting({"static_learning_rate": 1e-4}),
         "llama": Setting(),
-        # at a rate of 1e-3 an epoch leaves it behind a 3-gram; under the others' push it never met its budget
+        # at a rate of 1e-3 it is worse than a 3-gram after an epoch; with the others' gamma it never met its budget
         "mamba": Setting(
             {"dense_epochs": 1, "dense_learning_rate": 3e-3, "learning_rate": 3e-4, "static_learning_rate": 1e-3},
             methods={"whitened+soft": {"gamma": 0.1}, "whitened+mask": {"static_learning_rate": 3e-4}},
@@ -167,7 +167,7 @@ LANGUAGE_PROFILES = {
         LanguageProfile(
             "quick",
             "embedded",
-            # bytes: a model that trains for a minute outdoes a 3-gram of bytes, but not one of words' parts
+            # bytes: a model trained for a minute beats a 3-gram of bytes, but not one of subwords
             {family: SmallModel(family, hidden=128, layers=2, vocabulary=257) for family in FAMILIES},
             Grid(
                 Recipe(
@@ -238,7 +238,7 @@ class SpeedProfile:
     settings : mapping
         For `softlms.experiments.speed.compare_speed`.
     changes : mapping
-        What single models have instead.
+        Settings of single models instead.
     in_detail : tuple of str
         Models that are also timed in parts, and under onnxruntime.
     """

@@ -21,27 +21,27 @@ _DENSE = ("dense_learning_rate", "dense_epochs", "batch_size", "bf16")
 _OF_METHODS = (SoftConfig, StaticConfig, MaskConfig)  # whose settings stand here by name
 
 
-@not_in_keys  # what a run uses of it, by value, is
+@not_in_keys  # the values that a run uses are in its key
 @dataclass(frozen=True)
 class Recipe:
     """Every setting of a run; epochs may be fractions.
 
-    A setting that is added later says with ``field(..., metadata={ABSENT: value})`` at what value a run is the one that
-    it was before there was the setting: then its key is the same too.
+    A setting added later declares with ``field(..., metadata={ABSENT: value})`` the value at which a run is the same as
+    before the setting existed; at that value its key is the same too.
 
     Attributes
     ----------
     dense_learning_rate, dense_epochs
-        Fine-tuning of the dense model; 0 epochs take it as it is.
+        Fine-tuning of the dense model; with 0 epochs it is used as it is.
     learning_rate, static_learning_rate
-        Training while compressing and recovering (soft thresholds), and after the cut (all others): each has its
-        own best.
+        Learning rates while compressing and recovering (soft thresholds), and after the cut (all others): the best
+        values differ.
     epochs
-        Length of that training, the same for all; the steps that masks take to learn are among them. 0 leaves a
-        method untuned.
+        Length of that training, the same for all, including the steps in which masks learn. 0 leaves a method
+        untuned.
     batch_size : int
     distillation : float
-        Share of the dense model's logits in the task loss, for all methods alike.
+        Share of the dense model's logits in the task loss, the same for all methods.
     keep, count
         The budget; see `softlms.budget.Budget`.
     gamma, alpha_learning_rate, deadline, s, unit, compression_loss, weigh_by_size
@@ -49,15 +49,15 @@ class Recipe:
     start : {"fine-tuned", "pretrained"}
         The weights that are decomposed.
     calibration_rows : int
-        Training rows for data-aware factors and for sensitivity (a quarter of them there).
+        Training rows for data-aware factors, and for sensitivity (which uses a quarter of them).
     mask_learning_rate : float
-        Of the masks' scores.
+        Learning rate of the mask scores.
     further_keeps : tuple of float
-        Smaller budgets that a model with soft thresholds is also cut to after its training, without any more.
+        Smaller budgets to which a trained model with soft thresholds is also cut, without further training.
     bf16 : bool
         Train under bfloat16 autocast; parameters, thresholds and evaluation stay in float32.
     settings : mapping
-        Name of a method to settings of its own.
+        Name of a method to its own settings.
 
     Raises
     ------
@@ -101,15 +101,15 @@ class Recipe:
             config(**given if self.epochs else {n: value for n, value in given.items() if n != "epochs"})
 
     def changed(self, **changes: Any) -> Recipe:
-        """A copy with other values; a TypeError for a name that is no setting."""
+        """A copy with other values; raises TypeError for an unknown setting."""
         return replace(self, **changes)
 
     def chain(self, links: Sequence[Link]) -> list[tuple[Link, Config]]:
-        """The methods of a chain, each with those settings that it has."""
+        """The methods of a chain, each with its settings."""
         return configured(links, vars(self), self.settings)
 
     def used(self, links: Sequence[Link]) -> dict[str, Any]:
-        """The settings that runs of a chain depend on; of the dense model's where the chain is empty."""
+        """The settings that runs of a chain depend on; for an empty chain, those of the dense model."""
         every = {f.name for f in fields(self)}
         names = every - {f.name for config in _OF_METHODS for f in fields(config)} if links else {*_DENSE}
         for _, config in self.chain(links):

@@ -1,4 +1,4 @@
-"""Tables that follow from scores: what notebooks 04 to 08 show, made in one place."""
+"""Tables computed from scores: what notebooks 04 to 08 show, in one place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERDICT = (
 
 
 class Report:
-    """What came of a grid.
+    """The results of a grid.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class Report:
     benches : mapping
         The bench of each task.
     seeds : sequence of int
-        Of the grid: an entry that has fewer says so.
+        Seeds of the grid; an entry with fewer shows its number.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Report:
     Raises
     ------
     ValueError
-        A comparison mixes hardware, or a compressed model does not fill its budget from below.
+        A comparison mixes hardware, or a compressed model exceeds its budget or does not fill it.
     """
 
     def __init__(self, cells: Sequence[Cell], benches: Mapping[str, Bench], seeds: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ class Report:
             raise ValueError(f"Not filled to the budget: {self.compressed[missed].iloc[0].to_dict()}.")
 
     def table(self, split: str) -> pd.DataFrame | None:
-        """Mean and standard deviation of every method on a split, untuned and recovered; None where it has no rows."""
+        """Mean and standard deviation of every method on a split, untuned and recovered; None if it has no rows."""
         part = self.summary[(self.summary.split == split) & ~self.summary.method.str.contains(CUT_FROM)].copy()
         if part.empty:
             return None
@@ -88,7 +88,7 @@ class Report:
         return soft_verdicts(self.rows, self.leading)
 
     def cut_further(self) -> pd.DataFrame:
-        """Soft models cut to smaller budgets without training, beside those that were trained for that size; on dev."""
+        """Soft models cut to smaller budgets without training, beside models trained for that size; on dev."""
         of_dev = self.summary[(self.summary.split == "dev") & self.summary.recovered]
         further = of_dev[of_dev.method.str.contains(CUT_FROM)].copy()
         trained = {(r.task, r.keep, r.metric, r.method): self._entry(r) for _, r in of_dev.iterrows()}
@@ -102,7 +102,7 @@ class Report:
     def costs(self, **options: int) -> pd.DataFrame:
         """FLOPs and time at the middle budget with the first seed's ranks; see `softlms.experiments.grid.costs`.
 
-        Methods of equal ranks are one row, which names them all.
+        Methods with equal ranks share one row, which names them all.
         """
         part = middle_budget(self.ranks)
         first = part[part.seed == part.seed.min()]
@@ -113,7 +113,7 @@ class Report:
         return costs(next(iter(self.benches.values())), profiles, **options)
 
     def samples(self) -> pd.DataFrame:
-        """What each model of the first seed writes after the same opening: dense, then every method and budget."""
+        """Continuations of the same opening by each model of the first seed: dense, then every method and budget."""
         return pd.DataFrame(
             {"task": job.bench.data.task.name, "keep": 1.0 if job.method == "dense" else job.recipe.keep}
             | {"method": job.method, "sample": run.result["sample"]}
@@ -123,9 +123,9 @@ class Report:
 
 
 def soft_verdicts(rows: pd.DataFrame, leading: Mapping[str, str]) -> pd.DataFrame:
-    """The better SoftLMs row against the best other one and, where that is another, the best with uniform ranks.
+    """The better SoftLMs row against the best other row and, if different, against the best with uniform ranks.
 
-    All chosen on dev, among the methods that were run at all seeds; paired over seeds on test, or on dev where a task
+    All are chosen on dev, among the methods run at all seeds. They are paired over seeds on test, or on dev if a task
     has no test rows.
 
     Parameters
@@ -138,7 +138,7 @@ def soft_verdicts(rows: pd.DataFrame, leading: Mapping[str, str]) -> pd.DataFram
     Returns
     -------
     DataFrame
-        Columns `VERDICT`; a difference above zero is in favour of SoftLMs, also where less is better. The 95 % interval
+        Columns `VERDICT`. A difference above zero favours SoftLMs, even if lower values are better. The 95 % interval
         needs two seeds.
     """
     recovered = _compressed(rows)
@@ -176,8 +176,8 @@ def adaptive_differences(scores: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        A row for each split, metric and difference, in points (100 times the metric), paired over seeds with its 95 %
-        interval.
+        One row for each split, metric and difference, in points (100 times the metric), paired over seeds, with its
+        95 % interval.
     """
     lines = []
     for (split, metric), group in scores.groupby(["split", "metric"]):
@@ -190,16 +190,16 @@ def adaptive_differences(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _has_budget(method: str) -> bool:
-    """Whether the last of a chain's methods cuts to one."""
+    """Whether the last method of a chain cuts to a budget."""
     return any(f.name == "keep" for f in fields(parse(method)[-1].method.config))
 
 
 def _compressed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of methods that were run at their budget, neither dense nor cut from a larger model."""
+    """Rows of methods run at their own budget: neither dense nor cut from a larger model."""
     return rows[(rows.method != "dense") & ~rows.method.str.contains(CUT_FROM)]
 
 
 def _by_seed(rows: pd.DataFrame, split: str) -> pd.DataFrame:
-    """One metric's values on a split, in % but for perplexity: a row for each seed, a column for each method."""
+    """One metric's values on a split, in % except perplexity: a row for each seed, a column for each method."""
     values = rows[rows.split == split].pivot_table(index="seed", columns="method", values="value")
     return values if set(rows.metric) <= set(UNSCALED) else 100 * values

@@ -1,4 +1,4 @@
-"""The key of a stored run, a hash of all it depends on, and why a run is not there: what of that has changed."""
+"""The key of a stored run, a hash of all it depends on; and which of these changed if the run is missing."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def key(depends: Mapping[str, Any]) -> str:
     Parameters
     ----------
     depends : mapping
-        All that a run's numbers depend on, as JSON takes it.
+        Everything that a run's numbers depend on, as values for JSON.
     """
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def why_missing(folder: Path, kind: str, depends: Mapping[str, Any]) -> str:
-    """What differs from the stored run that is most like this one.
+    """What differs from the most similar stored run.
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ def why_missing(folder: Path, kind: str, depends: Mapping[str, Any]) -> str:
     Returns
     -------
     str
-        "changed: " and the names, with both values where these are short, or with what of the code differs; "none like
-        it is stored" where more than `ALIKE` differ: then it is another model's or task's.
+        "changed: " and the names, with both values if they are short, or with the definitions that differ; "none like
+        it is stored" if more than `ALIKE` differ: then it belongs to another model or task.
     """
     here = json.loads(json.dumps(depends))
     results = folder.glob(f"{glob.escape(kind)}-*/result.json")

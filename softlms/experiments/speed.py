@@ -1,4 +1,4 @@
-"""How much faster compressed models are, and why not more: dense and thin forms take turns in one run."""
+"""How much faster compressed models are, and why not more; dense and thin forms take turns in one run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def compare_speed(
     rounds: int = 9,
     decode: bool = True,
 ) -> pd.DataFrame:
-    """Time forward passes of the dense model and of thin ones that keep a share of it; fp32, on a GPU bf16.
+    """Time forward passes of the dense model and of thin ones that keep a share of it; fp32, or bf16 on a GPU.
 
     All forms run inside `fast_scan` and `keep_memory`.
 
@@ -66,28 +66,28 @@ def compare_speed(
     model : str
         A key of `FULL_SIZE`; random weights.
     layers : int, optional
-        Only so many blocks.
+        Number of blocks to use.
     keep : float
         Share of the total parameters.
     results : Path, optional
-        See `half_ranks`; adds a form "trained ranks" to "uniform ranks".
+        See `half_ranks`; adds the form "trained ranks" to "uniform ranks".
     batches, threads : sequence of int
-        Each of them is measured.
+        All values are measured.
     tokens : int
-        Tokens in a row, of a prefill and of the cache that a decoding step reads.
+        Tokens per row, in a prefill and in the cache read by a decoding step.
     rounds : int
-        Measured calls, after one that warms up.
+        Measured calls, after one warm-up call.
     decode : bool
-        Time one token with a cache too, at batch 1 (BERT has no cache: one token alone).
+        Also time one token with a cache, at batch 1 (BERT has no cache: one token alone).
 
     Returns
     -------
     DataFrame
-        A row for each form, part ("stack", the blocks and the norms around them, or "model", end to end), phase
+        One row for each form, part ("stack", the blocks and the norms around them, or "model", end to end), phase
         ("prefill" or "decode"), batch and number of threads: median and quartiles in ms; "speed_up" over dense; the
-        speed-up if only FLOPs took time ("flop_limit"); the speed-up if the head and each target layer took the time
-        of their FLOPs or of reading their weights, whichever is longer, and all else that of its FLOPs, at this
-        machine's measured peak and bandwidth ("roofline_limit"); and where it was measured.
+        speed-up if only FLOPs took time ("flop_limit"); the speed-up if the head and each target layer took the
+        longer of the times for their FLOPs and for reading their weights, and the rest the time for its FLOPs, at
+        this machine's measured peak and bandwidth ("roofline_limit"); and where it was measured.
 
     Raises
     ------
@@ -208,7 +208,7 @@ def compare_onnx(
     Returns
     -------
     DataFrame
-        A row for each form and kind of weights: the median in ms, "speed_up" over dense float32, and the file's size
+        One row for each form and kind of weights: the median in ms, "speed_up" over dense float32, and the file's size
         in MB.
     """
     check_at_least_one(tokens=tokens, rounds=rounds)
@@ -218,7 +218,7 @@ def compare_onnx(
     with tempfile.TemporaryDirectory() as folder:
         for (form, network), int8 in product(forms.items(), (False, True)):
             name = f"{form}, int8" if int8 else form
-            with without_notices():  # of rounding, which means nothing where weights are random
+            with without_notices():  # about rounding: meaningless for random weights
                 path = export_onnx(network, Path(folder) / f"{name.replace(' ', '-')}.onnx", int8=int8)
             sizes[name] = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*")) / 1e6
             calls[name] = partial(onnx_session(path).run, ["logits"], inputs)
@@ -241,7 +241,7 @@ def compare_budgets(
     Parameters
     ----------
     budgets : mapping
-        From what is counted ("linear", "total", "flops" or "latency") to the share of it that is kept.
+        What is counted ("linear", "total", "flops" or "latency") to the share that is kept.
     encoder : str
         See `find_encoder`. Its factors are whitened, calibrated on the embedded sentence pairs.
     tokens, rounds : int
@@ -252,7 +252,7 @@ def compare_budgets(
     Returns
     -------
     DataFrame
-        A row for each budget: "kept_linear" (share of the linears' weights), "kept_flops", "predicted_speed_up" (from
+        One row for each budget: "kept_linear" (share of the linear weights), "kept_flops", "predicted_speed_up" (from
         the times of single layers), "speed_up" (of the whole model), "output_error" (relative, of the last hidden
         states on held-out rows; nothing is trained after the cut).
 
@@ -327,12 +327,12 @@ def print_speed(
 
 @dataclass(frozen=True)
 class _Case:
-    """Work that each form does in turn."""
+    """A workload that each form runs in turn."""
 
     part: str
     phase: str
     batch: int
-    tokens: int  # that a call computes in each row
+    tokens: int  # computed per row in one call
     calls: Mapping[str, Callable[[], Any]]
 
 
@@ -384,7 +384,7 @@ def _cases(forms: Mapping[str, PreTrainedModel], batches: Sequence[int], tokens:
 
 
 def _linears(model: PreTrainedModel, tokens: int) -> Callable[[], None]:
-    """A call of all target layers, one after the other."""
+    """A function that calls all target layers, one after the other."""
     targets = find_targets(model)
     widths = {target.shape[1] for target in targets}
     inputs = {n: torch.randn(1, tokens, n, device=model.device, dtype=model.dtype) for n in widths}
@@ -404,7 +404,7 @@ def _linear_weights(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _limits(model: PreTrainedModel, case: _Case, rest: float, peak: float, bandwidth: float) -> tuple[float, float]:
-    """FLOPs of a case, and its seconds by the roofline; both without elementwise work and the scan."""
+    """FLOPs of a case, and its seconds by the roofline model; both without elementwise work and the scan."""
     rows = case.batch * case.tokens
     weights = _linear_weights(model)
     head = model.get_output_embeddings() if case.part == "model" else None
@@ -426,7 +426,7 @@ def _machine() -> tuple[float, float]:
 
 
 def _decoding(model: PreTrainedModel, tokens: int) -> Callable[[], Any]:
-    """A call that decodes one token after a cache of so many; BERT has no cache: one token alone."""
+    """A function that decodes one token after a cache of `tokens`; BERT has no cache: one token alone."""
     inputs = random_rows(model.config.vocab_size, 1, tokens)
     one = random_rows(model.config.vocab_size, 1, 1)["input_ids"].to(model.device)
     if not model.can_generate():

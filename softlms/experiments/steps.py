@@ -1,4 +1,4 @@
-"""What makes a run: the dense model is trained, or a chain of methods is applied to it."""
+"""The steps of a run: train the dense model, or apply a chain of methods to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Step", "apply_chain", "train_dense"]
 
 Step = Callable[["Bench", Recipe, int, Path, Sequence[Link]], dict[str, Any]]
 
-SAVE_STEPS = 250  # a dense model may take hours; what comes after the cut takes minutes
+SAVE_STEPS = 250  # a dense model may train for hours; training after the cut takes minutes
 
 
 def train_dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, links: Sequence[Link]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def apply_chain(bench: Bench, recipe: Recipe, seed: int, folder: Path, links: Se
 
 
 def _training_rows(bench: Bench, recipe: Recipe, seed: int) -> datasets.Dataset:
-    """The training split, with the dense model's logits where the recipe distils; those are stored with it."""
+    """The training split, with the dense model's logits if the recipe distils; the logits are stored with the model."""
     rows = bench.splits["train"]
     if not recipe.distillation:
         return rows

@@ -1,4 +1,4 @@
-"""How long calls take that take turns, and what single tricks are worth."""
+"""Times of interleaved calls, and the gain of single tricks."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def time_tricks(*, tokens: int = 128, rounds: int = 21) -> pd.DataFrame:
     Parameters
     ----------
     tokens : int
-        In one row.
+        Tokens in one row.
     rounds : int
-        Measured calls, after two that warm up.
+        Measured calls, after two warm-up calls.
 
     Returns
     -------
@@ -97,13 +97,13 @@ def time_tricks(*, tokens: int = 128, rounds: int = 21) -> pd.DataFrame:
 
 
 def _in_new_process(measure: Callable[..., float], *arguments: object) -> float:
-    """Call in a fresh process: how an allocator serves a call depends on what the process freed before."""
+    """Call in a fresh process: an allocator's speed depends on what the process freed before."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, *arguments).result()
 
 
 def _mlp(tokens: int, rounds: int, keep: bool) -> float:
-    """Microseconds that an MLP of TinyLlama's size takes with three layers of rank 640."""
+    """Microseconds of an MLP of TinyLlama's size with three layers of rank 640."""
     mlp = LlamaMLP(LlamaConfig(hidden_size=2048, intermediate_size=5632))
     for name in ("gate_proj", "up_proj", "down_proj"):
         m, n = mlp.get_submodule(name).weight.shape

@@ -49,14 +49,14 @@ class TokenizedText:
 def tokenize_text(
     data: str | Path, tokenizer: int | str, folder: Path, *, libraries: tuple[str, ...] = corpus.LIBRARIES
 ) -> TokenizedText:
-    """Load a text, train a tokenizer on its training split, and keep both, so that it is done once.
+    """Load a text, train a tokenizer on its training split, and store both, so that this is done once.
 
     Parameters
     ----------
     data : str or path
         As for `softlms.data.text.load_text`.
     tokenizer : int or str
-        Size of the vocabulary of a byte-level BPE to train, at least 257 (all bytes and an end mark); or folder or hub
+        Vocabulary size of a byte-level BPE to train, at least 257 (all bytes and an end mark); or the folder or hub
         name of a tokenizer to use.
     folder : Path
         Holds a subfolder for each text and tokenizer.
@@ -66,12 +66,12 @@ def tokenize_text(
     Raises
     ------
     ValueError, FileNotFoundError
-        As from `load_text`, the vocabulary is too small, or the folder has no tokenizer: nothing is stored then.
+        As from `load_text`; the vocabulary is too small; or the folder has no tokenizer. Nothing is stored then.
     """
     if isinstance(tokenizer, int) and tokenizer < 257:
         raise ValueError(f"A byte-level vocabulary has 256 bytes and an end mark at least; got {tokenizer}.")
     embedded = data == "embedded"
-    # parsing every library takes a minute: where their versions say what the text is, it is read only if need be
+    # parsing every library takes a minute; their versions identify the text, so it is read only if needed
     texts = {} if embedded else load_text(data)
     content = [f"{name} {version(name)}" for name in libraries] if embedded else [texts[s] for s in SPLITS]
     known = tokenizer if isinstance(tokenizer, int) else weights_hash(tokenizer)
@@ -92,7 +92,7 @@ def tokenize_text(
         try:
             partial.rename(place)
         except OSError:
-            if not place.is_dir():  # else a process beside this one was faster
+            if not place.is_dir():  # else another process was faster
                 raise
             shutil.rmtree(partial)
     return TokenizedText({split: np.load(place / f"{split}.npy") for split in SPLITS}, place, _source(data))
@@ -108,7 +108,7 @@ def _source(data: str | Path) -> str:
 
 
 def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: every text can be encoded, and comes back as it was."""
+    """A byte-level BPE tokenizer: every text can be encoded and is decoded unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -123,7 +123,7 @@ def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def blocks(ids: np.ndarray, length: int) -> datasets.Dataset:
-    """Rows of `length` ids each, for a causal language model; what is left over at the end is not used.
+    """Rows of `length` ids each, for a causal language model; the remainder at the end is not used.
 
     Columns input_ids, attention_mask, labels (the ids, unshifted: transformers shifts them) and length.
     """

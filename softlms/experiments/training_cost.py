@@ -1,4 +1,4 @@
-"""What a training step takes: its time, forms in turn, and its memory."""
+"""The cost of a training step: its time, with forms taking turns, and its memory."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def step_times(
     batch, tokens : int
         Rows, and tokens in each row.
     rounds : int
-        Measured steps of each form, after two that warm up; the forms take turns.
+        Measured steps of each form, after two warm-up steps; the forms take turns.
     threads : int
         Torch's threads.
     keep : float
-        Share of the linears that the third form keeps; its ranks are uniform and frozen.
+        Share of the linear weights that the third form keeps; its ranks are uniform and frozen.
 
     Returns
     -------
@@ -101,14 +101,14 @@ def scan_times(
     Parameters
     ----------
     hidden, layers, batch, tokens, rounds, threads : int
-        At these defaults the plain loop takes most of a minute for a step.
+        With these defaults a step of the plain loop takes most of a minute.
     inference : bool
         Time a forward pass without gradients instead.
 
     Returns
     -------
     dict
-        "transformers' loop", "mambapy" (transformers' ``use_mambapy``, where it is installed) and "softlms".
+        "transformers' loop", "mambapy" (transformers' ``use_mambapy``, if installed) and "softlms".
 
     Raises
     ------
@@ -135,16 +135,16 @@ def scan_times(
 def training_memory(
     model: str, form: str, *, layers: int | None = None, batch: int = 1, tokens: int = 128
 ) -> dict[str, Any]:
-    """Memory of a training step in fp32 with AdamW: counted, and measured where it fits this machine.
+    """Memory of a training step in fp32 with AdamW: counted, and measured if it fits this machine.
 
     Parameters
     ----------
     model : str
         A key of `softlms.experiments.full_size.FULL_SIZE`; random weights.
     form : {"dense", "soft", "deployed"}
-        Dense; soft at full rank, as training starts; or deployed at half of the total parameters, as it recovers.
+        Dense; soft at full rank, as at the start of training; or deployed at half of the total parameters.
     layers : int, optional
-        Only so many blocks (dense and soft only).
+        Number of blocks to use (dense and soft only).
     batch, tokens : int
         Rows, and tokens in each row; the memory of activations grows with both.
 
@@ -152,8 +152,8 @@ def training_memory(
     -------
     dict
         Among others "parameters", those that are trained; "states_gb", their weights, gradients and moments; and
-        "peak_gb" of this process after one step, NaN where the states exceed nine tenths of the machine's memory. Call
-        it in a fresh process: the peak includes all that ran before.
+        "peak_gb" of this process after one step, NaN if the states exceed nine tenths of the machine's memory. Call
+        it in a fresh process: the peak includes everything that ran before.
 
     Raises
     ------
@@ -229,7 +229,7 @@ def print_training_memory(*, model: str, form: str, out: str = "", **options: An
 
 
 def _print_times(seconds: Mapping[str, list[float]], title: str, settings: Mapping[str, Any], out: str) -> None:
-    """Print the times, also as shares of the first, and write them to a CSV file, in the place of one that is there."""
+    """Print the times, also as shares of the first, and write them to a CSV file, replacing an existing one."""
     reference = next(iter(seconds))
     table = Table("form", "median ms", "quartiles ms", f"of {reference}", title=title)
     rows = []

@@ -1,1 +1,1 @@
-"""The notebooks: run, checked, drawn, and held against what is claimed."""
+"""The notebooks: running, checking and drawing them, and comparing their results with the claims."""

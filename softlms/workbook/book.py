@@ -1,4 +1,4 @@
-"""An opened notebook: its profile and bench, and where it writes its figures and tables."""
+"""An opened notebook: its profile and bench, and the folders for its figures and tables."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Named(Protocol):
 
 @dataclass
 class Book:
-    """An opened notebook: its profile, its bench, and the folders that it writes to.
+    """An opened notebook: its profile, its bench, and its output folders.
 
     Attributes
     ----------
@@ -52,11 +52,11 @@ class Book:
     profile : Profile
         Or a `softlms.experiments.profiles.LanguageProfile`.
     bench : Bench, optional
-        None where nothing is trained.
+        None if nothing is trained.
     figures, results : Path
         ``figures/<profile>`` and ``results/<profile>``.
     data : str
-        Where tasks come from; see `softlms.data.tasks.load_task`.
+        The source of tasks; see `softlms.data.tasks.load_task`.
     """
 
     name: str
@@ -82,14 +82,14 @@ class Book:
         }
 
     def draw(self, suffix: str = "") -> None:
-        """Draw and show one of the notebook's figures from the tables that it wrote; see `drawing.draw`."""
+        """Draw and show one of the notebook's figures from its tables; see `drawing.draw`."""
         self.written += draw(self.name + suffix, self.figures, self.results)
 
     def save_table(self, table: pd.DataFrame, suffix: str = "", *, data: Mapping[str, str] | None = None) -> None:
         """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware, versions and commit.
 
-        Rows of stored runs have the last three already, as of when the run was made. In a table of several tasks
-        `data` gives the source of each.
+        Rows of stored runs already have the last three, from the time of the run. In a table of several tasks `data`
+        is the source of each.
         """
         path = self.results / f"{self.name}{suffix}.csv"
         provenance = {"profile": self.profile.name}
@@ -119,14 +119,14 @@ class Book:
                 self.save_text(table.reset_index().to_latex(index=False, escape=True), f"_{split}.tex")
 
     def save_text(self, text: str, suffix: str) -> None:
-        """Write a table in Markdown or LaTeX; `suffix` ends in the file's ending."""
+        """Write a table in Markdown or LaTeX; `suffix` includes the file extension."""
         path = self.results / f"{self.name}{suffix}"
         with whole_file(path) as partial:
             partial.write_text(text if text.endswith("\n") else text + "\n", "utf-8")
         self.written.append(path)
 
     def check(self) -> None:
-        """Print what was written; an error if a file is missing or empty."""
+        """Print what was written; raises an error if a file is missing or empty."""
         missing = [path for path in self.written if not path.is_file() or path.stat().st_size == 0]
         if missing or not self.written:
             raise FileNotFoundError(f"The notebook should have written {missing or 'a figure and a table'}.")
@@ -167,17 +167,17 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
 
 
 def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book:
-    """Set this process up for a notebook, and open its book; see `Book`.
+    """Set up this process for a notebook and open its book; see `Book`.
 
     Notes
     -----
     For the rest of the process torch has one thread (the last digits of results depend on it), matplotlib has the
-    workbook's style, and transformers and datasets show errors only and no progress bars. To undo it use
+    workbook's style, and transformers and datasets show only errors and no progress bars. To undo this use
     ``torch.set_num_threads``, ``transformers.utils.logging`` and ``datasets.enable_progress_bars``.
     """
     plotting.use_style()
     be_quiet()
-    torch.set_num_threads(1)  # as in the processes of runs, whatever the number of cores
+    torch.set_num_threads(1)  # as in the processes of runs, regardless of the number of cores
     root = project_root()
     return Book(name, profile, bench, root / "figures" / profile.name, root / "results" / profile.name, data)
 

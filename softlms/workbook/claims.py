@@ -1,6 +1,6 @@
 """Claims, the paper's and our own, each with the result rows that measure it, and a verdict.
 
-They stand in ``results/claims.toml``; `Claim` says what its fields mean.
+They are in ``results/claims.toml``; `Claim` documents the fields.
 """
 
 from __future__ import annotations
@@ -46,35 +46,35 @@ NUMBERS = (*BOUNDS, "scale", "tolerance")
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence, and what measures it.
+    """One sentence, and the rows that measure it.
 
     Attributes
     ----------
     id, text : str
     who : {"paper", "softlms"}
-        Whose it is.
+        Who makes the claim.
     ground : {"PAPER", "SUCCESSOR", "OURS"}
-        Where it is known from; our own claims are OURS.
+        Its source; our own claims are OURS.
     unit, setup : str
-        Of the value, and of the claim: model, data, budget; for people.
+        Unit of the value; setup of the claim (model, data, budget), for readers.
     profile : str
-        It is judged on rows of this profile; "any" where rows belong to none.
+        It is judged on rows of this profile; "any" if the rows belong to none.
     file : str
         CSV file in ``results``; ``{profile}`` stands for the profile that is verified.
     where : mapping
         Rows by column: a value, a list of values, or a table with ``at_least`` or ``at_most``.
     column, aggregate, scale
-        Of these rows the mean (or ``min``, ``max``, ``count``) of this column, times `scale`.
+        The mean (or ``min``, ``max``, ``count``) of this column over these rows, times `scale`.
     pattern : str
-        Regular expression whose group is the number, where the column holds text.
+        Regular expression whose group is the number, if the column holds text.
     minus, over : mapping, optional
-        Other rows, whose aggregate is taken away, or divided by.
+        Other rows, whose aggregate is subtracted, or divided by.
     needs : mapping
-        What all these rows must be, like `where`, for a comparison to mean anything.
+        Conditions, like `where`, that all these rows must meet for a meaningful comparison.
     at_least, at_most, equals : float, optional
-        The value claimed, one of them. A claim without is only measured.
+        The claimed value: one of the three. A claim without one is only measured.
     tolerance : float
-        How far short of the value still is WITHIN TOLERANCE.
+        How far short of the value is still WITHIN TOLERANCE.
     """
 
     id: str
@@ -100,7 +100,7 @@ class Claim:
 
     @property
     def bound(self) -> str:
-        """Which of `BOUNDS` it has; empty for none."""
+        """The one of `BOUNDS` that it has; empty if it has none."""
         return next((name for name in BOUNDS if getattr(self, name) is not None), "")
 
     @property
@@ -111,7 +111,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim, the value that the rows give (None without rows), its verdict, and why where that needs saying."""
+    """A claim, its measured value (None without rows), its verdict, and the reason if one is needed."""
 
     claim: Claim
     measured: float | None
@@ -125,7 +125,7 @@ def load_claims(path: Path) -> list[Claim]:
     Raises
     ------
     ValueError
-        No TOML, or a claim is malformed: its id and the field are named.
+        Not valid TOML, or a claim is malformed: its id and the field are named.
     FileNotFoundError
         There is no such file.
     """
@@ -142,7 +142,7 @@ def load_claims(path: Path) -> list[Claim]:
     ids = [claim.id for claim in claims]
     for name in ids:
         if ids.count(name) > 1:
-            raise ValueError(f"{path.name}: claim {name!r}: field 'id' is that of two claims.")
+            raise ValueError(f"{path.name}: claim {name!r}: field 'id' is used by two claims.")
     return claims
 
 
@@ -164,11 +164,11 @@ def _parse(entry: dict[str, Any], place: str) -> Claim:
             raise ValueError(f"{place}: field {name!r} is missing.")
     claim = Claim(**entry)
     if sum(getattr(claim, name) is not None for name in BOUNDS) > 1:
-        raise ValueError(f"{place}: field {claim.bound!r} cannot stand beside another of {', '.join(BOUNDS)}.")
+        raise ValueError(f"{place}: field {claim.bound!r} cannot be combined with another of {', '.join(BOUNDS)}.")
     if claim.minus is not None and claim.over is not None:
-        raise ValueError(f"{place}: field 'minus' cannot stand beside 'over'.")
+        raise ValueError(f"{place}: field 'minus' cannot be combined with 'over'.")
     if (claim.who == "softlms") != (claim.ground == "OURS"):
-        raise ValueError(f"{place}: field 'ground' is {claim.ground!r}: OURS for softlms' claims, and for these only.")
+        raise ValueError(f"{place}: field 'ground' is {claim.ground!r}: OURS is for softlms' claims, and these only.")
     for name in ("where", "minus", "over", "needs"):
         for column, wanted in (entry.get(name) or {}).items():
             if isinstance(wanted, dict) and not (wanted and set(wanted) <= {"at_least", "at_most"}):
@@ -199,10 +199,10 @@ def agrees(shown: str, value: float) -> bool:
 def judge(claim: Claim, results: Path, profile: str) -> Judged:
     """Measure a claim on a profile's rows and compare.
 
-    REPRODUCED is at or beyond the value claimed (``equals``: the same when rounded to its digits); WITHIN TOLERANCE is
-    short of it by no more than the tolerance; DIFFERS is further off. A claim without a bound is REPRODUCED where it
-    could be measured. NOT COMPARABLE: other rows than the
-    claim is about, by its profile or by what it needs. NOT RUN: no rows, or a number is missing in them.
+    REPRODUCED is at or better than the claimed value (``equals``: the same when rounded to its digits). WITHIN
+    TOLERANCE is short of it by no more than the tolerance. DIFFERS is further off. A claim without a bound is
+    REPRODUCED if it could be measured. NOT COMPARABLE: the rows are not those that the claim is about, by its profile
+    or its needs. NOT RUN: there are no rows, or a number is missing in them.
 
     Parameters
     ----------
@@ -210,12 +210,12 @@ def judge(claim: Claim, results: Path, profile: str) -> Judged:
     results : Path
         The folder ``results``.
     profile : str
-        Whose rows.
+        The profile of the rows.
 
     Raises
     ------
     ValueError
-        A column that the file has not, or that is no number: the claim and the field are named.
+        A column that is not in the file or not numeric: the claim and the field are named.
     """
     path = results / claim.file.replace("{profile}", profile)
     if not path.is_file():
@@ -242,7 +242,7 @@ def _choose(table: pd.DataFrame, claim: Claim, name: str) -> pd.DataFrame:
     chosen = table
     for column, wanted in getattr(claim, name).items():
         if column not in table:
-            raise ValueError(f"claim {claim.id!r}: field {name!r} names {column!r}, which {claim.file} has not.")
+            raise ValueError(f"claim {claim.id!r}: field {name!r} names {column!r}, which {claim.file} lacks.")
         chosen = chosen[_matches(chosen[column], wanted)]
     return chosen
 
@@ -250,7 +250,7 @@ def _choose(table: pd.DataFrame, claim: Claim, name: str) -> pd.DataFrame:
 def _matches(values: pd.Series, wanted: Any) -> pd.Series:
     if isinstance(wanted, dict):
         if not pd.api.types.is_numeric_dtype(values):
-            raise ValueError(f"column {values.name!r} holds no numbers: at_least and at_most mean nothing there.")
+            raise ValueError(f"column {values.name!r} is not numeric: at_least and at_most cannot be used there.")
         return values.between(wanted.get("at_least", -float("inf")), wanted.get("at_most", float("inf")))
     return values.isin(wanted) if isinstance(wanted, list) else values == wanted
 
@@ -263,7 +263,7 @@ def _say(wanted: Any) -> str:
 
 def _aggregate(rows: pd.DataFrame, claim: Claim) -> float:
     if claim.column not in rows:
-        raise ValueError(f"claim {claim.id!r}: field 'column' names {claim.column!r}, which {claim.file} has not.")
+        raise ValueError(f"claim {claim.id!r}: field 'column' names {claim.column!r}, which {claim.file} lacks.")
     values = rows[claim.column]
     if claim.pattern:
         values = values.str.extract(claim.pattern)[0]
@@ -287,7 +287,7 @@ def _compare(claim: Claim, measured: float) -> str:
 
 
 def claims_table(judged: list[Judged]) -> pd.DataFrame:
-    """A row for each claim: what it is, claimed, tolerance, measured, verdict; what notebook 10 shows and draws."""
+    """One row for each claim, with its claimed and measured value and its verdict, for notebook 10."""
     rows = []
     for one in judged:
         claim = one.claim

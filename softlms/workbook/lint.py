@@ -1,8 +1,8 @@
 """Rules for committed notebooks, so that Jupyter, papermill, nbclient and nbval all treat them alike.
 
 nbval compares nothing in a cell without a count or outputs: a stripped notebook passes it. papermill takes
-``sys.exit(0)`` for success, loses a parameter whose line has a second ``=``, and skips cells that nbval runs. Each of
-these is reported before anything runs.
+``sys.exit(0)`` for success, loses a parameter whose line has a second ``=``, and skips cells that nbval runs. All of
+these are reported before anything runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Cell = dict[str, Any]
 
 
 def lint(book: dict[str, Any], check: str) -> list[str]:
-    """Everything that is wrong with a notebook, one line each; empty if all is well.
+    """Everything that is wrong with a notebook, one line each; empty if nothing is.
 
     Parameters
     ----------

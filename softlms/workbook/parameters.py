@@ -1,6 +1,6 @@
-"""Parameters of notebooks, checked against what each declares before any of them runs.
+"""Parameters of notebooks, checked against what each notebook declares before any of them runs.
 
-papermill only warns of an unknown name, and accepts every value.
+papermill only warns about an unknown name, and accepts every value.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def split_assignments(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ValueError(f"-p {pair!r} is no parameter: write -p name=value.")
+            raise ValueError(f"-p {pair!r} is not a parameter: write -p name=value.")
         if name in OPTIONS:
             raise ValueError(f"-p {pair!r}: write --{name} instead.")
         if name in given:
@@ -44,18 +44,18 @@ def split_assignments(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def assign_parameters(notebooks: Sequence[Path], given: Mapping[str, str]) -> dict[Path, dict[str, Any]]:
-    """What each notebook gets: the given parameters that it declares, each with its default's type.
+    """The parameters of each notebook: the given ones that it declares, each with its default's type.
 
     Parameters
     ----------
     notebooks : sequence of Path
     given : mapping
-        Name to value as it was typed.
+        Name to value, as typed.
 
     Raises
     ------
     ValueError
-        No notebook declares a name, a value has another type than its default, or a default is no literal.
+        No notebook declares a name, a value differs in type from its default, or a default is not a literal.
     """
     declared = {notebook: _declared(notebook) for notebook in notebooks}
     for name in given:
@@ -70,12 +70,12 @@ def assign_parameters(notebooks: Sequence[Path], given: Mapping[str, str]) -> di
 
 
 def parse_value(name: str, text: str, default: Any) -> Any:
-    """What was typed, as a value of its default's type; a tuple becomes a list, as papermill writes no tuples.
+    """A typed text as a value of its default's type; a tuple becomes a list, because papermill writes no tuples.
 
     Raises
     ------
     ValueError
-        It has another type.
+        The text is not of that type.
 
     Examples
     --------
@@ -85,7 +85,7 @@ def parse_value(name: str, text: str, default: Any) -> Any:
     kind = type(default)
     try:
         if kind is str:
-            # the user names a folder, known by its slash, from where they stand; the notebook runs elsewhere
+            # a folder, recognized by its slash, is relative to the user's folder; the notebook runs elsewhere
             folder = Path(text).expanduser()
             return str(folder.resolve()) if "/" in text and folder.is_dir() else text
         if kind is bool:
@@ -111,5 +111,5 @@ def _declared(notebook: Path) -> dict[str, Any]:
         try:
             defaults[name] = ast.literal_eval(default)
         except (ValueError, SyntaxError):
-            raise ValueError(f"{notebook.name}: the default of {name!r} is {default}, which is no literal.") from None
+            raise ValueError(f"{notebook.name}: the default of {name!r} is {default}, not a literal.") from None
     return defaults

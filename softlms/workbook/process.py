@@ -1,9 +1,9 @@
-"""Notebooks side by side, each in a process of its own.
+"""Notebooks in parallel, each in its own process.
 
-`run_notebooks` starts this file once for each notebook. It imports nothing of softlms, so that the process need not
-wait for torch. The process reports on standard output, one JSON object a line. Its standard input only shows whether
-the driver lives: when it closes, for whatever reason, the process stops the kernel and everything that it started,
-and removes what is half-written. This needs no signal and works on every system.
+`run_notebooks` starts this file once for each notebook. It imports nothing from softlms, so that the process need not
+wait for torch. The process reports on standard output, one JSON object per line. Its standard input only shows whether
+the driver is alive: when it closes, for whatever reason, the process stops the kernel and everything it started, and
+removes partial files. This needs no signals and works on every system.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 __all__ = ["Ending", "Work", "check_kernel", "run_notebooks"]
 
 KERNEL = "python3"
-CELL_TIMEOUT = 12 * 3600  # seconds; papermill would wait for ever
+CELL_TIMEOUT = 12 * 3600  # seconds; papermill would wait forever
 
 
 @dataclass(frozen=True)
 class Work:
-    """A notebook, where its executed copy goes, its parameters, and whether it must wait for those before it."""
+    """A notebook, the path of its executed copy, its parameters, and whether it must wait for those before it."""
 
     notebook: Path
     executed: Path
@@ -70,12 +70,12 @@ def check_kernel() -> tuple[str, str]:
     Returns
     -------
     tuple of str
-        The folder of its description, and the program that it starts.
+        The folder of its kernel spec, and the program that it starts.
 
     Raises
     ------
     ValueError
-        The kernel or its interpreter is missing, or its description cannot be read; with what to do about it.
+        The kernel or its interpreter is missing, or its kernel spec cannot be read; the message says what to do.
     """
     folder = KernelSpecManager().find_kernel_specs().get(KERNEL)
     if folder is None:
@@ -86,7 +86,7 @@ def check_kernel() -> tuple[str, str]:
     except (ValueError, KeyError, IndexError) as error:
         raise ValueError(f"{folder}/kernel.json cannot be read: {error}; {fix}") from None
     if shutil.which(command) is None:
-        raise ValueError(f"{folder}/kernel.json starts {command}, which is not there; {fix}")
+        raise ValueError(f"{folder}/kernel.json starts {command}, which does not exist; {fix}")
     return folder, command
 
 
@@ -97,7 +97,7 @@ def run_notebooks(
     progress: Progress,
     before: Callable[[Work], None],
 ) -> Generator[tuple[Work, Ending]]:
-    """Run notebooks in this order, and yield each as it ends; one that fails does not stop the others.
+    """Run notebooks in this order and yield each as it ends; a failure does not stop the others.
 
     Parameters
     ----------
@@ -105,15 +105,15 @@ def run_notebooks(
     jobs : int
         Notebooks at a time.
     environment : mapping
-        Variables of the processes.
+        Environment variables of the processes.
     progress : Progress
-        Is told what happens.
+        Receives all events.
     before : callable
-        Is called when a notebook is about to start.
+        Called when a notebook is about to start.
 
     Notes
     -----
-    When the generator is left early, by Ctrl-C or an error, the running notebooks are stopped. They stop as well when
+    When the generator is closed early, by Ctrl-C or an error, the running notebooks are stopped. They also stop when
     this process is killed.
     """
     waiting, running = list(works), list[_Process]()
@@ -156,7 +156,7 @@ class _Process:
             stderr=self._errors,
             cwd=work.notebook.parent,
             env=dict(environment),
-            start_new_session=True,  # Ctrl-C is for the driver alone, which stops the others
+            start_new_session=True,  # only the driver gets Ctrl-C, and stops the others
         )
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
@@ -180,7 +180,7 @@ class _Process:
         return Ending(seconds, ": ".join([f"its process ended with status {status}", *said]), 0, None)
 
     def close(self) -> int:
-        """Make the process stop its kernel and end; its exit status."""
+        """Make the process stop its kernel and end; returns its exit status."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -191,12 +191,12 @@ class _Process:
 
 
 def _run_notebook(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
-    """Run a notebook in this process; report each cell's start, and at last how it ended.
+    """Run a notebook in this process; report the start of each cell, and finally how it ended.
 
-    The executed copy appears when it is whole; after a failure as ``NAME.failed.ipynb``, and an older good one stays.
+    The executed copy appears only when complete; after a failure as ``NAME.failed.ipynb``, and an older good one stays.
     """
     events = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # what a kernel writes to its standard output is no report
+    os.dup2(2, 1)  # a kernel's standard output must not mix with the reports
     failed = executed.with_name(f"{executed.stem}.failed.ipynb")
     partial = executed.with_name(f".{executed.stem}.ipynb.partial-{socket.gethostname()}-{os.getpid()}.ipynb")
     threading.Thread(target=_end_with_driver, args=(partial,), daemon=True).start()
@@ -223,7 +223,7 @@ def _run_notebook(notebook: Path, executed: Path, parameters: dict[str, Any]) ->
             on_cell_execute=tell_cell,
             extra_arguments=["--Application.log_level=ERROR"],  # a line about TCP at each kernel's start
         )
-        if number < total:  # papermill takes sys.exit() for an end like any other
+        if number < total:  # papermill treats sys.exit() as success
             error = "the notebook ended itself before its last cell"
     except papermill.PapermillExecutionError as failure:
         error = f"{failure.ename}: {_first_line(failure.evalue)}"
@@ -235,7 +235,7 @@ def _run_notebook(notebook: Path, executed: Path, parameters: dict[str, Any]) ->
         copy = str(_keep(partial, failed if error else executed))
         if not error:
             failed.unlink(missing_ok=True)
-    except (OSError, ValueError) as failure:  # no copy is better than half of one
+    except (OSError, ValueError) as failure:  # no copy is better than a partial one
         error = error or _describe(failure)
     finally:
         partial.unlink(missing_ok=True)
@@ -249,7 +249,7 @@ def _count_cells(book: NotebookNode) -> int:
 
 
 def _keep(partial: Path, place: Path) -> Path:
-    book = nbformat.read(partial, as_version=4)  # an error if it is not whole
+    book = nbformat.read(partial, as_version=4)  # an error if it is incomplete
     book.metadata.papermill["output_path"] = str(place)
     nbformat.write(book, partial)
     return partial.replace(place)

@@ -1,4 +1,4 @@
-"""What a user sees while notebooks run: bars on a terminal, else a plain line when a notebook starts and ends."""
+"""Progress of running notebooks: bars on a terminal, else a plain line when a notebook starts and ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Progress", "clock", "say"]
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any.
+    """Minutes and seconds, with hours if there are any.
 
     Examples
     --------
@@ -27,19 +27,19 @@ def clock(seconds: float) -> str:
 
 
 def say(console: Console, text: str) -> None:
-    """A plain line, whatever the console's width."""
+    """Print a plain line, regardless of the console's width."""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 class Progress:
-    """Is told by the driver what happens, and tells the user.
+    """Receives events from the driver and shows them to the user.
 
     Parameters
     ----------
     console : Console
     seconds : mapping
-        Every notebook that will run, and about how long it takes. The estimates follow this machine's pace: when
-        notebooks take twice their time, so will the others.
+        Every notebook that will run, and its approximate time. The estimates adapt to this machine: if notebooks take
+        twice their time, the others are expected to as well.
     jobs : int
         Notebooks at a time.
     """
@@ -66,7 +66,7 @@ class Progress:
         self._bars.stop()
 
     def start(self, name: str) -> None:
-        """A notebook starts."""
+        """Report that a notebook starts."""
         self._waiting.remove(name)
         self._running[name], self._cells[name] = time.monotonic(), 0.0
         self._tasks[name] = self._bars.add_task(name, total=None, note="kernel starts")
@@ -76,13 +76,13 @@ class Progress:
             say(self._console, f"{name}: started, {number} of {total}; {self.time_left()}")
 
     def cell(self, name: str, number: int, total: int) -> None:
-        """A cell of a notebook starts."""
+        """Report that a cell of a notebook starts."""
         self._cells[name] = (number - 1) / total
         self._bars.update(self._tasks[name], completed=number - 1, total=total, note=f"cell {number} of {total}")
         self.tick()
 
     def end(self, name: str, seconds: float, error: str | None) -> None:
-        """A notebook ended."""
+        """Report that a notebook ended."""
         del self._running[name]
         self._ended += 1
         if not error:
@@ -94,18 +94,18 @@ class Progress:
         say(self._console, f"{name}: {ending}")
 
     def tick(self) -> None:
-        """Time went by."""
+        """Update the displayed time."""
         self._bars.update(self._all, completed=self._ended, note=f"{self._ended} ended; {self.time_left()}")
 
     def time_left(self) -> str:
-        """What is left of all, in words."""
+        """The remaining time, in words."""
         passed = {name: time.monotonic() - started for name, started in self._running.items()}
         late = {name: seconds for name, seconds in passed.items() if seconds > self._seconds[name]}
         expected = self._expected + sum(self._seconds[name] for name in late)
         pace = (self._took + sum(late.values())) / expected if expected else 1.0
         left = [self._seconds[name] * pace for name in self._waiting]
         for name, seconds in passed.items():
-            if (rest := self._seconds[name] * pace - seconds) <= 0:  # it is late: its cells say more
+            if (rest := self._seconds[name] * pace - seconds) <= 0:  # it is late: its cells are a better estimate
                 done = self._cells[name]
                 rest = seconds / done - seconds if done else seconds
             left.append(rest)

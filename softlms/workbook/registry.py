@@ -1,4 +1,4 @@
-"""The checkout: its folders, and what ``notebooks/notebooks.toml`` says of each notebook."""
+"""The checkout: its folders, and the entries of ``notebooks/notebooks.toml``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 REGISTRY = "notebooks.toml"
 LANES = {"strict": "--nbval", "lax": "--nbval-lax"}  # nbval's options
 TYPICAL_SECONDS = 60  # of a notebook that is not listed
-ALIKE = 2  # times within this factor count as equal, so that stamping twice changes no file
+ALIKE = 2  # times within this factor count as equal, so that stamping again changes no file
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Notebook:
 
     @property
     def follows_others(self) -> bool:
-        """Whether it reads what others write in the same profile, so that it must run after them."""
+        """Whether it reads the outputs of others in the same profile, so that it must run after them."""
         return any("{profile}" in pattern for pattern in self.reads)
 
     def typical_seconds(self, profile: str) -> float:
-        """About how long it takes; the longest time known where this profile has none."""
+        """Its approximate time; the longest known time if there is none for this profile."""
         return self.seconds.get(profile) or max(self.seconds.values(), default=TYPICAL_SECONDS)
 
 
@@ -75,28 +75,28 @@ class Folders:
         )
 
     def written(self, notebook: str) -> dict[Path, tuple[int, int]]:
-        """A notebook's figures and tables, each with what changes when it is written again."""
+        """A notebook's figures and tables, each with its inode and time, which change when it is rewritten."""
         files = [file for folder in (self.figures, self.results) for file in folder.glob(f"{notebook}*")]
         return {file: (stat.st_ino, stat.st_mtime_ns) for file in sorted(files) if (stat := file.stat())}
 
 
 def project_root() -> Path:
-    """The checkout that holds ``notebooks/``, searched from the working folder upwards.
+    """The checkout that contains ``notebooks/``, searched upwards from the working folder.
 
     Raises
     ------
     FileNotFoundError
-        The working folder is in no checkout.
+        The working folder is not in a checkout.
     """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
             return folder
-    raise FileNotFoundError(f"{here} is in no softlms checkout (a folder with notebooks/ and pyproject.toml).")
+    raise FileNotFoundError(f"{here} is not in a softlms checkout (a folder with notebooks/ and pyproject.toml).")
 
 
 def read_registry(root: Path) -> dict[str, Notebook]:
-    """The entries of a checkout's ``notebooks.toml`` by name; none without that file.
+    """The entries of a checkout's ``notebooks.toml`` by name; empty without that file.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def read_registry(root: Path) -> dict[str, Notebook]:
 
 
 def read_complete_registry(root: Path) -> dict[str, Notebook]:
-    """The same; ValueError where a notebook is not listed, or a listed one is missing."""
+    """Like `read_registry`; ValueError if a notebook is not listed, or a listed one is missing."""
     registry, place = read_registry(root), root / "notebooks" / REGISTRY
     there = {path.stem for path in place.parent.glob("*.ipynb")}
     if unlisted := there - set(registry):
@@ -143,7 +143,7 @@ def choose_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def find_drawing(figure: str) -> Drawing:
-    """How a figure is drawn; ValueError where no notebook of this checkout draws it."""
+    """How a figure is drawn; ValueError if no notebook of this checkout draws it."""
     registry = read_registry(project_root())
     drawings = {name: drawing for notebook in registry.values() for name, drawing in notebook.figures.items()}
     if figure not in drawings:
@@ -152,7 +152,7 @@ def find_drawing(figure: str) -> Drawing:
 
 
 def keep_seconds(root: Path, name: str, seconds: float) -> None:
-    """Note in ``notebooks.toml`` how long a notebook took with profile quick, if that is new or far from the known."""
+    """Record a notebook's time with profile quick in ``notebooks.toml``, if it is new or far from the known one."""
     place, seconds = root / "notebooks" / REGISTRY, max(1, round(seconds))
     with lock(place):
         known = read_registry(root)[name].seconds.get("quick", float("inf"))

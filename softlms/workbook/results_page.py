@@ -1,6 +1,6 @@
 """``docs/results.md`` and README's headline, made from the committed rows.
 
-The page is generated whole. README holds each of its tables between ``<!-- table: NAME -->`` and ``<!-- end -->``,
+The whole page is generated. README holds each of its tables between ``<!-- table: NAME -->`` and ``<!-- end -->``,
 which do not show; nothing outside is touched.
 """
 
@@ -26,14 +26,14 @@ __all__ = ["PAGE", "check_results", "write_results"]
 PAGE = "docs/results.md"
 BEGIN = "<!-- table: "
 BLOCK = re.compile(BEGIN + r"(?P<name>[\w-]+) -->\s*(?P<text>.*?)\s*<!-- end -->", re.DOTALL)
-SEEDS = 3  # of every grid: a cell that has fewer says how many
+SEEDS = 3  # of every grid; a cell with fewer shows its number
 SPEED_CASES = ((1, 1), (8, 1), (1, 2), (8, 2))  # rows, threads
 FORMS = ("dense", "soft", "deployed")
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's scores stand, and how they are shown."""
+    """Where a task's scores are stored, and how they are shown."""
 
     name: str
     book: str
@@ -300,50 +300,50 @@ IN_README = ("headline",)
 
 TEXT = """# Results
 
-Every number in a table here is read from the committed rows in `results/`. `softlms verify --write` writes this page
-whole, and `softlms verify` fails where it is not what the rows give. Scores are means ± standard deviations over
-seeds; `softlms figures NOTEBOOK --profile laptop` makes the rows, and each notebook prints the recipe of its own.
+Every number in a table here is read from the committed rows in `results/`. `softlms verify --write` generates this
+page, and `softlms verify` fails where the page and the rows differ. Scores are means ± standard deviations over seeds.
+`softlms figures NOTEBOOK --profile laptop` makes the rows, and each notebook prints its recipe.
 
-The models are small: an encoder that was distilled already, on small data sets, and language models of 4 to 6 million
-parameters trained here. Nothing on this page says what larger models do.
+The models are small: an already distilled encoder, on small data sets, and language models of 4 to 6 million
+parameters trained here. Nothing on this page says how larger models behave.
 
-A method is named by how its factors are made, and how ranks are chosen: `whitened+soft` has whitened factors and soft
-thresholds.
+A method is named by how its factors are made and how its ranks are chosen: `whitened+soft` has whitened factors and
+soft thresholds.
 
 ## The headline
 
-Half of the linears' weights are kept. F1 and accuracy in %: higher is better. Perplexity: lower is better.
+Half of the linear layers' weights are kept. F1 and accuracy in %: higher is better. Perplexity: lower is better.
 
 {headline}
 
 ## Static and adaptive ranks
 
-MRPC, MiniLM, half of the linears' weights, 5 seeds, in %. Static and adaptive start from the same fine-tuned model
-and train for the same steps with the same distillation. Settings were chosen on dev at seed 0; test scores were
-printed beside them, so test is not a blind measure. Rows: `results/laptop/04_*.csv`.
+MRPC, MiniLM, half of the linear layers' weights, 5 seeds, in %. Static and adaptive start from the same fine-tuned
+model and train for the same number of steps with the same distillation. Settings were chosen on dev at seed 0; test
+scores were printed beside them, so test is not a blind measure. Rows: `results/laptop/04_*.csv`.
 
 {static}
 
 {differences}
 
-What single settings of the adaptive model are worth: F1 with the setting changed, and the difference to the recipe at
-the same seeds. Seeds are few: read differences below about two points as noise.
+The effect of single settings of the adaptive model: F1 with the setting changed, and the difference from the recipe at
+the same seeds. There are few seeds: read differences below about two points as noise.
 
 {ablation}
 
 ## Every method, three tasks
 
-MiniLM after recovery, on test (MRPC) or dev (the others, whose test labels GLUE keeps), 3 seeds, in %. At one seed
-all methods start from the same dense model, take the same number of steps and the same distillation, and fill the
-same share of the linears' weights. The learning rate and the thresholds' settings were chosen on MRPC's dev split and
-on training rows of SST-2 that no run trains on (`results/laptop/05_bert_table_trials.csv`). Rows, ranks, untuned
-scores and speed: `results/laptop/05_*`.
+MiniLM after recovery, on test (MRPC) or dev (the others: GLUE does not publish their test labels), 3 seeds, in %. At
+each seed all methods start from the same dense model, take the same number of steps with the same distillation, and
+fill the same share of the linear layers' weights. The learning rate and the thresholds' settings were chosen on
+MRPC's dev split and on training rows of SST-2 that no run trains on (`results/laptop/05_bert_table_trials.csv`).
+Rows, ranks, untuned scores and speed: `results/laptop/05_*`.
 
-`whitened+soft` is the recommendation. It has the highest mean at every budget of MRPC, within the spread of several
-rivals, and at SST-2's 75 %. At SST-2's smaller budgets `whitened+mask` is ahead, with intervals that include zero.
-Whitening is the larger gain; learned ranks, by masks or thresholds, count where much is cut. The successor's weight of
-the compression loss leaves whitened factors no learned ranks at all (notebook 05 says why). A soft model can be cut to
-any smaller size without training.
+We recommend `whitened+soft`. It has the highest mean at every budget of MRPC, within the spread of several rivals, and
+at 75 % of SST-2. At SST-2's smaller budgets `whitened+mask` is ahead, with intervals that include zero. Whitening is
+the larger gain; learned ranks, by masks or thresholds, matter where much is cut. With the successor's weight of the
+compression loss, whitened factors learn no ranks at all (notebook 05 explains why). A soft model can be cut to any
+smaller size without training.
 
 ### MRPC, F1
 
@@ -361,8 +361,8 @@ Near chance for this encoder, the dense model included: differences say little.
 
 ### Against the rivals
 
-The better SoftLMs row against the best other one and, where that is another, the best with uniform ranks. All are
-chosen on dev among those run at all seeds, and paired over seeds.
+The better SoftLMs row against the best other row and, if that is a different one, against the best with uniform ranks.
+All are chosen on dev among those run at all seeds, and paired over seeds.
 
 {verdicts}
 
@@ -370,14 +370,14 @@ chosen on dev among those run at all seeds, and paired over seeds.
 
 Small models of the real transformers classes (hidden 256, 6 layers, vocabulary 4096), trained from scratch on
 docstrings of installed libraries. Perplexity on held-out text, lower is better, over 3 seeds of calibration and of
-training after the cut; one dense model each. At one seed all methods start from it, take the same steps on the same
-text, and fill the same share of the linears' weights. Rows, ranks, samples and speed: `results/laptop/06_*` to
+training after the cut; one dense model each. At each seed all methods start from it, take the same steps on the same
+text, and fill the same share of the linear layers' weights. Rows, ranks, samples and speed: `results/laptop/06_*` to
 `08_*`.
 
 At one half `whitened+soft` has lower perplexity than uniform SVD, plain or whitened, on all three, with intervals
 clear of zero. Against learned masks it leads on Llama and, with intervals that include zero, on Mamba; on GPT-2,
-which loses little, the two are level. At 75 % of Llama the masks are ahead. Mamba's thresholds need a heavier push
-than the others': with a gamma of 0.03 they did not meet the budget of themselves in any trial.
+which loses little, the two are level. At 75 % of Llama the masks are ahead. Mamba's thresholds need a larger gamma
+than the others': with 0.03 they did not meet the budget on their own in any trial.
 
 ### GPT-2
 
@@ -395,50 +395,50 @@ than the others': with a gamma of 0.03 they did not meet the budget of themselve
 
 {language_verdicts}
 
-Settings were chosen on dev at seed 0 and 50 %, and not evenly. Trials of each kind
+Settings were chosen on dev at seed 0 and 50 %, with unequal numbers of trials
 (`results/laptop/language_trials.csv`; Mamba's on an earlier training of its dense model):
 
 {trials}
 
-GPT-2's fused projection `c_attn` factored whole, or taken apart into queries, keys and values (50 % kept):
+GPT-2's fused projection `c_attn` factored as one matrix, or split into queries, keys and values (50 % kept):
 
 {fused}
 
 ## The defaults
 
-The library's defaults need no choice but `keep`. On MRPC, test F1 in %, against notebook 05's settings, which were
-tuned by hand (`results/defaults.csv`):
+With the library's defaults only `keep` has to be chosen. On MRPC, test F1 in %, against notebook 05's settings, which
+were tuned by hand (`results/defaults.csv`):
 
 {defaults}
 
-On the small language models of profile quick, test perplexity at one seed, against the settings that were tuned for
+On the small language models of profile quick, test perplexity at one seed, against the settings tuned for
 profile laptop (`results/defaults_language.csv`):
 
 {language_defaults}
 
-## The real sizes, without their weights
+## The full sizes, with random weights
 
-`softlms full-size MODEL` builds a model from its configuration with random weights, decomposes every linear, cuts to
-half of the *total* parameters, deploys, and compares the outputs with the recomposed dense model's: the norm of the
-difference over the norm. fp32, 2 threads (`results/full_size.csv`).
+`softlms full-size MODEL` builds a model from its configuration with random weights, decomposes every linear layer, cuts
+to half of the *total* parameters and deploys. It compares the outputs with those of the recomposed dense model (norm of
+the difference over norm). fp32, 2 threads (`results/full_size.csv`).
 
 {full_sizes}
 
 ## Speed
 
-Half of the *total* parameters gone, the paper's models at their real size (random weights: time depends on shapes
-alone), fp32, 128 tokens a row: times as fast as dense, the median of forward passes that take turns, one thread where
-nothing else is said. Ranks are those that the laptop runs have learned, stretched to the depth of the real model, in
-multiples of 16. Layers that two products would make slower at one token stay dense, and count so. The limit is the
-ratio of FLOPs; fewer weights to read can lead a little beyond it. Uniform ranks, quartiles and rooflines:
+Half of the *total* parameters removed, the paper's models at their real size (random weights: time depends on shapes
+alone), fp32, 128 tokens per row. Speed-up over dense, from the median of forward passes that take turns, with one
+thread unless stated. Ranks are those learned in the laptop runs, stretched to the depth of the real model, in multiples
+of 16. Layers that two products would make slower at one token stay dense, and count as dense. The limit is the ratio of
+FLOPs; it can be slightly exceeded, because there are fewer weights to read. Uniform ranks, quartiles and rooflines:
 `results/laptop/09_speedup.csv`.
 
-Mamba runs on the compiled scan, dense and thin alike. GPT-2's GELU runs in one pass in both forms, and in both freed
-memory is kept for the next call (`softlms.keep_memory`).
+Mamba runs on the compiled scan in both forms, dense and thin. GPT-2's GELU runs in one pass in both forms, and freed
+memory is kept for the next call in both (`softlms.keep_memory`).
 
 {speed}
 
-What keeps blocks from the limit: linear layers timed alone, and the rest (1 row, one thread;
+Why blocks stay below the limit: linear layers timed alone, and the rest (1 row, one thread;
 `results/laptop/09_speedup_split.csv`).
 
 {speed_split}
@@ -447,7 +447,7 @@ Under onnxruntime (1 row, one thread; `results/laptop/09_speedup_onnx.csv`):
 
 {onnx}
 
-Single tricks, with against without (`results/laptop/09_speedup_tricks.csv`):
+Single tricks: the speed-up from each (`results/laptop/09_speedup_tricks.csv`):
 
 {tricks}
 
@@ -470,18 +470,18 @@ is larger than the dense model: a square matrix becomes two of its size.
 
 ## Weights of 8 bits
 
-MiniLM compressed to 35 %, on MRPC's test split, in float32 and with ways to round for onnxruntime: one model with
-plain factors on a processor with VNNI instructions (Intel), one with whitened factors on a processor without (AMD).
-`export_onnx(int8=True)` is what the library does (`results/export_int8.csv`).
+MiniLM compressed to 35 %, on MRPC's test split, in float32 and with several ways of rounding for onnxruntime: one model
+with plain factors on a processor with VNNI instructions (Intel), one with whitened factors on a processor without
+(AMD). `export_onnx(int8=True)` is the library's way (`results/export_int8.csv`).
 
 {int8}
 
 ## Claims
 
-Each claim stands in `results/claims.toml` with the rows that measure it, and is judged on profile laptop. REPRODUCED:
-at or beyond what is claimed; without a bound, it could be measured. WITHIN TOLERANCE: short of it by no more than the
-claim's tolerance. NOT COMPARABLE: another model, data, profile or machine than the claim is about; our number says
-nothing about it.
+Each claim is in `results/claims.toml` with the rows that measure it, and is judged on profile laptop. REPRODUCED: at or
+better than the claimed value; a claim without a bound could be measured. WITHIN TOLERANCE: short of it by no more than
+the claim's tolerance. NOT COMPARABLE: the claim is about another model, data, profile or machine; our number neither
+supports nor contradicts it.
 
 ### The paper's
 
@@ -494,12 +494,12 @@ nothing about it.
 
 
 def check_results(root: Path) -> list[str]:
-    """Where `PAGE` or a table of README is not what the rows give, or rows are missing; empty where all is well.
+    """Where `PAGE` or a table of README differs from the rows, or rows are missing; empty if all is well.
 
     Raises
     ------
     ValueError
-        README's markers are no pair, or its tables are not those that it should have, each once.
+        README's markers do not match, or its tables are not the expected ones, each once.
     """
     try:
         expected = _expected(root)
@@ -516,7 +516,7 @@ def check_results(root: Path) -> list[str]:
 
 
 def write_results(root: Path) -> None:
-    """Write `PAGE` and README's tables anew, and nothing else; raises ``FileNotFoundError`` where rows are missing."""
+    """Rewrite `PAGE` and README's tables, and nothing else; raises ``FileNotFoundError`` where rows are missing."""
     for path, due in _expected(root).items():
         if not path.is_file() or path.read_text("utf-8") != due:
             path.parent.mkdir(exist_ok=True)
@@ -525,7 +525,7 @@ def write_results(root: Path) -> None:
 
 
 def _expected(root: Path) -> dict[Path, str]:
-    """What each file should hold."""
+    """What each file should contain."""
     results, readme = root / "results", root / "README.md"
     text = readme.read_text("utf-8")
     blocks = list(BLOCK.finditer(text))
@@ -588,12 +588,12 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _unbroken(cell: str) -> str:
-    """A number stays in one line with its spread or unit."""
+    """A number stays on one line with its spread or unit."""
     return re.sub(r"(?<=\d) (?=[±%])|(?<=[±≥≤]) ", "\u00a0", cell)
 
 
 def _cell(values: pd.Series, digits: int, seeds: int = 0) -> str:
-    """Mean and standard deviation, and the number of seeds in brackets where there are fewer; empty without values."""
+    """Mean and standard deviation, with the number of seeds in brackets if there are fewer; empty without values."""
     if values.empty:
         return ""
     spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""

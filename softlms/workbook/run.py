@@ -1,4 +1,4 @@
-"""The command ``softlms figures``: run notebooks, or draw their figures again from the tables."""
+"""The command ``softlms figures``: run notebooks, or redraw their figures from the tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from softlms.workbook.state import depends_on, mark_finished, reason_to_run, typ
 
 __all__ = ["make_figures", "replot_figures"]
 
-INTERRUPTED = 130  # as a shell says it
+INTERRUPTED = 130  # as in a shell
 
 
 def make_figures(
@@ -45,23 +45,23 @@ def make_figures(
     replot: bool = False,
     console: Console | None = None,
 ) -> int:
-    """Run notebooks headless, each in a process of its own; a failure does not stop the others.
+    """Run notebooks headless, each in its own process; a failure does not stop the others.
 
     Parameters
     ----------
     names : sequence of str
         Notebooks by name or its beginning (``03``); all when empty.
     profile, data, model : str
-        See `softlms.workbook.book.open_book`; a notebook gets those that it has.
+        See `softlms.workbook.book.open_book`; each notebook gets those that it declares.
     text : str
         See `softlms.workbook.book.open_language_book`.
     parameters : sequence of str
-        Others, as ``name=value``.
+        Other parameters, as ``name=value``.
     jobs : int
         Notebooks at a time; each may use two processes.
     resume : bool
         Skip finished notebooks: those that ran with the same cells, parameters, tables of others, library, versions and
-        machine, and whose files are all still there.
+        machine, and whose files all still exist.
     replot : bool
         Run nothing; see `replot_figures`.
     console : rich.console.Console, optional
@@ -81,12 +81,12 @@ def make_figures(
     if replot:
         others = {"data": data, "model": model, "text": text, "parameters": parameters, "jobs": jobs != 1}
         if useless := [name for name, value in (others | {"resume": resume}).items() if value]:
-            raise ValueError(f"--replot runs no notebook: {', '.join(useless)} would mean nothing.")
+            raise ValueError(f"--replot runs no notebook: {', '.join(useless)} would have no effect.")
         return replot_figures(names, profile=profile, console=console)
     if jobs < 1:
         raise ValueError(f"-j is {jobs}; it must be at least 1.")
     folders, chosen = _open(profile, names)
-    # the user names folders from where they stand; the notebooks run elsewhere
+    # folders are relative to the user's folder; the notebooks run elsewhere
     options = {"data": _resolve("--data", data), "model": _resolve_model(model), "text": _resolve("--text", text)}
     environment = dict(os.environ)
     if environment.get(DATA_VARIABLE):
@@ -97,7 +97,7 @@ def make_figures(
     check_kernel()
     check_writable((folders.figures, folders.results, folders.executed, folders.runs))
     for file in remove_leftovers((folders.figures, folders.results, folders.executed)):
-        say(console, f"removed {file.relative_to(folders.root)}, which a killed run left")
+        say(console, f"removed {file.relative_to(folders.root)}, left by a killed run")
     works = [
         Work(path, folders.executed / path.name, assigned[path], registry.get(path.stem, Notebook()).follows_others)
         for path in chosen
@@ -107,7 +107,7 @@ def make_figures(
     try:
         outcomes = _run(works, folders, environment, jobs, console)
     except KeyboardInterrupt:
-        _complain("stopped; what is finished stays, and the same command with --resume continues.")
+        _complain("stopped; finished notebooks are kept, and the same command with --resume continues.")
         return INTERRUPTED
     console.print(_table([path.stem for path in chosen], outcomes, profile))
     for name, outcome in outcomes.items():
@@ -119,12 +119,12 @@ def make_figures(
 
 
 def replot_figures(names: Sequence[str] = (), *, profile: str = "quick", console: Console | None = None) -> int:
-    """Draw the figures of some notebooks again from ``results/<profile>``.
+    """Redraw the figures of some notebooks from ``results/<profile>``.
 
     Parameters
     ----------
     names, profile, console
-        See `make_figures`. If no notebook is named, those without tables in this profile are left out.
+        See `make_figures`. If no notebook is named, those without tables in this profile are skipped.
 
     Returns
     -------
@@ -148,7 +148,7 @@ def replot_figures(names: Sequence[str] = (), *, profile: str = "quick", console
         figures = registry.get(notebook, Notebook()).figures
         tables = {table for drawing in figures.values() for table in drawing.tables}
         if not names and tables and not any((folders.results / f"{table}.csv").is_file() for table in tables):
-            say(console, f"{notebook}: left out, {results} holds no table of it")
+            say(console, f"{notebook}: skipped, {results} has no table of it")
             continue
         for figure in figures:
             try:
@@ -162,7 +162,7 @@ def replot_figures(names: Sequence[str] = (), *, profile: str = "quick", console
             finally:
                 plt.close("all")
     if not drawn and not wrong:
-        wrong = [f"nothing to draw: {results} holds no tables yet."]
+        wrong = [f"nothing to draw: {results} has no tables yet."]
     for line in wrong:
         _complain(line)
     return int(bool(wrong))
@@ -171,13 +171,13 @@ def replot_figures(names: Sequence[str] = (), *, profile: str = "quick", console
 def _unfinished(
     works: Sequence[Work], folders: Folders, environment: Mapping[str, str], console: Console
 ) -> list[Work]:
-    """The notebooks that have to run, and a line on each."""
+    """The notebooks that have to run; prints a line for each notebook."""
     reasons = {
         work.name: reason_to_run(folders, work.name, depends_on(work.notebook, work.parameters, environment))
         for work in works
     }
     if any(reasons.values()):
-        reasons |= {work.name: reasons[work.name] or "it reads what others write" for work in works if work.waits}
+        reasons |= {work.name: reasons[work.name] or "it reads the outputs of others" for work in works if work.waits}
     for name, reason in reasons.items():
         say(console, f"{name}: {f'will run, {reason}' if reason else 'skipped, done before'}")
     return [work for work in works if reasons[work.name]]
@@ -185,7 +185,7 @@ def _unfinished(
 
 @dataclass(frozen=True)
 class Outcome(Ending):
-    """An ending, and how many figures and tables were written."""
+    """An ending, with the numbers of figures and tables written."""
 
     figures: int
     tables: int
@@ -239,7 +239,7 @@ def _resolve_model(value: str) -> str:
     folder = Path(value).expanduser()
     if value and folder.is_dir():
         return str(folder.resolve())
-    if value.startswith((".", "/", "~")):  # what else is no folder may be a name on the hub
+    if value.startswith((".", "/", "~")):  # any other name may be on the hub
         raise FileNotFoundError(f"--model is {value!r}; there is no such folder.")
     return value
 

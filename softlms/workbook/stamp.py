@@ -1,8 +1,8 @@
 """Committed notebooks: executed and stamped by ``softlms stamp``, run under nbval by ``softlms check-notebooks``.
 
-A stamp says what a notebook's outputs were made from. If its own sources or the tables that it reads have changed, the
-check fails. If the library or the pinned versions have changed, it only warns; otherwise each commit to the library
-would ask for half an hour of execution.
+A stamp records what a notebook's outputs were made from. If its own sources or the tables that it reads have changed,
+the check fails. If the library or the pinned versions have changed, it only warns; otherwise each commit to the library
+would require half an hour of execution.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from softlms.workbook.state import read_tables
 __all__ = ["OWN_PARTS", "check_notebooks", "describe", "make_stamp", "stale_parts", "stamp_notebooks"]
 
 CELL_TIMEOUT_S = 1800
-OWN_PARTS = {"source", "tables"}  # when they change the outputs are wrong; with the others they may be
+OWN_PARTS = {"source", "tables"}  # if these change, the outputs are wrong; if others change, they may be
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"  # an id of one run, of no use without its kernel
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"  # an id of one run, useless without its kernel
 
 
 def make_stamp(name: str, book: dict[str, Any], root: Path) -> dict[str, str]:
@@ -41,7 +41,7 @@ def make_stamp(name: str, book: dict[str, Any], root: Path) -> dict[str, str]:
     Parameters
     ----------
     name : str
-        The notebook's.
+        The notebook's name.
     book : dict
         Its JSON; its code cells count, its prose does not.
     root : Path
@@ -70,21 +70,21 @@ def stale_parts(name: str, book: dict[str, Any], root: Path) -> list[str]:
 
 
 def describe(stale: Sequence[str]) -> str:
-    """What `stale_parts` found, in words."""
+    """The result of `stale_parts`, in words."""
     return f"{' and '.join(stale)} changed since it was stamped"
 
 
 def stamp_notebooks(names: Sequence[str] = (), *, check: bool = False) -> int:
     """Execute notebooks in place with profile quick, and stamp them.
 
-    A notebook that fails, or does not pass `softlms.workbook.lint.lint` afterwards, stays as it was; the others go on.
+    A notebook that fails, or does not pass `softlms.workbook.lint.lint` afterwards, stays unchanged; the others go on.
 
     Parameters
     ----------
     names : sequence of str
         Notebooks by name or its beginning (``03``); all when empty.
     check : bool
-        Execute nothing; say which are stale, and why.
+        Execute nothing; report which are stale, and why.
 
     Returns
     -------
@@ -111,7 +111,7 @@ def stamp_notebooks(names: Sequence[str] = (), *, check: bool = False) -> int:
 
 
 def check_notebooks(jobs: Sequence[str] = ()) -> int:
-    """Run the notebooks of some jobs under nbval; those that could pass without a check fail before anything runs.
+    """Run the notebooks of some jobs under nbval; any that could pass without a check fails before anything runs.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ def _execute(path: Path, lane: str, root: Path) -> str:
     )
     started = time.monotonic()
     try:
-        # started here, as execute() leaves a hook that fails at exit where the kernel does not start
+        # started here, because execute() leaves a hook that fails at exit if the kernel does not start
         client.create_kernel_manager()
         client.start_new_kernel()
         client.start_new_kernel_client()

@@ -1,7 +1,7 @@
-"""What is finished and what is stale, and why: notebooks of ``softlms figures``, and tables that follow from others.
+"""What is finished and what is stale, and why: notebooks of ``softlms figures``, and tables derived from others.
 
-A JSON file beside each executed copy says what a finished notebook depended on and what it wrote. It is removed before
-the notebook runs and written after everything else, so that a kill at any moment leaves no wrong one.
+A JSON file beside each executed copy records what a finished notebook depended on and what it wrote. It is removed
+before the notebook runs and written last, so that a kill at any moment never leaves a wrong one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DIGITS = {"rtol": 1e-3, "atol": 2e-4}  # six digits are stored; an interval is a
 def depends_on(notebook: Path, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     """What a notebook's outputs depend on: cells, parameters, tables of others, library, versions and machine.
 
-    A folder among the parameters counts by its files' names, sizes and times; data on a hub does not count.
+    A folder among the parameters counts by the names, sizes and times of its files; data on a hub does not count.
     """
     named = dict(parameters)
     if environment.get(DATA_VARIABLE) and "data" not in named:  # it replaces the profile's own data
@@ -61,7 +61,7 @@ def depends_on(notebook: Path, parameters: Mapping[str, Any], environment: Mappi
 
 
 def read_tables(root: Path, notebook: str, profile: str | None = None) -> dict[str, str]:
-    """The tables that a notebook reads and does not write: file in ``results`` to hash of its content.
+    """The tables that a notebook reads but does not write: file in ``results`` to hash of its content.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def read_tables(root: Path, notebook: str, profile: str | None = None) -> dict[s
     notebook : str
         Its name without ending.
     profile : str, optional
-        The profile that runs; None: only the tables that are read in every profile.
+        The profile that runs; if None, only the tables that are read in every profile.
     """
     results, reads = root / "results", read_registry(root).get(notebook, Notebook()).reads
     patterns = [pattern for pattern in reads if profile or "{profile}" not in pattern]
@@ -106,19 +106,19 @@ def reason_to_run(folders: Folders, notebook: str, depends: Mapping[str, Any]) -
 
 
 def unmark(folders: Folders, notebook: str) -> None:
-    """From now on the notebook is not finished."""
+    """Mark the notebook as not finished."""
     _place(folders, notebook).unlink(missing_ok=True)
 
 
 def mark_finished(folders: Folders, notebook: str, depends: Mapping[str, Any], wrote: Iterable[Path]) -> None:
-    """Note that a notebook is finished, what it depended on, and which figures and tables it wrote."""
+    """Record that a notebook is finished, what it depended on, and which figures and tables it wrote."""
     files = [file.relative_to(folders.root).as_posix() for file in wrote]
     with whole_file(_place(folders, notebook)) as partial:
         partial.write_text(json.dumps({**depends, "wrote": files}, indent=1) + "\n", "utf-8")
 
 
 def typical_seconds(folders: Folders, notebook: str) -> float:
-    """About how long a notebook takes: as long as its executed copy took here, or the time that the registry has."""
+    """A notebook's approximate time: that of its executed copy here, else the time in the registry."""
     with suppress(FileNotFoundError, ValueError, KeyError):
         executed = json.loads((folders.executed / f"{notebook}.ipynb").read_text("utf-8"))
         return float(executed["metadata"]["papermill"]["duration"])
@@ -126,7 +126,7 @@ def typical_seconds(folders: Folders, notebook: str) -> float:
 
 
 def check_derived(results: Path) -> list[str]:
-    """Which summaries, verdicts and paired differences do not follow from their rows; empty if all do.
+    """Summaries, verdicts and paired differences that do not match their rows; empty if all match.
 
     Parameters
     ----------
@@ -153,13 +153,13 @@ def _derive(kind: str, rows: pd.DataFrame) -> pd.DataFrame:
 
 def _differences(made: pd.DataFrame, path: Path) -> Iterator[str]:
     if not path.is_file():
-        yield f"{path.name} is missing, but its rows are there"
+        yield f"{path.name} is missing, but its rows exist"
         return
     stored = pd.read_csv(path)
     if lacking := [column for column in made if column not in stored]:
         yield f"{path.name} has no column {lacking[0]}: run its notebook again"
     elif len(made) != len(stored):
-        yield f"{path.name} has {len(stored)} rows, its own rows give {len(made)}: run its notebook again"
+        yield f"{path.name} has {len(stored)} rows instead of {len(made)}: run its notebook again"
     else:
         for column in made:
             was, now = stored[column], made[column].reset_index(drop=True)
@@ -167,7 +167,7 @@ def _differences(made: pd.DataFrame, path: Path) -> Iterator[str]:
             same = np.isclose(was, now, equal_nan=True, **DIGITS) if number else (was == now).to_numpy()
             if not same.all():
                 i = int(np.argmin(same))
-                yield f"{path.name}, row {i + 1}: {column} is {was[i]}, its rows give {now[i]}"
+                yield f"{path.name}, row {i + 1}: {column} is {was[i]}, its rows say {now[i]}"
                 return
 
 

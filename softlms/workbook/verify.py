@@ -1,4 +1,4 @@
-"""``softlms verify``: claims, the page of results and README's table against the committed rows."""
+"""``softlms verify``: check claims, the results page and README's table against the committed rows."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from softlms.workbook.state import check_derived
 __all__ = ["failures", "verify"]
 
 COLOURS = {REPRODUCED: "green", WITHIN: "cyan", DIFFERS: "bold red", NOT_COMPARABLE: "dim", NOT_RUN: "yellow"}
-COMMITTED = "laptop"  # whose rows the page tells of
+COMMITTED = "laptop"  # the profile of the page's rows
 
 
 def verify(
     profile: str = COMMITTED, *, write: bool = False, root: Path | None = None, console: Console | None = None
 ) -> int:
-    """Judge every claim on a profile's rows, and hold the generated tables against the committed ones.
+    """Judge every claim on a profile's rows, and compare the generated tables with the committed ones.
 
     Parameters
     ----------
     profile : str
-        Whose rows claims are judged on.
+        The profile on whose rows claims are judged.
     write : bool
-        Write the page and README's table anew first.
+        First rewrite the page and README's table.
     root : Path, optional
         The checkout; found from the working folder when not given.
     console : rich.console.Console, optional
@@ -48,7 +48,7 @@ def verify(
     Returns
     -------
     int
-        Exit status: 0, or 1 where one of our own claims fails at its profile, or a table is not what the rows give.
+        Exit status: 0, or 1 if one of our own claims fails at its profile, or a table differs from its rows.
 
     Raises
     ------
@@ -69,12 +69,12 @@ def verify(
     for line in (*failed, *wrong, *stale):
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     if stale:
-        console.print(f"softlms verify --write writes {PAGE} and README's table anew.")
+        console.print(f"softlms verify --write rewrites {PAGE} and README's table.")
     return int(bool(failed or wrong or stale))
 
 
 def failures(judged: Sequence[Judged], profile: str) -> list[str]:
-    """Our own claims about this profile that its rows do not bear out, with what they are instead."""
+    """Our own claims about this profile that its rows do not support, with what they show instead."""
     failed = []
     for one in judged:
         claim = one.claim

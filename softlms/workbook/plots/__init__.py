@@ -1,1 +1,1 @@
-"""The figures."""
+"""The figures of the workbook."""

@@ -1,4 +1,4 @@
-"""The figure of notebook 10: what is claimed against what was measured."""
+"""The figure of notebook 10: claimed against measured values."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from softlms.workbook.plots.style import PAGE, PALETTE, figure
 
 __all__ = ["plot_claims"]
 
-# told apart by shape as well as by colour; what cannot be compared is hollow
+# distinguished by shape as well as colour; hollow if not comparable
 VERDICTS: dict[str, Any] = {
     REPRODUCED: {"marker": "o", "color": PALETTE["adaptive"]},
     WITHIN: {"marker": "s", "color": PALETTE["linear"]},
     DIFFERS: {"marker": "X", "color": PALETTE["static"]},
     NOT_COMPARABLE: {"marker": "D", "color": "0.35", "markerfacecolor": "white"},
 }
-# points to the side where a claim is kept
+# points to the side on which a claim holds
 CLAIMED: dict[str, tuple[str, Any]] = {
     "at_least": ("claimed: at least", markers.CARETRIGHTBASE),
     "at_most": ("claimed: at most", markers.CARETLEFTBASE),
@@ -30,7 +30,7 @@ CLAIMED: dict[str, tuple[str, Any]] = {
 
 
 def plot_claims(table: pd.DataFrame) -> Figure:
-    """Claimed and measured value of every claim that has both, an axis for each unit.
+    """Claimed and measured value of every claim that has both, with one axis per unit.
 
     Parameters
     ----------
@@ -69,6 +69,6 @@ def _plot_unit(ax: Axes, claims: pd.DataFrame, unit: str) -> None:
         ax.set_xticks((1, 2, 5, 10, 20, 40), ("1", "2", "5", "10", "20", "40"))
         ax.minorticks_off()
     low, high = ax.get_xlim()
-    if high - low < 0.01 * abs(high):  # equal but for a digit that nobody reads
+    if high - low < 0.01 * abs(high):  # practically equal
         ax.set_xlim(low - 0.01 * abs(high), high + 0.01 * abs(high))
     ax.margins(x=0.08)

@@ -1,6 +1,6 @@
-"""The figures of the workbook: each is drawn from tables, with a note beside it that names them.
+"""The figures of the workbook: each is drawn from tables, with a note beside it that names the tables.
 
-A figure is drawn from the CSV files that its notebook wrote, never from values in memory: the notebook and
+A figure is drawn from the CSV files that its notebook wrote, never from values in memory. So the notebook and
 ``softlms figures --replot`` make the same bytes. ``notebooks/notebooks.toml`` lists the figures.
 """
 
@@ -35,12 +35,12 @@ def draw(name: str, figures: Path, results: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        The files written. The figure stays open: a notebook shows it.
+        The files written. The figure stays open so that a notebook shows it.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        Unknown figure, or one of its tables is missing; then nothing is written.
+        Unknown figure, or one of its tables is missing. Nothing is written then.
     """
     drawing = find_drawing(name)
     paths = [results / f"{table}.csv" for table in drawing.tables]
@@ -68,7 +68,7 @@ def draw(name: str, figures: Path, results: Path) -> list[Path]:
 
 
 def check_drawing(name: str, figures: Path, results: Path) -> list[str]:
-    """What does not match between a figure, its note and its tables; empty if all is well.
+    """Mismatches between a figure, its note and its tables; empty if there are none.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def check_drawing(name: str, figures: Path, results: Path) -> list[str]:
     try:
         tables = find_drawing(name).tables
     except ValueError:
-        return [f"{name}: {beside} is of no known figure"]
+        return [f"{name}: {beside} belongs to no known figure"]
     try:
         note: dict[str, Any] = json.loads(beside.read_text("utf-8"))
         hashes = {folder / entry["file"]: entry["sha256"] for folder, key in parts for entry in note[key]}

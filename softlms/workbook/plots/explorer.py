@@ -1,4 +1,4 @@
-"""Interactive pictures for JupyterLab; what they draw, `pictures` and `grid_pictures` draw without widgets."""
+"""Interactive pictures for JupyterLab; `pictures` and `grid_pictures` draw the same without widgets."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def threshold_explorer(sigma: Tensor, shape: tuple[int, int], *, alpha: float = 
     Parameters
     ----------
     sigma : Tensor
-        Singular values, shape (r,), falling.
+        Singular values, shape (r,), in descending order.
     shape : tuple of int
         (m, n) of the layer.
     alpha, s : float
-        Where the sliders start.
+        Initial values of the sliders.
     """
     alphas = widgets.FloatSlider(alpha, min=0, max=round(float(sigma[0]), 2), step=0.01, description="alpha")
     sharpness = widgets.FloatLogSlider(s, base=10, min=-1, max=3, step=0.05, description="s")
@@ -52,14 +52,14 @@ def threshold_explorer(sigma: Tensor, shape: tuple[int, int], *, alpha: float = 
 
 
 def rank_explorer(rows: pd.DataFrame, ranks: pd.DataFrame, *, method: str = "whitened+soft") -> widgets.VBox:
-    """A slider over the budgets that were run: which layers' ranks fall with it, and what the score then is.
+    """A slider over the budgets that were run: the ranks of all layers, and the score.
 
     Parameters
     ----------
     rows, ranks : DataFrame
         Of `softlms.experiments.grid.grid_rows` and `rank_rows`, as a grid's notebook writes them.
     method : str
-        Where the choice of method starts.
+        The method selected at first.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def _keeps(ranks: pd.DataFrame) -> list[tuple[str, float]]:
 
 
 def speed_explorer(table: pd.DataFrame) -> widgets.VBox:
-    """Model, rows and threads to choose from: measured speed-up beside what FLOPs alone would allow.
+    """Menus for model, rows and threads: measured speed-up beside the limit set by FLOPs.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def speed_explorer(table: pd.DataFrame) -> widgets.VBox:
 
 
 def _display() -> tuple[widgets.HTML, widgets.Image]:
-    return widgets.HTML(), widgets.Image(format="png")  # no Output: batch runners without widget state fail on that
+    return widgets.HTML(), widgets.Image(format="png")  # no Output: batch runners without widget state fail on it
 
 
 def _png(fig: Figure) -> bytes:
