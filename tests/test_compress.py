@@ -319,7 +319,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_folder, data, tmp_path, c
         ({"model": "./nowhere"}, "holds no model"),
         ({"model": str(bare)}, "bare' has no tokenizer: save the model's own there"),
         ({"model": str(short)}, "and the model reads 4: lower max_length"),
-        ({"model": str(few)}, "the model has 500: it is of another model"),
+        ({"model": str(few)}, "the model has 500: use the model's tokenizer"),
         ({"model": str(broken)}, "cannot be read, fetch them again"),
         ({"out": str(tmp_path / "full")}, "holds something already"),
         ({"out": str(tmp_path / "full" / "file")}, "holds something already"),

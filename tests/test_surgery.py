@@ -385,7 +385,7 @@ UNFIT = {
     "quantized": quantize,
     "parametrizations.weight": lambda model, name: parametrizations.weight_norm(model.get_submodule(name)),
     "weight_mask|weight_orig": lambda model, name: prune.l1_unstructured(model.get_submodule(name), "weight", 0.5),
-    "a forward of its own": lambda model, name: model.set_submodule(name, Own(64, 32)),
+    "a custom forward": lambda model, name: model.set_submodule(name, Own(64, 32)),
     "_load_state_dict_pre_hooks": lambda model, name: model.get_submodule(name).register_load_state_dict_pre_hook(
         print
     ),
@@ -409,7 +409,7 @@ def test_a_quantized_kind_of_layer_in_the_tables_place_is_refused(tiny_bert):
     """GPTQ, AWQ and HQQ put modules of their own where a linear layer was."""
     model = tiny_bert()
     model.set_submodule("bert.encoder.layer.1.output.dense", nn.Identity())
-    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense is a Identity, no linear layer"):
+    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense is a Identity, not a linear layer"):
         decompose(model)
 
 
