@@ -348,7 +348,7 @@ def _was_finished(settings: Compression, out: Path, work: Path, killed: bool) ->
         `out` or `work` contains something else.
     """
     if work.exists() and not (work / NOTE).is_file() and (work.is_file() or any(work.iterdir())):
-        raise FileExistsError(f"{work} is needed for the work in between, and holds something else: move it away.")
+        raise FileExistsError(f"{work} is needed for intermediate files, and contains something else: move it away.")
     if out.is_mount():
         raise FileExistsError(f"{out} is a mount point, which cannot be put in place whole: choose a folder in it.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -357,7 +357,7 @@ def _was_finished(settings: Compression, out: Path, work: Path, killed: bool) ->
     known = {name: value for name, value in asdict(settings).items() if name != "data"}  # stored under another name
     if (killed or work.is_dir()) and all(notes.get(name) == value for name, value in known.items()):
         return True
-    raise FileExistsError(f"{out} holds something already: choose another folder, or remove it.")
+    raise FileExistsError(f"{out} already contains something: choose another folder, or remove it.")
 
 
 def _has_begun(work: Path) -> bool:

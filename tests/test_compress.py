@@ -177,12 +177,12 @@ def test_a_run_killed_while_it_tidies_up_is_finished(tiny_folder, data, tmp_path
             (work / NOTE).touch()
         if left == "checkpoints":
             (work / "dense").mkdir()
-            with pytest.raises(FileExistsError, match="out holds something already"):
+            with pytest.raises(FileExistsError, match="out already contains something"):
                 run(epochs=2)
         lock.touch()
         run()
         assert contents(out) == whole and sorted(path.name for path in tmp_path.iterdir()) == ["glue", "out"]
-    with pytest.raises(FileExistsError, match="out holds something already"):  # nothing says that it was killed
+    with pytest.raises(FileExistsError, match="out already contains something"):  # nothing says that it was killed
         run()
 
 
@@ -286,7 +286,7 @@ def test_a_fine_tuned_model_is_taken_as_it_is(tiny_folder, data, tmp_path, monke
 def test_a_stranger_in_the_work_folder_is_left_alone(tiny_folder, data, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").touch()
-    with pytest.raises(FileExistsError, match="holds something else"):
+    with pytest.raises(FileExistsError, match="contains something else"):
         compress(settings(tiny_folder, data), tmp_path / "out", console=quiet())
     assert (tmp_path / "out.partial" / "mine").is_file()
 
@@ -316,13 +316,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_folder, data, tmp_path, c
         ({"factors": "pca"}, "Unknown factorization 'pca'"),
         ({"count": "all"}, "count must be one of"),
         ({"data": str(tmp_path / "nowhere")}, "does not exist"),
-        ({"model": "./nowhere"}, "holds no model"),
+        ({"model": "./nowhere"}, "contains no model"),
         ({"model": str(bare)}, "bare' has no tokenizer: save the model's own there"),
         ({"model": str(short)}, "and the model reads 4: lower max_length"),
         ({"model": str(few)}, "the model has 500: use the model's tokenizer"),
         ({"model": str(broken)}, "cannot be read, fetch them again"),
-        ({"out": str(tmp_path / "full")}, "holds something already"),
-        ({"out": str(tmp_path / "full" / "file")}, "holds something already"),
+        ({"out": str(tmp_path / "full")}, "already contains something"),
+        ({"out": str(tmp_path / "full" / "file")}, "already contains something"),
         ({"out": str(tmp_path / "full" / "file" / "out")}, "there is a file where the folder should be"),
         ({"out": str(tmp_path / "new" / "folder" / "out"), "keep": "0.001"}, "one component a layer"),
         ({"out": "/"}, "is a mount point"),

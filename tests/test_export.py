@@ -229,7 +229,7 @@ def test_bad_exports_are_refused(tiny_bert, tmp_path, monkeypatch):
     masked.set_submodule(target.name, MaskedLinear(factorize_weight(target.module.weight), target.module.bias))
     with pytest.raises(ValueError, match=r"still learns its masks: .* softlms.truncate"):
         export_onnx(masked, tmp_path / "x.onnx")
-    with pytest.raises(ValueError, match=r"BertModel gives no logits"):
+    with pytest.raises(ValueError, match=r"BertModel returns no logits"):
         export_onnx(model.bert, tmp_path / "x.onnx")
     state = torch.random.get_rng_state()
     export_onnx(model, tmp_path / "y.onnx").unlink()

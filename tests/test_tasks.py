@@ -86,7 +86,7 @@ def test_wrong_header_empty_file_and_encoding(tmp_path):
     with pytest.raises(ValueError, match="no column 'sentence' in the header"):
         load_task("sst2", tmp_path)
     (place / "train.tsv").write_text("sentence\tlabel\n", "utf-8")
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="contains no rows"):
         load_task("sst2", tmp_path)
     (place / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
     with pytest.raises(ValueError, match="is not UTF-8"):

@@ -166,7 +166,7 @@ def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[s
             raise ValueError(f"{name}.weight is shared with another layer, it cannot be factored alone: leave it out.")
         bad = [parameter for parameter, values in linear.named_parameters() if not torch.isfinite(values).all()]
         if bad:
-            raise ValueError(f"{name}.{bad[0]} holds NaN or infinite values: repair the checkpoint first.")
+            raise ValueError(f"{name}.{bad[0]} contains NaN or infinite values: repair the checkpoint first.")
         if not linear.weight.any():
             raise ValueError(f"{name}.weight is all zeros, it has no components: leave it out with targets=...")
         linears[name] = as_linear(linear)
