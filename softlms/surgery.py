@@ -50,7 +50,7 @@ def decompose(
         Start of each threshold, its sharpness, and what both are measured in ("raw", "max" or "mean" sigma of the
         layer); see `SoftLinear.from_linear`.
     targets : callable, optional
-        Chooses the layers; see `find_targets`.
+        Selects the layers; see `find_targets`.
 
     Returns
     -------

@@ -168,7 +168,7 @@ def test_bad_costs_are_refused(tiny_bert):
             Budget(0.5, "linear", multiple)
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         softlms.count_flops(model, tokens=0)
-    with pytest.raises(ValueError, match="is factored already: costs are those of the dense model"):
+    with pytest.raises(ValueError, match="is factored already: measure costs on the dense model"):
         softlms.count_flops(softlms.decompose(copy.deepcopy(model)))
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         softlms.measure_latency(model, rounds=0)
