@@ -143,7 +143,7 @@ def test_bad_input_is_refused_before_anything_changes(tiny_bert):
     factors = factorize(model)
     other = factorize(tiny_bert(hidden_size=16))
     for wrong in ({k: f for k, f in factors.items() if k != name}, factors | {name: other[name]}):
-        with pytest.raises(ValueError, match=f"factors miss {name}, or have another shape"):
+        with pytest.raises(ValueError, match=f"factors lack {name}, or have another shape"):
             decompose(model, wrong)
     with pytest.raises(ValueError, match="all zero"):
         factorize_weight(torch.ones(3, 3), "whitened", LayerStatistics(torch.zeros(3, 3).double(), torch.zeros(3)))

@@ -118,7 +118,7 @@ def test_wrong_use(tiny_bert):
     decompose(model)
     with pytest.raises(ValueError, match="factored already"):
         decompose(model)
-    with pytest.raises(ValueError, match="multiple are of a budget to cut to: give keep"):
+    with pytest.raises(ValueError, match="multiple describe a budget: pass keep"):
         deploy(model, multiple=16)
     deploy(model, keep=0.5, count="linear")
     with pytest.raises(ValueError, match="deployed already"):
@@ -184,7 +184,7 @@ def test_wrong_ranks(tiny_bert):
     for swapped in (factorize(model), "svd"):
         with pytest.raises(ValueError, match=r"Ranks come before factors: softlms.truncate\(model, ranks, factors\)"):
             truncate(model, swapped, good)
-    with pytest.raises(ValueError, match="factors miss"):
+    with pytest.raises(ValueError, match="factors lack"):
         decompose(model, good)
     assert all(isinstance(t.module, nn.Linear) for t in find_targets(model))
 
@@ -225,7 +225,7 @@ def test_a_trained_model_can_be_cut_further(tiny_bert, tokens, keep, count):
 def test_cutting_further_checks_its_budget(tiny_bert):
     model = trained(tiny_bert())
     for wrong, message in (
-        ({"count": "linear"}, "count and multiple are of a budget to cut to: give keep"),
+        ({"count": "linear"}, "count and multiple describe a budget: pass keep"),
         ({"keep": 0.9, "count": "linear"}, "more than this model keeps"),
         ({"keep": 0.001, "count": "linear"}, "one component a layer"),
         ({"keep": 0.3, "count": "all"}, "count must be one of"),
