@@ -127,7 +127,7 @@ def test_int8_is_near_where_columns_differ_by_orders_of_magnitude(tiny_bert, tmp
     whole = export_onnx(model, tmp_path / "whole.onnx")
     assert not said(caplog)
     small = export_onnx(model, tmp_path / "small.onnx", int8=True)
-    assert re.search(r"int8: logits are \d\.\d% off torch's on random tokens; .* not known: give rows=", said(caplog))
+    assert re.search(r"int8: logits are \d\.\d% off torch's on random tokens; .* unknown: pass rows=", said(caplog))
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     assert small.stat().st_size < 0.55 * whole.stat().st_size
     inputs = rows(model, 4, 16)

@@ -59,7 +59,7 @@ def test_resuming_with_a_larger_budget_is_refused_once_the_ranks_are_fixed(
     cut = run.schedule.frozen_at
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for changes, named in (
-        ({"keep": 0.6}, "were fixed at step .* with keep=0.5, and this run has keep=0.6: what was cut does not come"),
+        ({"keep": 0.6}, "were fixed at step .* with keep=0.5, and this run has keep=0.6: cut components do not come"),
         ({"count": "total", "keep": 0.9}, "with count='linear', keep=0.5, and this run has count='total', keep=0.9"),
         ({"multiple": 4}, "with multiple=1, and this run has multiple=4"),
     ):
