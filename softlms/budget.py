@@ -269,13 +269,13 @@ class Budget:
         if limit < least:
             smallest = (least + costs.rest) / whole
             if self.count in PARAMETERS:
-                each = "one component a layer needs" if self.multiple == 1 else f"{self.multiple} a layer need"
+                each = "one component per layer needs" if self.multiple == 1 else f"{self.multiple} per layer need"
                 why = f"{each} {least:,} weights"
                 if costs.rest:
                     why = f"embeddings, biases, norms and head alone are {costs.rest:,} parameters, and {why}"
                 of, linear = f"{self.count} ({whole:,} parameters)", int(whole - costs.rest)
             else:
-                why = f"all that is not a target linear takes {costs.rest / whole:.0%} of it"
+                why = f"everything but the target linears takes {costs.rest / whole:.0%} of it"
                 of, linear = self.count, 0
             raise ValueError(
                 f"keep={self.keep} of {of} cannot be met: {why}. "

@@ -350,7 +350,7 @@ def _was_finished(settings: Compression, out: Path, work: Path, killed: bool) ->
     if work.exists() and not (work / NOTE).is_file() and (work.is_file() or any(work.iterdir())):
         raise FileExistsError(f"{work} is needed for intermediate files, and contains something else: move it away.")
     if out.is_mount():
-        raise FileExistsError(f"{out} is a mount point, which cannot be put in place whole: choose a folder in it.")
+        raise FileExistsError(f"{out} is a mount point and cannot be replaced: choose a folder in it.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     notes = _read(out / "config.json").get("softlms", {})

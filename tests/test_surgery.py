@@ -227,7 +227,7 @@ def test_cutting_further_checks_its_budget(tiny_bert):
     for wrong, message in (
         ({"count": "linear"}, "count and multiple describe a budget: pass keep"),
         ({"keep": 0.9, "count": "linear"}, "more than this model keeps"),
-        ({"keep": 0.001, "count": "linear"}, "one component a layer"),
+        ({"keep": 0.001, "count": "linear"}, "one component per layer"),
         ({"keep": 0.3, "count": "all"}, "count must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -129,7 +129,7 @@ def test_hub_splits(monkeypatch):
     assert asked[0] == ("nyu-mll/glue", "mrpc", {})
     data = load_task("mrpc", "hub@v1")
     assert asked[-1] == ("nyu-mll/glue", "mrpc", {"revision": "v1"}) and data.source == "hub: nyu-mll/glue/mrpc@v1"
-    with pytest.raises(ValueError, match="'hub@' is no name@revision"):
+    with pytest.raises(ValueError, match="'hub@' is not name@revision"):
         load_task("mrpc", "hub@")
 
 

@@ -31,7 +31,7 @@ def split_revision(text: str) -> tuple[str, str]:
     """
     name, mark, revision = text.partition("@")
     if mark and not (name and revision):
-        raise ValueError(f"{text!r} is no name@revision: give a commit, tag or branch after the name, or no '@'.")
+        raise ValueError(f"{text!r} is not name@revision: add a commit, tag or branch after the name, or remove '@'.")
     return name, revision
 
 

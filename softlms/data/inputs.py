@@ -83,7 +83,7 @@ def prepared(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if first.any():
         if _reads_first_column(model):
             raise ValueError(
-                f"{_name(model)} reads the first token of a row, and here padding stands before it: pad on the right "
+                f"{_name(model)} reads the first token of a row, and here padding precedes it: pad on the right "
                 "(tokenizer.padding_side = 'right')."
             )
         if "position_ids" not in ready and wants_positions(model):
