@@ -49,7 +49,7 @@ class Architecture:
 
 
 _TIED = "the vocabulary's table, mostly tied to the embeddings: looked up, and counted once"
-_HEAD = "the task's head: it has few outputs, so its rank is small already"
+_HEAD = "the task's head: few outputs, and full rank already"
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(  # Fig. 2 of the paper

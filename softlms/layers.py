@@ -141,9 +141,9 @@ class SoftLinear(Ranked):
     ) -> SoftLinear:
         """Decompose `linear` so that the output does not change.
 
-        What is frozen stays frozen: U, sigma and V learn only if the weight does, and so does the bias. Alpha always
-        learns: it chooses a rank, and a frozen layer may be cut too. Its surviving components do not change (`hard` in
-        `SoftThreshold`), and its alpha starts low enough for all of them to survive.
+        What is frozen stays frozen: U, sigma and V learn only if the weight does, the bias only if it did. Alpha
+        always learns: it chooses a rank, and a frozen layer may be cut too. A frozen layer's surviving components do
+        not change (`hard` in `SoftThreshold`), and its alpha starts low enough for all of them to survive.
 
         Parameters
         ----------
