@@ -1,7 +1,7 @@
-"""softlms: compress language models by learning each layer's rank (SoftLMs, arXiv 2411.10543).
+"""softlms: compress language models by learning the rank of each layer (SoftLMs, arXiv 2411.10543).
 
-Three verbs: `decompose` a model, train it with `SoftTrainer` until it meets its budget, `deploy` it. Names are imported
-when they are first asked for (``__init__.pyi`` says where they are).
+Three steps: `decompose` a model, train it with `SoftTrainer` until it meets its budget, `deploy` it. Names are imported
+on first use (``__init__.pyi`` lists where they are defined).
 """
 
 import lazy_loader
@@ -37,5 +37,5 @@ __all__ = [
     "truncate",
 ]
 
-when_imported("transformers.modeling_utils", "softlms.saving.registration")  # from_pretrained knows our folders
-when_imported("peft", "softlms.adapters")  # LoRA goes around thin layers
+when_imported("transformers.modeling_utils", "softlms.saving.registration")  # from_pretrained loads our folders
+when_imported("peft", "softlms.adapters")  # LoRA wraps thin layers

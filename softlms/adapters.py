@@ -1,8 +1,8 @@
-"""PEFT's LoRA around a whole thin layer, by the name that the dense layer has, such as ``q_proj``.
+"""PEFT's LoRA around a whole thin layer, under the name of the dense layer, such as ``q_proj``.
 
-``import softlms`` is all it takes: this is imported as soon as peft is (`softlms.imports`). An adapter of rank k is k
-more components: merging adds them to the layer, which stays thin. An adapter that was trained on the dense model fits
-the thin one too.
+``import softlms`` is enough: this module is imported together with peft (`softlms.imports`). An adapter of rank k is k
+more components: merging adds them to the layer, which stays thin. An adapter trained on the dense model also fits the
+thin one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from softlms.modules import make_linear, replace
 
 __all__: list[str] = []
 
-PLAIN = (True, False, "gaussian")  # LoRA's other starts change the weight, which a thin layer does not have
+PLAIN = (True, False, "gaussian")  # LoRA's other initializations change the weight; a thin layer has none
 
 
 class ThinLora(Linear):  # type: ignore[misc, unused-ignore]
@@ -46,20 +46,20 @@ class ThinLora(Linear):  # type: ignore[misc, unused-ignore]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """The adapters as components more."""
+        """Add the adapters to the layer as components."""
         thin = self.get_base_layer()
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
             A, B = self.lora_A[name].weight, self.scaling[name] * self.lora_B[name].weight
             if safe_merge and not (A.isfinite().all() and B.isfinite().all()):
-                raise ValueError(f"The adapter {name} holds NaN or infinite values: train it again.")
+                raise ValueError(f"The adapter {name} contains NaN or infinite values: train it again.")
             down, up = thin.down.weight, thin.up.weight
             _set_factors(thin, torch.cat([down, A.to(down)]), torch.cat([up, B.to(up)], dim=1))
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Without these components again."""
+        """Remove these components again."""
         thin = self.get_base_layer()
         while self.merged_adapters:
             rank = thin.rank - self.r[self.merged_adapters.pop()]
@@ -75,7 +75,7 @@ def _post_init(self: LoraConfig) -> None:
     self._register_custom_module({LowRankLinear: ThinLora})
 
 
-_post_init.before_softlms = _original  # type: ignore[attr-defined]  # this module may be loaded again, as in a notebook
+_post_init.before_softlms = _original  # type: ignore[attr-defined]  # this module may be reloaded, as in a notebook
 LoraConfig.__post_init__ = _post_init
 
 

@@ -1,4 +1,4 @@
-"""Which linear layers of which model family are factored, and why the others are not: one table."""
+"""One table: which linear layers of each model family are factored, and why the others are not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 Predicate = Callable[[str, nn.Module], bool]
 LINEAR = (nn.Linear, Conv1D, Ranked)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-STATE_HOOKS = (  # they know the names of weight and bias
+STATE_HOOKS = (  # they rely on the names weight and bias
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
@@ -38,9 +38,9 @@ class Architecture:
     block : str
         Regular expression of a block's name; its first group is the block's index.
     targets : dict
-        Name of each factored linear inside a block, and the paper's symbol for it.
+        Name of each factored linear layer inside a block, and the paper's symbol for it.
     left_alone : dict
-        The other linears, and the reason why they are not factored.
+        The other linear layers, and why they are not factored.
     """
 
     block: str
@@ -48,8 +48,8 @@ class Architecture:
     left_alone: dict[str, str] = field(default_factory=dict)
 
 
-_TIED = "the vocabulary's table, mostly one with the embeddings: looked up, and counted once"
-_HEAD = "the task's head: a handful of outputs, its rank is full already"
+_TIED = "the vocabulary's table, mostly tied to the embeddings: looked up, and counted once"
+_HEAD = "the task's head: few outputs, and full rank already"
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(  # Fig. 2 of the paper
@@ -63,7 +63,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "output.dense": "W_fc2",
         },
         left_alone={
-            "pooler.dense": "runs on one token a sentence, outside the encoder's blocks",
+            "pooler.dense": "runs on one token per sentence, outside the encoder's blocks",
             "classifier": _HEAD,
             "embeddings": "a table that is looked up, not multiplied",
         },
@@ -98,8 +98,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         block=r"layers\.(\d+)",
         targets={"mixer.in_proj": "W_in", "mixer.out_proj": "W_out"},
         left_alone={
-            "mixer.x_proj": "80 x 1536 in Mamba-130m: two factors are smaller below rank 76 of 80 only",
-            "mixer.dt_proj": "1536 x 48 in Mamba-130m: two factors are smaller below rank 47 of 48 only",
+            "mixer.x_proj": "80 x 1536 in Mamba-130m: two factors are smaller only below rank 76 of 80",
+            "mixer.dt_proj": "1536 x 48 in Mamba-130m: two factors are smaller only below rank 47 of 48",
             "lm_head": _TIED,
         },
     ),
@@ -115,11 +115,11 @@ class Target:
     name : str
         Its name in the model.
     block : int or None
-        Index of its block; None where a predicate chose it.
+        Index of its block; None if a predicate chose it.
     symbol : str
-        The paper's symbol, or the name where there is none.
+        The paper's symbol, or the name if there is none.
     module : nn.Linear, Conv1D, SoftLinear, LowRankLinear or MaskedLinear
-        The layer, in its present form.
+        The layer in its current form.
     """
 
     name: str
@@ -135,25 +135,25 @@ class Target:
         return self.module.out_features, self.module.in_features
 
     def as_weight(self, stored: Tensor) -> Tensor:
-        """A tensor laid out as this layer's parameter (or its gradient), as (m, n)."""
+        """View a tensor in the layout of this layer's parameter (or its gradient) as (m, n)."""
         return stored.T if isinstance(self.module, Conv1D) else stored
 
 
 def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Target]:
-    """The layers of `model` that are factored, in the order of the forward pass, in whatever form they are.
+    """Find the target layers of `model`, in module order, in any form.
 
     Parameters
     ----------
     model : nn.Module
         A transformers model of a family in `ARCHITECTURES`, or any module when `targets` is given.
     targets : callable, optional
-        ``targets(name, module) -> bool`` chooses among the linear layers instead of the table.
+        ``targets(name, module) -> bool`` selects linear layers in place of the table.
 
     Raises
     ------
     ValueError
-        The family is unknown, no layer matches, an adapter (PEFT's) wraps one, or the table names one that is no linear
-        layer (any more).
+        The family is unknown, no layer matches, a PEFT adapter wraps a target, or a target named by the table is not a
+        linear layer (or no longer is).
     """
     named = list(model.named_modules())
     thin = tuple(f"{name}." for name, module in named if isinstance(module, LowRankLinear))
@@ -161,7 +161,7 @@ def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Tar
     choose = _by_table(model) if targets is None else _by_predicate(targets)
     found = []
     for name, module in named:
-        # a thin layer's factors are no layers of their own, and a split one's parts are named for themselves
+        # skip a thin layer's factors, and a split layer itself, whose parts are named separately
         if name.startswith(thin) or (isinstance(module, Replacement) and not isinstance(module, Ranked)):
             continue
         target = choose(name, _wrapped(module))
@@ -173,7 +173,7 @@ def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Tar
                 raise ValueError(f"{name} is wrapped by an adapter, a {kind}: call merge_and_unload() first.")
         if not isinstance(target.module, LINEAR):
             kind = type(module).__name__
-            raise ValueError(f"{name} is a {kind}, no linear layer that can be factored: load the model unquantized.")
+            raise ValueError(f"{name} is a {kind}, not a linear layer to factor: load the model unquantized.")
         found.append(target)
     if not found:
         raise ValueError("No linear layer of this model matches the targets: nothing to factor.")
@@ -181,7 +181,7 @@ def find_targets(model: nn.Module, targets: Predicate | None = None) -> list[Tar
 
 
 def named_targets(model: nn.Module) -> list[str]:
-    """Names of the modules that the family's table chooses, whatever they are; none where the family is unknown."""
+    """Names of the modules that the family's table selects, of any type; empty if the family is unknown."""
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family not in ARCHITECTURES:
         return []
@@ -190,9 +190,9 @@ def named_targets(model: nn.Module) -> list[str]:
 
 
 def check_factorable(targets: Iterable[Target]) -> None:
-    """ValueError, by name, for a dense layer whose weight cannot be factored, or that is more than weight and bias.
+    """Raise ValueError for a dense layer that cannot be factored or has more than weight and bias; name it.
 
-    Quantized, sharded and offloaded weights, parametrizations and pruning, a forward of its own.
+    Refused: quantized, sharded and offloaded weights, parametrizations, pruning, and a custom forward.
     """
     for target in targets:
         name, layer = target.name, target.module
@@ -205,11 +205,11 @@ def check_factorable(targets: Iterable[Target]) -> None:
             kind = f"{type(layer.weight).__name__}, {layer.weight.dtype}"
             raise ValueError(f"{name}.weight is quantized or sharded ({kind}): load the model unquantized and whole.")
         if layer.weight.is_meta or not layer.weight.numel():
-            raise ValueError(f"{name}.weight is offloaded, its values are not here: load the model without device_map.")
+            raise ValueError(f"{name}.weight is offloaded: load the model without device_map.")
         if others:
-            raise ValueError(f"{name} holds {min(others)}: make its parametrization or pruning permanent first.")
+            raise ValueError(f"{name} has {min(others)}: make its parametrization or pruning permanent first.")
         if own or hooks or type(layer).forward not in (nn.Linear.forward, Conv1D.forward):
-            what = hooks[0] if hooks else "a forward of its own"
+            what = hooks[0] if hooks else "a custom forward"
             raise ValueError(f"{name}, a {type(layer).__name__}, has {what}, which would be lost: leave it out.")
 
 
@@ -217,7 +217,7 @@ Choice = Callable[[str, nn.Module], Target | None]
 
 
 def _wrapped(module: nn.Module) -> nn.Module:
-    """The layer that an adapter of PEFT's wraps; any other module itself."""
+    """The layer inside a PEFT adapter; any other module is returned as it is."""
     for wrapper in ("base_layer", "original_module"):
         if isinstance(inner := getattr(module, wrapper, None), nn.Module):
             return inner
@@ -237,7 +237,7 @@ def _by_table(model: nn.Module) -> Choice:
     if family not in ARCHITECTURES:
         raise ValueError(
             f"Unknown model family {family!r}; known: {', '.join(ARCHITECTURES)}. "
-            "For another model pass targets=lambda name, module: ..., true for each linear layer to factor."
+            "For another model, pass targets=lambda name, module: ..., true for each linear layer to factor."
         )
     architecture = ARCHITECTURES[family]
     suffixes = "|".join(re.escape(suffix) for suffix in architecture.targets)

@@ -1,4 +1,4 @@
-"""Budgets: what is counted, what a keep ratio allows, and the exact fit to it."""
+"""Budgets: what is counted, what a keep ratio allows, and how ranks are filled up to it exactly."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ Price = Callable[[int], float]
 
 
 class BudgetNotMet(RuntimeError):
-    """Training ended before the thresholds had cut the model down to its budget."""
+    """Training ended before the thresholds had cut the model to its budget."""
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model, as deployed, and of the dense model that it was before the first change.
+    """Parameters of a model as deployed, and of the dense model before its first change.
 
     Attributes
     ----------
     linear, linear_dense : int
-        Weights of the target linears: kept, and in the dense model. Biases are not among them.
+        Weights of the target linears, without biases: kept, and in the dense model.
     rest, rest_dense : int
-        Everything else: embeddings, biases, norms, heads; a tied tensor counts once. A head or an adapter that came
-        after the first change counts in both.
+        Everything else: embeddings, biases, norms, heads. A tied tensor counts once. A head or an adapter that was
+        added after the first change counts in both.
     moved : int
-        Of `linear`: matrices that took the place of target linears, and that no rank changes.
+        The part of `linear` in matrices that replaced target linears and that no rank changes.
     """
 
     linear: int
@@ -67,22 +67,22 @@ class ParameterCount:
         return self.linear_dense + self.rest_dense
 
     def kept(self, count: str) -> float:
-        """Kept share of the dense model's parameters, `count` "linear" or "total"."""
+        """Kept share of the dense model's parameters; `count` is "linear" or "total"."""
         if count not in PARAMETERS:
             raise ValueError(f"Parameters are counted as 'linear' or 'total', got {count!r}.")
         return (self.linear if count == "linear" else self.total) / self.dense(count)
 
     def dense(self, count: str) -> int:
-        """Of the dense model."""
+        """Count of the dense model."""
         return self.linear_dense if count == "linear" else self.total_dense
 
     def fixed(self, count: str) -> int:
-        """What no rank changes now."""
+        """Parameters that no rank changes."""
         return self.moved + (self.rest if count == "total" else 0)
 
 
 def count_parameters(model: nn.Module, targets: Predicate | None = None) -> ParameterCount:
-    """Count `model` in its dense, soft, masked or deployed form; what learns its rank counts as if cut to it now.
+    """Count `model` in dense, soft, masked or deployed form. Soft and masked layers count as if cut to their rank now.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def count_parameters(model: nn.Module, targets: Predicate | None = None) -> Para
     inside = {id(p) for module in (*(t.module for t in found), *ranked.values()) for p in module.parameters()}
     others = {id(p): p.numel() for p in model.parameters() if id(p) not in inside}
     biased = [t.module for t in found] + list(ranked.values())
-    others |= {id(m.bias): m.bias.numel() for m in biased if m.bias is not None}  # masks hold no parameter
+    others |= {id(m.bias): m.bias.numel() for m in biased if m.bias is not None}  # a mask's bias is no parameter
     moved = sum(size for key, size in others.items() if key in dense.moved)
     return ParameterCount(
         moved + sum(_kept(target.module, target.shape) for target in found),
@@ -121,12 +121,12 @@ class Costs:
     shapes : mapping
         (m, n) of each target linear by name.
     prices : mapping
-        ``price(rank) -> cost`` of each layer by name, never falling; at full rank that of the dense layer. Where
-        a smaller rank costs as much, the layer is better kept dense.
+        ``price(rank) -> cost`` of each layer by name. It never falls, and at full rank it is the cost of the dense
+        layer. If a smaller rank costs as much, the layer is better kept dense.
     rest : float
-        What no rank changes, in the same unit.
+        Cost that no rank changes, in the same unit.
     gone : float
-        What the dense model had besides, in the same unit.
+        Further cost of the dense model, of parts that are gone, in the same unit.
     """
 
     count: str
@@ -142,16 +142,16 @@ class Costs:
 
     @property
     def dense(self) -> float:
-        """Of the whole dense model."""
+        """Cost of the whole dense model."""
         return self.rest + self.gone + sum(price(min(self.shapes[name])) for name, price in self.prices.items())
 
     def of(self, ranks: Mapping[str, int]) -> float:
-        """Of the layers at these ranks, without the rest."""
+        """Cost of the layers at these ranks, without `rest`."""
         return sum(price(ranks[name]) for name, price in self.prices.items())
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits; costs measured anew have others."""
+        """Twelve hexadecimal digits; they differ when costs are measured again."""
         points = []
         for name, shape in self.shapes.items():
             full, price = min(shape), self.prices[name]
@@ -178,10 +178,10 @@ def parameter_costs(
     shapes : mapping
         (m, n) of each target linear by name.
     rest : int
-        Parameters outside of them (`ParameterCount.rest`); they count in "total" only.
+        Parameters outside the targets (`ParameterCount.rest`); counted in "total" only.
     count : {"linear", "total"}
     dense_from : mapping, optional
-        Ranks from which a layer is stored dense although two factors would be smaller.
+        Rank of each layer from which it is stored dense although two factors would be smaller.
     """
     early = dense_from or {}
     prices = {name: partial(_weights, m, n, early.get(name, min(m, n))) for name, (m, n) in shapes.items()}
@@ -195,12 +195,12 @@ class Budget:
     Parameters
     ----------
     keep : float
-        Share that is kept (not removed), above 0 and at most 1.
+        Share to keep (not to remove), above 0 and at most 1.
     count : {"linear", "total", "flops", "latency"}
-        Share of what: the weights of the target linears; all parameters of the model; the multiplications and additions
-        of its forward pass; or its measured time.
+        What it is a share of: the weights of the target linears; all parameters of the model; the multiplications and
+        additions of its forward pass; or its measured time.
     multiple : int
-        Ranks are multiples of this where a layer is not at full rank: 16 suits processors, 8 GPUs.
+        Ranks below full rank are multiples of this: 16 suits CPUs, 8 suits GPUs.
 
     Raises
     ------
@@ -220,23 +220,23 @@ class Budget:
         check_at_least_one(multiple=self.multiple)
 
     def costs(self, shapes: Shapes, parameters: ParameterCount, measured: Costs | None = None) -> Costs:
-        """What this budget counts: parameters, or what was measured.
+        """Return the costs that this budget counts: parameters, or measured costs.
 
-        Where it counts parameters, what was measured says which layers are better stored dense.
+        If it counts parameters, measured costs decide which layers are better stored dense.
 
         Parameters
         ----------
         shapes : mapping
             (m, n) of each target linear by name.
         parameters : ParameterCount
-            Of the model that has them.
+            Of the model with these targets.
         measured : Costs, optional
             From `softlms.count_flops` or `softlms.measure_latency`.
 
         Raises
         ------
         ValueError
-            `measured` is missing, of another count or of another model.
+            `measured` is missing, has another count, or is of another model.
         """
         if measured is not None:
             measured.check(shapes)
@@ -251,16 +251,16 @@ class Budget:
         return measured
 
     def start(self, shapes: Shapes) -> dict[str, int]:
-        """The smallest ranks that this budget can give."""
+        """The smallest ranks that this budget allows."""
         return {name: min(self.multiple, *shape) for name, shape in shapes.items()}
 
     def limit(self, costs: Costs) -> float:
-        """What the target linears may cost.
+        """The cost that the target linears may have.
 
         Raises
         ------
         ValueError
-            Not even the smallest ranks would fit; says why and what would.
+            Even the smallest ranks do not fit; the message says why, and which `keep` would.
         """
         whole, least = costs.dense, costs.of(self.start(costs.shapes))
         limit = self.keep * whole - costs.rest
@@ -269,13 +269,13 @@ class Budget:
         if limit < least:
             smallest = (least + costs.rest) / whole
             if self.count in PARAMETERS:
-                each = "one component a layer needs" if self.multiple == 1 else f"{self.multiple} a layer need"
+                each = "one component per layer needs" if self.multiple == 1 else f"{self.multiple} per layer need"
                 why = f"{each} {least:,} weights"
                 if costs.rest:
                     why = f"embeddings, biases, norms and head alone are {costs.rest:,} parameters, and {why}"
                 of, linear = f"{self.count} ({whole:,} parameters)", int(whole - costs.rest)
             else:
-                why = f"all that is not a target linear takes {costs.rest / whole:.0%} of it"
+                why = f"everything but the target linears takes {costs.rest / whole:.0%} of it"
                 of, linear = self.count, 0
             raise ValueError(
                 f"keep={self.keep} of {of} cannot be met: {why}. "
@@ -339,7 +339,7 @@ def refill(
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)
-        # what does not fit now never will: `left` only falls, and this layer's next price stays
+        # what does not fit now never will: `left` only falls, and the layer's next price does not change
         if price(name) <= left:
             left -= price(name)
             result[name] = following(name)
@@ -349,25 +349,25 @@ def refill(
 
 
 def uniform_ranks(costs: Costs, limit: float, multiple: int = 1) -> dict[str, int]:
-    """The same keep ratio in each layer ("static" rank), filled up exactly to the limit.
+    """Ranks with the same keep ratio in each layer ("static" rank), filled up exactly to the limit.
 
     Parameters
     ----------
     costs : Costs
         See `parameter_costs`.
     limit : float
-        What all layers together may cost.
+        Total cost that all layers together may have.
     multiple : int
         See `Budget`.
 
     Returns
     -------
     dict
-        Ranks by name; what rounding leaves over goes to the layers that are cut deepest.
+        Ranks by name. What rounding leaves over goes to the layers that are cut most.
     """
     dense = costs.dense - costs.rest
     shares = {
-        # a layer that is never called costs nothing at any rank
+        # a layer that is never called is free at any rank
         name: [-costs.prices[name](rank) / (costs.prices[name](min(shape)) or 1) for rank in range(min(shape))]
         for name, shape in costs.shapes.items()
     }
@@ -381,7 +381,7 @@ def _weights(m: int, n: int, dense_from: int, rank: int) -> int:
 
 
 def _below(costs: Costs, name: str, share: float, multiple: int) -> int:
-    """The largest multiple at which a layer costs at most this share of its dense form; 0 if there is none."""
+    """The largest multiple at which a layer costs at most this share of its dense form, or 0."""
     full, price = min(costs.shapes[name]), costs.prices[name]
     low, high = 0, full // multiple
     while low < high:

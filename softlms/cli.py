@@ -1,4 +1,4 @@
-"""The ``softlms`` command; only the module of the command that is called is imported."""
+"""The ``softlms`` command. Only the module of the requested command is imported."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any, get_args, get_type_hints
 
 __all__ = ["main"]
 
-# Each command: its help, the function that it calls, and its options: keywords of that function, or of the one behind
-# "|" to which it passes them on; <name> is positional. Types and defaults are those of the signatures.
+# Each command: its help, the function that it calls, and its options. Options are keywords of that function, or of the
+# one after "|" to which it passes them; <name> is positional. Types and defaults come from the signatures.
 # fmt: off
 COMMANDS = {
-    "figures": ("run notebooks headless and leave figures, tables and a summary", "workbook.run:make_figures",
+    "figures": ("run notebooks headless and write figures, tables and a summary", "workbook.run:make_figures",
                 "<names> profile data model text parameters jobs resume replot"),
     "gallery": ("build the site: methods, notebooks, results, figures, API",
                 "workbook.gallery:print_gallery|build_gallery", "profile out"),
-    "doctor": ("say what is installed here, and what would stop the workbook", "workbook.doctor:print_findings", ""),
-    "check-notebooks": ("run notebooks under nbval, as notebooks/notebooks.toml says",
+    "doctor": ("report what is installed, and what would stop the workbook", "workbook.doctor:print_findings", ""),
+    "check-notebooks": ("run notebooks under nbval, as configured in notebooks/notebooks.toml",
                         "workbook.stamp:check_notebooks", "<jobs>"),
     "stamp": ("execute notebooks in place, and stamp them with what they depend on", "workbook.stamp:stamp_notebooks",
               "<names> check"),
@@ -41,7 +41,7 @@ COMMANDS = {
     "training-memory": ("count and measure the memory that a training step takes",
                         "experiments.training_cost:print_training_memory|training_memory",
                         "<model> form=soft layers batch tokens out"),
-    "verify": ("judge every claim, and compare the generated tables with the rows", "workbook.verify:verify",
+    "verify": ("check every claim, and compare the generated tables with the rows", "workbook.verify:verify",
                "profile write"),
 }
 # fmt: on
@@ -53,7 +53,7 @@ HELP = {
     "batch_size": "rows in a step",
     "bf16": "train under bfloat16 autocast",
     "calibration_rows": "training rows for data-aware factors",
-    "check": "execute nothing: say which are stale, and why",
+    "check": "execute nothing: list the stale ones, and why",
     "count": "what keep is a share of: linear, total, flops or latency",
     "full-size count": "what keep is a share of: total or linear",
     "data": "folder in GLUE's layout, hub or hub@revision, or embedded for docpairs",
@@ -67,10 +67,10 @@ HELP = {
     "inference": "time forward passes instead",
     "check-notebooks jobs": "jobs of notebooks.toml; all by default",
     "jobs": "notebooks at a time; each may use two processes",
-    "keep": "share of the parameters that stays",
-    "layers": "only the first blocks, for a quick look",
+    "keep": "share of the parameters to keep",
+    "layers": "use only the first blocks, for a quick look",
     "learning_rate": "learning rate of the weights during compression",
-    "max_length": "tokens in a row at most",
+    "max_length": "maximum number of tokens in a row",
     "method": "method or chain: soft, mask, uniform, energy, greedy, sensitivity",
     "compress model": "classifier or encoder: folder, hub name or name@revision, or minilm",
     "figures model": "folder or hub name of another encoder",
@@ -78,20 +78,20 @@ HELP = {
     "full-size model": "bert-base, gpt2, tinyllama-1.1b or mamba-130m (random weights); or a folder or hub name",
     "training-memory model": "bert-base, gpt2, tinyllama-1.1b or mamba-130m (random weights)",
     "models": "bert-base, gpt2, tinyllama-1.1b, mamba-130m; all by default",
-    "names": "notebooks by name or its beginning, such as 03; all by default",
-    "out": "CSV file to which the rows are added",
+    "names": "notebooks by name or prefix, such as 03; all by default",
+    "out": "CSV file to append the rows to",
     "benchmark out": "CSV file to write as well",
     "benchmark-scan out": "CSV file to write as well",
     "compress out": "folder for the compressed model",
     "gallery out": "folder of the site",
     "parameters": "any other parameter of the notebooks",
     "profile": "quick, laptop or paper",
-    "replot": "run nothing: draw the figures again from the tables",
+    "replot": "run nothing: redraw the figures from the tables",
     "results": "folder with laptop ranks: trained ranks beside uniform ones",
     "resume": "skip notebooks that are finished and unchanged",
     "rounds": "interleaved rounds",
     "seed": "seed of all random numbers",
-    "split": "take GPT-2's fused projections apart first",
+    "split": "split GPT-2's fused projections first",
     "task": "mrpc, rte, sst2, cola, stsb or docpairs",
     "text": "text of the language models: folder, hub or embedded",
     "threads": "threads",
@@ -109,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 if all went well, 1 if a notebook, a claim or a training failed, 2 for bad input, 130 after Ctrl-C.
+        0 on success, 1 if a notebook, a claim or a training failed, 2 for bad input, 130 after Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):  # what a console's encoding lacks is written as its code, not an error
+    for stream in (sys.stdout, sys.stderr):  # characters that the console cannot encode are escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="command", required=True)
     parsers = {command: commands.add_parser(command, help=entry[0]) for command, entry in COMMANDS.items()}
     if name is None:
-        parser.parse_args(arguments)  # help or an error: it exits
+        parser.parse_args(arguments)  # exits: help, or an error
         return 2
     try:
         module, functions = COMMANDS[name][1].split(":")
@@ -149,7 +149,7 @@ def _add_option(parser: argparse.ArgumentParser, command: str, option: str, decl
         settings |= {"nargs": "*"} if positional else {"action": "append", "default": []}
         settings["metavar"] = METAVARS.get(name)
     else:
-        settings["type"] = next(iter(get_args(kind)), kind)  # the first one of a union
+        settings["type"] = next(iter(get_args(kind)), kind)  # the first type of a union
         if default is not inspect.Parameter.empty:
             settings["default"] = default
             settings["help"] += "" if default in (None, "") else " (default %(default)s)"
@@ -166,12 +166,12 @@ def _compress(*, out: str, **settings: Any) -> int:
 
     try:
         compress(Compression(**settings), out)
-    except RuntimeError as error:  # training diverged, or memory ran out
+    except RuntimeError as error:  # training diverged, or out of memory
         print(f"softlms compress: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
 
 def _one_line(error: Exception) -> str:
-    """Errors of other libraries may have many lines."""
+    """Errors of other libraries may span several lines."""
     return " ".join(str(error).split())

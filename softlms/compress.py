@@ -1,4 +1,4 @@
-"""One call from a model's name to a compressed model on disk; the ``softlms compress`` command."""
+"""One call from a model's name to a compressed model on disk: the ``softlms compress`` command."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ NOTE, LATENCY = "softlms_compress.json", "latency.json"  # in the work folder
 
 @dataclass(frozen=True)
 class Compression:
-    """Settings of `compress`; what is not among them is as `softlms.decompose` and `softlms.SoftTrainer` have it.
+    """Settings of `compress`. All others have the defaults of `softlms.decompose` and `softlms.SoftTrainer`.
 
     Attributes
     ----------
     model : str
-        A fine-tuned classifier, or an encoder that is fine-tuned first: folder, hub name, or "minilm".
+        A fine-tuned classifier, or an encoder to fine-tune first: folder, hub name, or "minilm".
     task, data : str
         See `softlms.load_task`.
     keep, count
-        See `softlms.Budget`. FLOPs and time are those of one row, as long as the longest of the training rows.
+        See `softlms.Budget`. FLOPs and time are those of one row with the length of the longest training row.
     method : str
         A method or a chain of methods, such as "mask" or "soft+thin"; see `softlms.methods.chain.parse`.
     factors : {"svd", "fwsvd", "asvd", "whitened"}
-        For a method that takes factors, where its name says none; see `softlms.factorize`.
+        For a method that takes factors, if its name does not say which; see `softlms.factorize`.
     epochs, learning_rate, alpha_learning_rate, distillation
-        Of the training that compresses and recovers; for the rate of alpha see `softlms.SoftTrainer`.
+        Of the training that compresses and recovers; for alpha's learning rate see `softlms.SoftTrainer`.
     dense_epochs, dense_learning_rate
-        Of the fine-tuning, where the model has no head for the task yet.
+        Of the fine-tuning, if the model has no head for the task yet.
     calibration_rows, batch_size, max_length, seed : int
     bf16 : bool
         Train under bfloat16 autocast.
@@ -95,7 +95,7 @@ class Compression:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in plain(asdict(self), "Compression").items():  # numpy's numbers, paths: JSON has to hold them
+        for name, value in plain(asdict(self), "Compression").items():  # for JSON: NumPy numbers, paths
             object.__setattr__(self, name, value)
         Budget(self.keep, self.count)
         check_factors(self.factors)
@@ -122,36 +122,36 @@ class Compression:
 
 
 def compress(settings: Compression, out: str | Path, *, console: Console | None = None) -> PreTrainedModel:
-    """Fine-tune if need be, decompose, learn ranks, recover, deploy, and save.
+    """Fine-tune if needed, decompose, learn ranks, recover, deploy, and save.
 
     Parameters
     ----------
     settings : Compression
     out : str or Path
-        Folder for the compressed model and its tokenizer: ``from_pretrained`` loads it after ``import softlms``. Beside
-        it ``OUT.partial`` holds checkpoints of each epoch while the work lasts: the same call continues from there
-        after an interruption of any kind, and ends with the same model.
+        Folder for the compressed model and its tokenizer; ``from_pretrained`` loads it after ``import softlms``. While
+        the run lasts, ``OUT.partial`` beside it stores a checkpoint of each epoch. After any interruption, the same
+        call continues from there and ends with the same model.
     console : rich.console.Console, optional
-        Where steps and the table of results go.
+        Prints the steps and the table of results.
 
     Returns
     -------
     PreTrainedModel
-        The deployed model, as its folder holds it.
+        The deployed model, as saved in `out`.
 
     Raises
     ------
     ValueError, OSError
-        Wrong settings, model, data or output folder, another run at work there, or an interrupted one with other
-        settings: before any work, and nothing is left.
+        Wrong settings, model, data or output folder, another run active there, or an interrupted run with other
+        settings. Raised before any work; nothing is left behind.
     RuntimeError
-        Training diverged. Its checkpoints stay.
+        Training diverged. Its checkpoints are kept.
     """
     console, place = console or Console(), Path(out).resolve()
     work = place.parent / f"{place.name}.partial"
     with _alone(work) as killed:
         if _was_finished(settings, place, work, killed):
-            console.print(f"{out} was finished before: what is left of the work goes now")
+            console.print(f"{out} was finished before: removing leftover files")
         else:
             _compress(settings, place, work, console)
         _remove(work)
@@ -159,7 +159,7 @@ def compress(settings: Compression, out: str | Path, *, console: Console | None 
 
 
 def _compress(settings: Compression, out: Path, work: Path, console: Console) -> None:
-    """All that `compress` does, but for a lock and for tidying up."""
+    """The work of `compress`, without the lock and the cleanup."""
     data = load_task(settings.task, settings.data)
     encoder = find_encoder(settings.model)
     made_from = asdict(settings) | {"weights": weights_hash(encoder.location), "sentences": _hash(data)}
@@ -168,7 +168,7 @@ def _compress(settings: Compression, out: Path, work: Path, console: Console) ->
         _check_same(work, made_from)
     tokenizer = encoder.tokenizer()
     if tokenizer.pad_token is None:
-        raise ValueError(f"The tokenizer of {encoder.source} has no padding token: give it one, and save it again.")
+        raise ValueError(f"The tokenizer of {encoder.source} has no padding token: set one, and save it again.")
     rows, collator = encode(data, tokenizer, settings.max_length), DataCollatorWithPadding(tokenizer)
 
     if settings.bf16 and not fast_bf16():
@@ -176,11 +176,11 @@ def _compress(settings: Compression, out: Path, work: Path, console: Console) ->
 
     transformers.set_seed(settings.seed)
     dense, has_head = encoder.with_head(data.task)
-    dense.to(device())  # where the Trainer will have it: what is not trained should not be slower
+    dense.to(device())  # where the Trainer will put it: keep all other work as fast
     _check_rows(dense, rows)
-    if dense.config.pad_token_id is None:  # classifiers of language models ask for it
+    if dense.config.pad_token_id is None:  # sequence classifiers on language models need it
         dense.config.pad_token_id = tokenizer.pad_token_id
-    # the budget is checked here and now: it would be a pity after an hour of fine-tuning
+    # check the budget now, not after an hour of fine-tuning
     costs = _costs(settings, dense, max(rows["train"]["length"]), work if resumed else None)
     Budget(settings.keep, settings.count).limit(costs)
     if has_head:
@@ -242,7 +242,7 @@ def _fine_tuned(
     work: Path,
     console: Console,
 ) -> PreTrainedModel:
-    """The model with a head that knows the task: read back from its folder, whether it was trained now or before."""
+    """The model with a head for the task, always loaded from its folder, whether trained now or before."""
     folder = work / "dense"
     if not folder.is_dir():
         console.print(f"{encoder.source} has no head for {settings.task}: fine-tuning a new one first")
@@ -254,13 +254,13 @@ def _fine_tuned(
         _write(work / "dense.saving", model)
         (work / "dense.saving").rename(folder)
     dense = load_classifier(folder, dtype=torch.float32).to(device())
-    dense.config.name_or_path = encoder.location  # the folder will be gone: the model card names where it came from
+    dense.config.name_or_path = encoder.location  # that folder is temporary: the model card names the source
     return dense
 
 
 def _costs(settings: Compression, model: PreTrainedModel, tokens: int, begun: Path | None) -> Costs:
-    """What the budget counts of the dense model; time is that of when the work began."""
-    targets = linear_targets(model)  # refuses what cannot be factored
+    """Costs of the dense model. Time is the one measured when the work began."""
+    targets = linear_targets(model)  # rejects what cannot be factored
     if settings.count == "flops":
         return count_flops(model, tokens=tokens)
     if settings.count == "latency":
@@ -284,22 +284,22 @@ def _write_latency(file: Path, costs: Costs) -> None:
 
 
 def _check_rows(model: PreTrainedModel, rows: Mapping[str, datasets.Dataset]) -> None:
-    """A row longer than the model reads, or tokens that it does not have, would end training in the middle."""
+    """Rows longer than the model reads, or unknown tokens, would stop training in the middle."""
     used = [rows["train"], rows["dev"]]
     longest = max(max(split["length"]) for split in used)
-    positions = getattr(model.config, "max_position_embeddings", longest)  # a state space has no limit
+    positions = getattr(model.config, "max_position_embeddings", longest)  # a state space model has no limit
     if longest > positions:
         raise ValueError(f"Rows are up to {longest} tokens long, and the model reads {positions}: lower max_length.")
     largest = max(max(ids) for split in used for ids in split["input_ids"])
     known = model.get_input_embeddings().num_embeddings
     if largest >= known:
-        raise ValueError(f"The tokenizer gives token {largest}, the model has {known}: it is of another model.")
+        raise ValueError(f"The tokenizer returns token {largest}, the model has {known}: use the model's tokenizer.")
 
 
 def _check_head(
     settings: Compression, model: PreTrainedModel, data: TaskData, dev: datasets.Dataset, collator: DataCollator
 ) -> None:
-    """A head of another task may have the right shape too, and would teach nonsense."""
+    """A head of another task may have the right shape, and would be a bad teacher."""
     if "accuracy" not in data.task.metrics:
         return
     accuracy = evaluate(model, data.task, dev, collator)["accuracy"]
@@ -314,9 +314,9 @@ def _check_head(
 
 @contextlib.contextmanager
 def _alone(work: Path) -> Iterator[bool]:
-    """Nobody else is at work there; of a run that ends before any training nothing is left.
+    """Lock the work folder. A run that ends before any training leaves nothing behind.
 
-    Gives whether the run before this one was killed, and so left its lock.
+    Yields whether the previous run was killed, and so left its lock.
     """
     new = [folder for folder in work.parents if not folder.exists()]
     check_writable([work.parent])
@@ -331,44 +331,44 @@ def _alone(work: Path) -> Iterator[bool]:
     finally:
         if (work / NOTE).is_file() and not _has_begun(work):
             _remove(work)
-        with contextlib.suppress(OSError):  # Windows removes no file that is open; filelock does it there
+        with contextlib.suppress(OSError):  # Windows cannot remove an open file; filelock does it there
             place.unlink()
         lock.release()
         for folder in new:
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
 
 def _was_finished(settings: Compression, out: Path, work: Path, killed: bool) -> bool:
-    """Whether a run with these settings was killed between its last step and the end of tidying up.
+    """Whether a run with these settings was killed between its last step and the end of the cleanup.
 
     Raises
     ------
     FileExistsError
-        `out` holds something else, or `work` does.
+        `out` or `work` contains something else.
     """
     if work.exists() and not (work / NOTE).is_file() and (work.is_file() or any(work.iterdir())):
-        raise FileExistsError(f"{work} is needed for the work in between, and holds something else: move it away.")
+        raise FileExistsError(f"{work} is needed for intermediate files, and contains something else: move it away.")
     if out.is_mount():
-        raise FileExistsError(f"{out} is a mount point, which cannot be put in place whole: choose a folder in it.")
+        raise FileExistsError(f"{out} is a mount point and cannot be replaced: choose a folder in it.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     notes = _read(out / "config.json").get("softlms", {})
-    known = {name: value for name, value in asdict(settings).items() if name != "data"}  # there by another name
+    known = {name: value for name, value in asdict(settings).items() if name != "data"}  # stored under another name
     if (killed or work.is_dir()) and all(notes.get(name) == value for name, value in known.items()):
         return True
-    raise FileExistsError(f"{out} holds something already: choose another folder, or remove it.")
+    raise FileExistsError(f"{out} already contains something: choose another folder, or remove it.")
 
 
 def _has_begun(work: Path) -> bool:
-    """Whether anything is there that took time."""
+    """Whether the folder contains results that took time."""
     return (work / "dense").is_dir() or any(
         last_checkpoint(place) for place in {p.parent for p in work.rglob("checkpoint-*")}
     )
 
 
 def _check_same(work: Path, made_from: Mapping[str, Any]) -> None:
-    """An error if an earlier run with other settings, or from other files, is there."""
+    """Raise if the folder is of an earlier run with other settings or from other files."""
     before = _read(work / NOTE)
     changed = [
         f"{name} {before.get(name)}, not {value}" if name in Compression.__annotations__ else name
@@ -384,14 +384,14 @@ def _check_same(work: Path, made_from: Mapping[str, Any]) -> None:
 def _begin(work: Path, made_from: Mapping[str, Any], costs: Costs) -> None:
     _remove(work)
     work.mkdir()
-    # first: by it the folder is known as ours
+    # first: this file marks the folder as ours
     (work / NOTE).write_text(json.dumps(made_from, indent=1), encoding="utf-8")
     if costs.count == "latency":
         _write_latency(work / LATENCY, costs)
 
 
 def _remove(work: Path) -> None:
-    """The note last: what a kill leaves is still known as ours."""
+    """Remove the note last, so that leftovers of a kill are still recognized as ours."""
     if not work.is_dir():
         return
     for path in work.iterdir():
@@ -403,7 +403,7 @@ def _remove(work: Path) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON file's content; nothing where it is missing or broken off."""
+    """Content of a JSON file; empty if it is missing or truncated."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -416,7 +416,7 @@ def _hash(data: TaskData) -> str:
 
 
 def _write(folder: Path, *parts: Any) -> None:
-    """Save a model and its tokenizer, in place of what a kill may have left half-written."""
+    """Save a model and its tokenizer; replace what a kill may have left half-written."""
     shutil.rmtree(folder, ignore_errors=True)
     for part in parts:
         part.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`DistillingTrainer`: a transformers Trainer with a teacher; how rows fall into batches does not change its steps."""
+"""`DistillingTrainer`: a transformers Trainer with a teacher. Its steps do not depend on how rows are batched."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from softlms.losses import distillation_loss
 
 __all__ = ["DistillingTrainer"]
 
-PREPARED = ("forward", "_is_accelerate_prepared")  # what accelerate sets on a model itself
+PREPARED = ("forward", "_is_accelerate_prepared")  # attributes that accelerate sets on a model
 
 
 class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """Length-grouped order that depends on seed and epoch alone, so that a resumed run sees the same batches.
+    """Length-grouped order that depends only on seed and epoch, so that a resumed run sees the same batches.
 
-    The epoch is asked for rather than set: accelerate's wrappers do not pass ``set_epoch`` on to here.
+    The epoch is read, not set: accelerate's wrappers do not pass ``set_epoch`` on to this sampler.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: Callable[[], int]) -> None:
@@ -36,12 +36,12 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
 
 class DistillingTrainer(Trainer):
-    """A Trainer whose task loss may be mixed with distillation from a dense model's stored logits.
+    """A Trainer that can mix the task loss with distillation from a dense model's stored logits.
 
     Parameters
     ----------
     distillation : float
-        Share of the distillation loss, 0 to 1: L_task = (1 - d) L_labels + d KL. Above 0 the data set needs a
+        Share d of the distillation loss, 0 to 1: L_task = (1 - d) L_labels + d KL. Above 0 the data set needs a
         column ``teacher_logits`` (see `softlms.evaluation.add_teacher_logits`).
     **kwargs
         As for ``transformers.Trainer``.
@@ -65,7 +65,7 @@ class DistillingTrainer(Trainer):
             raise ValueError("distillation needs a column 'teacher_logits': use softlms.add_teacher_logits first.")
         super().__init__(model, **kwargs)
         self.distillation = distillation
-        # the model's loss is the mean over its batch, for classifiers do not heed a count; see `_weight`
+        # the model's loss is the mean over its batch, as classifiers ignore num_items_in_batch; see `_weight`
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         if self.compute_loss_func is not None:
@@ -87,13 +87,13 @@ class DistillingTrainer(Trainer):
         return sampler
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's train; afterwards the model computes in its own precision again, whatever it was trained in."""
+        """As in Trainer; afterwards the model computes in its own precision again, whatever it was trained in."""
         held = self.model.__dict__
         own = {name: held[name] for name in PREPARED if name in held}
         try:
             return super().train(*args, **kwargs)
         finally:
-            # accelerate replaces forward by one under autocast, for good; the user's own comes back, or a hook's
+            # accelerate replaces forward by one under autocast for good: restore the previous one
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             for name in PREPARED:
                 held.pop(name, None)
@@ -106,20 +106,20 @@ class DistillingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss, mixed with distillation where the batch carries the teacher's logits."""
+        """The task loss, mixed with distillation if the batch contains teacher logits."""
         teacher = inputs.pop("teacher_logits", None)
         weight = self._weight(inputs) if model.training else 1.0
-        loss, outputs = super().compute_loss(model, inputs, True)  # a mean over this batch
+        loss, outputs = super().compute_loss(model, inputs, True)  # mean over this batch
         if self.distillation and model.training:
             loss = (1 - self.distillation) * loss + self.distillation * distillation_loss(outputs.logits, teacher)
         return (weight * loss, outputs) if return_outputs else weight * loss
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On the model's device, and with positions of their own for rows that are padded on the left."""
+        """Move to the model's device; rows padded on the left get their own positions."""
         return prepared(self.model, super()._prepare_inputs(inputs))
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
-        """The batches of one optimizer step; remembers how many labels one of them has on average, all processes'."""
+        """The batches of one optimizer step; stores their mean number of labels over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._mean_items = None
         if batches and all("labels" in batch for batch in batches):
@@ -128,19 +128,19 @@ class DistillingTrainer(Trainer):
         return batches, None
 
     def _mean_of(self, function: Callable[..., Tensor], outputs: Any, labels: Any, **_: Any) -> Tensor:
-        """The user's loss, a mean over this batch like the models' own."""
+        """The user's loss, as a mean over this batch like the model's own loss."""
         return function(outputs, labels, num_items_in_batch=None if labels is None else self._count(labels))
 
     def _items(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Labels of a batch that its loss is a mean over."""
+        """Number of labels in a batch that its loss is a mean over."""
         return self._count(prepared(self.model, batch)["labels"])
 
     def _count(self, labels: Tensor) -> Tensor:
         return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(IGNORED).sum()
 
     def _weight(self, batch: Mapping[str, Tensor]) -> Tensor | float:
-        """What a batch's mean loss counts in the accumulated step: its labels, over their mean number in a batch.
+        """Weight of a batch's mean loss in the accumulated step: its labels, over their mean number per batch.
 
-        Accumulated batches and processes are so weighed like the rows of one large batch.
+        This weights accumulated batches and processes like the rows of one large batch.
         """
         return 1.0 if self._mean_items is None else self._items(batch) / self._mean_items

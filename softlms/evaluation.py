@@ -1,4 +1,4 @@
-"""Metrics of the tasks, and what a dense teacher says of a data set."""
+"""Task metrics, and the logits of a dense teacher on a data set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def compute_metrics(task: Task | TaskData) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The task's metrics as ``transformers.Trainer`` wants them; shares from 0 to 1 (correlations -1 to 1)."""
+    """The task's metrics in the form of ``transformers.Trainer``; shares from 0 to 1 (correlations -1 to 1)."""
     task = task.task if isinstance(task, TaskData) else task
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -46,25 +46,25 @@ def evaluate(
     data_collator: DataCollator,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """The task's metrics of `model` on an encoded data set, without dropout, in the model's own dtype.
+    """Compute the task's metrics for `model` on an encoded data set, without dropout, in the model's own dtype.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Any form: dense, soft or deployed. It runs where it is: move it to the accelerator first.
+        Dense, soft or deployed. It runs on its current device: move it to the accelerator first.
     task : TaskData or Task
         From `softlms.load_task`, or one of `softlms.TASKS`.
     dataset : datasets.Dataset
-        One split from `softlms.encode`, or any with "labels" (class ids, or scores for regression). The model is given
+        One split from `softlms.encode`, or any with "labels" (class ids, or scores for regression). The model gets
         every column that its forward takes.
     data_collator : callable
-        Pads a batch, as for ``transformers.Trainer``, on either side.
+        Pads a batch on either side, as for ``transformers.Trainer``.
     batch_size : int
 
     Returns
     -------
     dict
-        Metric name to value, as in `compute_metrics`.
+        Value of each metric by name, as in `compute_metrics`.
 
     Raises
     ------
@@ -80,9 +80,9 @@ def evaluate(
 def add_teacher_logits(
     dataset: datasets.Dataset, teacher: PreTrainedModel, data_collator: DataCollator, batch_size: int = 64
 ) -> datasets.Dataset:
-    """`dataset` with a column "teacher_logits", the (classes,) outputs of `teacher` without dropout.
+    """Add a column "teacher_logits" to `dataset`: the (classes,) outputs of `teacher` without dropout.
 
-    Computed once: during training the teacher then costs nothing. Parameters as in `evaluate`; no labels are needed.
+    Computed once, so the teacher costs nothing during training. Parameters as in `evaluate`; no labels are needed.
     """
     return dataset.add_column("teacher_logits", _logits(teacher, dataset, data_collator, batch_size).tolist())
 
@@ -91,12 +91,12 @@ def add_teacher_logits(
 def mean_loss(
     model: PreTrainedModel, dataset: datasets.Dataset, data_collator: DataCollator, batch_size: int = 64
 ) -> float:
-    """The model's own loss, without dropout: its mean over the labels, whatever the batches; see `evaluate`.
+    """The model's own loss without dropout, as a mean over the labels, however they are batched; see `evaluate`.
 
     Raises
     ------
     ValueError
-        The model takes none of the columns, or gives no loss: the rows have no labels that count.
+        The model takes none of the columns, or returns no loss because the rows have no labels that count.
     """
     total, number = 0.0, 0
     with in_eval_mode(model):
@@ -106,12 +106,12 @@ def mean_loss(
                 total += loss.item() * counted
                 number += counted
     if not number:
-        raise ValueError(f"{type(model).__name__} gives no loss: the rows have no labels that count.")
+        raise ValueError(f"{type(model).__name__} returns no loss: the rows have no labels that count.")
     return total / number
 
 
 def _counted(batch: Mapping[str, Tensor]) -> int:
-    """Over how many labels a batch's loss is a mean: tokens of a language model, else rows."""
+    """Number of labels that a batch's loss is a mean over: tokens for a language model, else rows."""
     labels = batch.get("labels")
     if labels is None or labels.is_floating_point():
         return len(next(iter(batch.values())))
@@ -123,8 +123,8 @@ def _logits(
     model: PreTrainedModel, dataset: datasets.Dataset, data_collator: DataCollator, batch_size: int
 ) -> np.ndarray:
     """(rows, classes) in float32, in the order of `dataset`."""
-    # not through a Trainer: precision is a process-wide state there, and would be that of the last training run
-    order = np.argsort(lengths(dataset), kind="stable")  # batches of similar length pad little
+    # not a Trainer: its precision is process-wide state, and would be that of the last training run
+    order = np.argsort(lengths(dataset), kind="stable")  # batches of similar length need little padding
     with in_eval_mode(model):
         rows = batches(model, dataset.select(order), data_collator, batch_size)
         logits = [model(**batch).logits.float().cpu() for batch in rows]
@@ -137,12 +137,12 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
     Parameters
     ----------
     a, b : sequence of float
-        One value a seed, in the same order; at least two.
+        One value per seed, in the same order; at least two.
 
     Returns
     -------
     tuple of float
-        Mean, lower and upper end.
+        Mean, lower and upper bound.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, fl
         The lengths differ, or there are fewer than two pairs.
     """
     if len(a) != len(b) or len(a) < 2:
-        raise ValueError(f"Paired runs of equal number, two or more, are needed; got {len(a)} and {len(b)}.")
+        raise ValueError(f"Paired runs are needed, two or more, and equally many; got {len(a)} and {len(b)}.")
     difference = np.asarray(a) - np.asarray(b)
     half = stats.t.ppf(0.975, len(a) - 1) * stats.sem(difference)
     return float(difference.mean()), float(difference.mean() - half), float(difference.mean() + half)

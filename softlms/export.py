@@ -1,6 +1,6 @@
-"""A compressed model as ONNX: dynamic batch and length, checked against torch before it is kept.
+"""Export a compressed model to ONNX with dynamic batch and length; the file is checked against torch.
 
-Weights in 8 bits cannot be checked that way, they do move the outputs: how far is measured, and said.
+8-bit weights do change the outputs, so this check does not apply to them: the change is measured and reported.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from softlms.measure import random_rows
 
 __all__ = ["export_onnx", "onnx_logits"]
 
-SHAPES = ((1, 7), (3, 20))  # batch and length at which the file is checked: neither is the exported one
-PROTOBUF = 1.9e9  # bytes that one file may hold
-TOLERANCE = 1e-4  # of the largest logit
-AGREEMENT = 0.9  # share of rows on which the 8-bit model must answer as torch does
+SHAPES = ((1, 7), (3, 20))  # batch and length of the checks, other than those of the export
+PROTOBUF = 1.9e9  # largest size of one file in bytes
+TOLERANCE = 1e-4  # relative to the largest logit
+AGREEMENT = 0.9  # share of rows on which the 8-bit model must give torch's answer
 
 logger = transformers_logging.get_logger(__name__)
 
 
 class _Logits(nn.Module):
-    """The graph: a row means what it means alone, whatever padding stands before it (see `softlms.data.inputs`)."""
+    """The graph to export: padding before a row does not change its result (see `softlms.data.inputs`)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -68,33 +68,33 @@ def export_onnx(
     rows: datasets.Dataset | None = None,
     data_collator: DataCollator | None = None,
 ) -> Path:
-    """Write a model with inputs ``input_ids`` and ``attention_mask``, (batch, length), and output ``logits``.
+    """Export a model with inputs ``input_ids`` and ``attention_mask``, (batch, length), and output ``logits``.
 
-    A model that tells two sentences apart, like BERT, has ``token_type_ids`` as a third.
+    A model with sentence types, like BERT, has ``token_type_ids`` as a third input.
 
     Parameters
     ----------
     model : PreTrainedModel
-        With logits; in eval mode, float32, deployed or dense; not changed.
+        A model with logits, in eval mode, float32, deployed or dense. It is not changed.
     path : str or Path
-        The ``.onnx`` file; it appears whole or not at all.
+        The ``.onnx`` file. It is written completely or not at all.
     int8 : bool
-        Store the weights of linear layers in 8 bits on top, with a scale for each output (onnxruntime's dynamic
-        quantization; inputs of the layers are rounded to 8 bits as they come), thin layers in a basis that loses
-        little (`softlms.lowrank.basis`). Of the 8 bits 7 are used, so that processors without VNNI instructions, on
-        which 16-bit sums would overflow, answer like the others. The check against torch is that of the model before.
-        What the rounding then does is measured and logged as a warning, in one line: on `rows`, else on random tokens,
-        which say nothing of a task.
+        Also store the weights of linear layers in 8 bits, with one scale per output (onnxruntime's dynamic
+        quantization; layer inputs are rounded to 8 bits at run time). Thin layers are stored in a basis that loses
+        little (`softlms.lowrank.basis`). Only 7 of the 8 bits are used, so that processors without VNNI instructions,
+        on which 16-bit sums would overflow, give the same answers. The check against torch is done before rounding.
+        The effect of rounding is measured on `rows`, else on random tokens, which say nothing about a task. It is
+        logged as a one-line warning.
     rows : Dataset, optional
-        For int8: a split from `softlms.encode`, such as dev. The share on which the answer (the largest logit) is not
-        torch's is the most that an accuracy can lose.
+        For int8: a split from `softlms.encode`, such as dev. Accuracy can lose at most the share of rows on which the
+        answer (the largest logit) differs from torch's.
     data_collator : callable, optional
         Pads a batch of `rows`, as for ``transformers.Trainer``.
 
     Returns
     -------
     Path
-        The file.
+        Path of the file.
 
     Raises
     ------
@@ -102,10 +102,10 @@ def export_onnx(
         onnx, onnxscript or onnxruntime is missing: ``pip install softlms[export]``.
     ValueError
         The model is in training mode, in another precision, not deployed, without logits, or too large for int8 (2 GB);
-        `rows` are empty, come without `data_collator`, or without `int8`.
+        `rows` are empty, or given without `data_collator` or `int8`.
     RuntimeError
         onnxruntime's logits differ from torch's by more than 1e-4 of the largest, or the 8-bit model gives torch's
-        answer on less than 90 % of `rows`: no file is kept.
+        answer on less than 90 % of `rows`. No file is kept.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
@@ -117,7 +117,7 @@ def export_onnx(
     if any(isinstance(module, SoftLinear) for module in model.modules()):
         raise ValueError("The model still learns its ranks: call softlms.deploy(model) first.")
     if any(isinstance(module, MaskedLinear) for module in model.modules()):
-        raise ValueError("The model still learns its masks: cut the dense one to their ranks with softlms.truncate.")
+        raise ValueError("The model still learns its masks: cut the dense model to their ranks with softlms.truncate.")
     large = sum(p.nbytes for p in model.parameters()) > PROTOBUF
     if int8 and large:
         raise ValueError("int8 is for models below 2 GB: onnxruntime's quantization loads the whole graph.")
@@ -133,9 +133,9 @@ def export_onnx(
     with torch.inference_mode(), torch.random.fork_rng(devices=[]), fast_scan():
         inputs = example_rows(network, 2, 11)
         if "logits" not in network(**inputs):
-            raise ValueError(f"{type(model).__name__} gives no logits: export a model with a head that does.")
+            raise ValueError(f"{type(model).__name__} returns no logits: export a model with a head that does.")
         examples = list(_answered(network, _padded(network)))
-    if int8:  # the examples are from before: a basis that changes the outputs is found as any other error
+    if int8:  # the reference logits are from before: a basis that changes the outputs is detected
         change_basis_(network, balance, rotate)
     quiet = without_notices()
     exporting = tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent)
@@ -155,13 +155,13 @@ def export_onnx(
         if not (error := _compare(examples, file).largest) < TOLERANCE:
             raise RuntimeError(f"onnxruntime's logits differ from torch's by {error:.1e} of the largest: not kept.")
         if int8:
-            # 7 bits of the 8: sums of pairs of products fit 16 bits, which processors without VNNI would cut off
+            # 7 of 8 bits: sums of two products fit 16 bits, at which processors without VNNI saturate
             file = quantize(file, per_channel=True, reduce_range=True)
             seen = examples if rows is None else _answered(network, _batches(rows, data_collator, inputs))
             said = _judge(_compare(seen, file), network, measured=rows is not None)
         for part in Path(folder).iterdir():
             if part.name.startswith(file.name) and part != file:
-                part.replace(path.parent / part.name)  # weights of their own, before the graph that names them
+                part.replace(path.parent / part.name)  # separate weight files, before the graph that refers to them
         file.replace(path)
     if int8:
         logger.warning(f"{path}, int8: {said}.")
@@ -169,13 +169,13 @@ def export_onnx(
 
 
 def onnx_logits(path: str | Path, inputs: dict[str, Tensor], *, threads: int = 1) -> Tensor:
-    """Logits of an exported model.
+    """Compute the logits of an exported model.
 
     Parameters
     ----------
     path : str or Path
     inputs : dict
-        ``input_ids``, ``attention_mask`` and, where the model has them, ``token_type_ids`` (0 if not given), all
+        ``input_ids``, ``attention_mask`` and, if the model has them, ``token_type_ids`` (0 if not given), all
         (batch, length).
     threads : int
     """
@@ -183,14 +183,14 @@ def onnx_logits(path: str | Path, inputs: dict[str, Tensor], *, threads: int = 1
 
 
 def _run(session: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    if any(node.name == "token_type_ids" for node in session.get_inputs()):  # as transformers does without them
+    if any(node.name == "token_type_ids" for node in session.get_inputs()):  # default, as in transformers
         inputs = {"token_type_ids": torch.zeros_like(inputs["input_ids"]), **inputs}
     logits = session.run(["logits"], {name: values.numpy() for name, values in inputs.items()})[0]
     return torch.from_numpy(np.asarray(logits))
 
 
 def example_rows(model: PreTrainedModel, batch: int, length: int) -> dict[str, Tensor]:
-    """Random rows with every input of the exported model, in its order."""
+    """Random rows with every input of the exported model, in order."""
     rows = random_rows(model.config.vocab_size, batch, length)
     segments = getattr(model.config, "type_vocab_size", 1)
     if segments > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
@@ -210,7 +210,7 @@ def onnx_session(path: str | Path, threads: int = 1) -> Any:
 
 @contextmanager
 def without_notices() -> Iterator[None]:
-    """Of the exporter and the quantization: about torchvision, axis names, preprocessing; nothing to act on."""
+    """Silence exporter and quantization notices on torchvision, axis names, preprocessing: no action is needed."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -222,15 +222,15 @@ def without_notices() -> Iterator[None]:
 
 
 def quantize(file: Path, **options: Any) -> Path:
-    """The file, changed in place: weights of linear layers in 8 bits; options as for onnxruntime's quantize_dynamic."""
+    """Round weights of linear layers to 8 bits, in place; options as for onnxruntime's quantize_dynamic."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(file)
-    graph.graph.ClearField("value_info")  # the exporter's shapes of weights are those before it transposed them
+    graph.graph.ClearField("value_info")  # the exporter's weight shapes are from before it transposed them
     onnx.save(graph, file)
     small = file.with_name(f"int8-{file.name}")
-    # a Gemm becomes a MatMul there; the last axis, that of the outputs, is the one that gets the scales
+    # a Gemm becomes a MatMul; the scales belong to the last axis, the outputs
     options = {"weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul", "Gemm"]} | options
     quantize_dynamic(file, small, **options)
     small.replace(file)
@@ -239,16 +239,16 @@ def quantize(file: Path, **options: Any) -> Path:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of onnxruntime's logits from torch's.
+    """Difference of onnxruntime's logits from torch's.
 
     Attributes
     ----------
     largest : float
-        In units of the largest logit of the batch.
+        Maximum, relative to the largest logit of the batch.
     relative : float
-        Root mean square, in units of that of torch's logits.
+        Root mean square, relative to that of torch's logits.
     same : Tensor
-        For each row, or token where each has logits: whether the largest logit is the same.
+        Whether the largest logit is the same: for each row, or for each token if each has logits.
     """
 
     largest: float
@@ -257,12 +257,12 @@ class Difference:
 
 
 def _compare(batches: Iterable[tuple[Mapping[str, Tensor], Tensor]], file: Path) -> Difference:
-    """Inputs and torch's logits of batches against those of the file."""
+    """Compare torch's logits on batches with those of the file."""
     session = onnx_session(file)
     largest, same, squares = [], [], torch.zeros(2, dtype=torch.float64)
     for inputs, expected in batches:
         got = _run(session, inputs)
-        if expected.ndim == 3:  # a token each: what stands at padding means nothing
+        if expected.ndim == 3:  # logits per token: those at padding are meaningless
             seen = inputs["attention_mask"].bool()
             expected, got = expected[seen], got[seen]
         largest.append((got - expected).abs().max() / expected.abs().max())
@@ -272,29 +272,29 @@ def _compare(batches: Iterable[tuple[Mapping[str, Tensor], Tensor]], file: Path)
 
 
 def _judge(found: Difference, network: PreTrainedModel, *, measured: bool) -> str:
-    """What 8 bits do to the model, in words; RuntimeError where they break it."""
+    """Describe the effect of 8 bits on the model; RuntimeError if they break it."""
     off = f"logits are {found.relative:.1%} off torch's"
     if not measured:
-        return f"{off} on random tokens; what it costs your task is not known: give rows=... and data_collator=..."
+        return f"{off} on random tokens; the effect on your task is unknown: pass rows=... and data_collator=..."
     if network.config.num_labels == 1:  # a score
         return f"{off} on {len(found.same)} rows"
     same, cases = found.same.double().mean().item(), len(found.same)
     if same < AGREEMENT:
-        raise RuntimeError(f"int8 answers as torch does in {same:.1%} of {cases} cases: not kept. Leave int8 away.")
+        raise RuntimeError(f"int8 answers as torch does in {same:.1%} of {cases} cases: not kept. Leave int8 out.")
     return f"answers as torch does in {same:.1%} of {cases} cases, {off}"
 
 
 def _padded(network: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     for batch, length in SHAPES:
         inputs = example_rows(network, batch, length)
-        inputs["attention_mask"][0, :2] = 0  # on the left, as generation has it
+        inputs["attention_mask"][0, :2] = 0  # left padding, as in generation
         yield inputs
 
 
 def _batches(
     rows: datasets.Dataset, data_collator: DataCollator | None, taken: Collection[str]
 ) -> Iterator[dict[str, Tensor]]:
-    """What the graph takes, of rows and of what the collator adds."""
+    """The graph's inputs, from rows and from what the collator adds."""
     inputs = rows.select_columns([column for column in rows.column_names if column in taken])
     for batch in DataLoader(inputs, 32, collate_fn=data_collator):
         given = {name: values for name, values in batch.items() if name in taken}

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, what a killed process left of them, and one process at a time."""
+"""Files that are written completely or not at all, leftovers of killed processes, and locks."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ __all__ = ["check_writable", "is_orphaned", "last_checkpoint", "lock", "process_
 
 
 def process_mark() -> str:
-    """Host and process, for the name of what this process has not finished; `is_orphaned` reads it."""
+    """Host and process id, for the names of this process's unfinished files; read by `is_orphaned`."""
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def is_orphaned(path: Path) -> bool:
-    """Whether a name holds a `process_mark` of this machine whose process is no more; others may still be at work."""
+    """Whether a name contains a `process_mark` of a process on this machine that has ended; others may still run."""
     match = re.fullmatch(rf"\..+-{re.escape(socket.gethostname())}-(\d+)([-.]\w+)?", path.name)
     return match is not None and not psutil.pid_exists(int(match[1]))
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; the file takes its place when the block ends well, and leaves nothing behind when not.
+    """Yield a temporary name to write to. It replaces `path` if the block succeeds, and is removed if it fails.
 
     Parameters
     ----------
     path : Path
-        Its folder is made where there is none.
+        Its folder is created if it does not exist.
 
     Raises
     ------
     OSError
-        As the block raises it, with the file's name where it has none: a full disk is met in a write, which has none.
+        As raised in the block, with the file name added if missing: a full disk fails in a write, which names no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{process_mark()}")
@@ -55,24 +55,24 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path) -> BaseFileLock:
-    """For what one process at a time may do with a file or folder, be it there or not; it ends with the process.
+    """Lock a file or folder, existing or not, for one process at a time; the lock ends with the process.
 
     Parameters
     ----------
     path : Path
-        The lock is a hidden file beside it, which stays; the folder of both is made where there is none.
+        The lock is a hidden file beside it, which is kept. Their folder is created if it does not exist.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(f".{path.name}.lock"))
 
 
 def check_writable(folders: Iterable[Path]) -> None:
-    """Make folders and write a nameless file into each.
+    """Create folders and write a temporary file into each.
 
     Raises
     ------
     OSError
-        One cannot be written: read-only, full, or no folder.
+        A folder cannot be written: it is read-only, full, or not a folder.
     """
     for folder in folders:
         try:
@@ -86,12 +86,12 @@ def check_writable(folders: Iterable[Path]) -> None:
 
 
 def remove_leftovers(folders: Iterable[Path]) -> list[Path]:
-    """Remove what processes of this machine that are no more left half-written; see `whole_file`.
+    """Remove half-written files of ended processes on this machine; see `whole_file`.
 
     Returns
     -------
     list of Path
-        The files removed.
+        The removed files.
     """
     removed = [file for folder in folders for file in folder.glob(".*.partial-*") if is_orphaned(file)]
     for file in removed:
@@ -100,9 +100,9 @@ def remove_leftovers(folders: Iterable[Path]) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """A Trainer's newest checkpoint that is whole; None where there is none.
+    """The newest complete checkpoint of a Trainer, or None.
 
-    A kill leaves a half one: its state, which is written last, is missing or broken off.
+    A kill leaves an incomplete one: its state, which is written last, is missing or truncated.
     """
     whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json") if _is_json(state)]
     return str(max(whole, key=lambda found: int(found.name.removeprefix("checkpoint-")))) if whole else None

@@ -1,4 +1,4 @@
-"""GPT-2 computes Q, K and V in one matrix: taken apart, each has singular values, a threshold and a rank of its own."""
+"""Split GPT-2's fused Q, K and V matrix: each part gets its own singular values, threshold and rank."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class SplitLinear(Replacement):
-    """Three linear layers that read the same input; their outputs stand side by side.
+    """Three linear layers on the same input, with concatenated outputs.
 
     Parameters
     ----------
     q, k, v : nn.Linear
-        Of n inputs each.
+        Each with n inputs.
     """
 
     form = "split"
@@ -42,9 +42,9 @@ class SplitLinear(Replacement):
 
 
 def split_fused(model: M) -> M:
-    """Take each fused ``c_attn`` of a GPT-2 apart into ``c_attn.q``, ``c_attn.k`` and ``c_attn.v``.
+    """Split each fused ``c_attn`` of a GPT-2 into ``c_attn.q``, ``c_attn.k`` and ``c_attn.v``.
 
-    Call it before `softlms.calibrate` and `softlms.decompose`; whether it pays is measured in notebook 06.
+    Call it before `softlms.calibrate` and `softlms.decompose`. Notebook 06 measures whether it pays off.
 
     Parameters
     ----------
@@ -54,12 +54,12 @@ def split_fused(model: M) -> M:
     Returns
     -------
     nn.Module
-        `model` itself; its outputs stay the same.
+        `model` itself; its outputs do not change.
 
     Raises
     ------
     ValueError
-        The model has no fused projection in its dense form.
+        The model has no dense fused projection.
     """
     fused = {n: m for n, m in model.named_modules() if n.endswith("attn.c_attn") and isinstance(m, Conv1D)}
     if not fused:

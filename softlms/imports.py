@@ -1,4 +1,4 @@
-"""Registering with a library that is imported later, or never."""
+"""Register with a library that may be imported later, or never."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["when_imported"]
 
 
 class _Watcher(MetaPathFinder):
-    """Imports a module of ours as soon as a library's module has been imported."""
+    """Imports one of our modules as soon as a library's module has been imported."""
 
     def __init__(self, library: str, ours: str) -> None:
         self.library, self.ours = library, ours
@@ -37,12 +37,12 @@ class _Watcher(MetaPathFinder):
 
 
 def when_imported(library: str, ours: str) -> None:
-    """Import `ours`, which registers itself, once `library` has been imported: at once where it is already.
+    """Import `ours`, which registers itself, once `library` is imported; now if it already is.
 
     Parameters
     ----------
     library, ours : str
-        Names of modules in full.
+        Full module names.
     """
     if library in sys.modules:
         importlib.import_module(ours)

@@ -31,12 +31,12 @@ UNITS: dict[str, Callable[[Tensor], float]] = {
     "max": lambda sigma: sigma.max().item(),
     "mean": lambda sigma: sigma.mean().item(),
 }
-# where none is given: sigma of data-aware factors fall so steeply that their largest says nothing of the others
+# default: sigma of data-aware factors fall so steeply that the largest says little about the others
 UNIT = "mean"
 
 
 def kept_parameters(m: int, n: int, rank: int) -> int:
-    """Weights that an m x n layer of this rank stores: min(r (m + n), m n). The bias is not counted.
+    """Number of weights stored by an m x n layer of this rank: min(r (m + n), m n), without the bias.
 
     Examples
     --------
@@ -47,14 +47,14 @@ def kept_parameters(m: int, n: int, rank: int) -> int:
 
 
 def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, r), sigma (r,) falling, V (n, r) with W = U diag(sigma) V^T and r = min(m, n), in float32 or wider."""
+    """U (m, r), descending sigma (r,), V (n, r) with W = U diag(sigma) V^T, r = min(m, n), in float32 or wider."""
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
     return U, sigma, Vh.T
 
 
 class Ranked(Replacement):
-    """One linear layer, m outputs and n inputs, of some rank."""
+    """A linear layer with m outputs and n inputs, of some rank."""
 
     bias: Any
 
@@ -76,19 +76,19 @@ class Ranked(Replacement):
     @property
     @abstractmethod
     def rank(self) -> int:
-        """Components that live."""
+        """Number of live components."""
 
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """The recomposed W, shape (m, n), differentiable in every factor, multiplied when it is used."""
+        """The recomposed W, shape (m, n), differentiable in every factor, computed when it is used."""
 
 
 class SoftLinear(Ranked):
     """Training form of a linear layer: y = x (U diag(T(sigma)) V^T)^T + bias, all factors and alpha trained.
 
-    Components at or below alpha are not multiplied, and the cheaper of two equal computations is taken at each
-    forward: through the factors, or through the recomposed W. A step so costs less as the rank falls.
+    Components at or below alpha are not multiplied. Each forward takes the cheaper of two equivalent computations:
+    through the factors, or through the recomposed W. So a step costs less as the rank falls.
 
     Parameters
     ----------
@@ -97,14 +97,14 @@ class SoftLinear(Ranked):
     bias : Tensor, optional
         Shape (m,).
     threshold : SoftThreshold
-        Holds alpha, s and the unit of both.
+        Contains alpha, s and their unit.
     transposed : bool
-        The dense layer stores its weight as (n, m), like GPT-2's Conv1D: `softlms.deploy` has to know.
+        The dense layer stores its weight as (n, m), like GPT-2's Conv1D; `softlms.deploy` needs to know.
 
     Notes
     -----
     Fig. 2 and 3 of the paper; the choice between factors and recomposed W is ours. sigma and alpha are kept in float32
-    or wider, whatever U and V are in: half precision would decide by rounding which components live.
+    or wider for any dtype of U and V: in half precision, rounding would decide which components live.
     """
 
     form = "soft"
@@ -141,26 +141,26 @@ class SoftLinear(Ranked):
     ) -> SoftLinear:
         """Decompose `linear` so that the output does not change.
 
-        What is frozen stays frozen: U, sigma and V learn where the weight does, the bias where it does. Alpha learns in
-        any case: it chooses a rank, and a frozen layer may be cut too. What survives of it stays as it was (`hard` of
-        `SoftThreshold`), and its alpha starts low enough for all of it to survive.
+        What is frozen stays frozen: U, sigma and V learn only if the weight does, the bias only if it did. Alpha
+        always learns: it chooses a rank, and a frozen layer may be cut too. A frozen layer's surviving components do
+        not change (`hard` in `SoftThreshold`), and its alpha starts low enough for all of them to survive.
 
         Parameters
         ----------
         linear : nn.Linear
             The dense layer.
         factors : tuple of Tensor, optional
-            U, sigma (falling), V with W = U diag(sigma) V^T; the SVD when not given.
+            U, sigma (descending), V with W = U diag(sigma) V^T; default: the SVD.
         alpha, s : float
-            Start of the threshold and its sharpness, as in `SoftThreshold`.
+            Initial threshold and sharpness, as in `SoftThreshold`.
         unit : {"raw", "max", "mean"}
-            What alpha (and 1 / s) is measured in: sigma as it is, the layer's largest sigma, or its mean.
+            Unit of alpha (and 1 / s): raw sigma, the layer's largest sigma, or its mean.
         transposed : bool
-            As above; `linear` itself is an nn.Linear in any case.
+            As above; `linear` itself is always an nn.Linear.
         """
         weight = linear.weight
         U, sigma, V = svd(weight) if factors is None else factors
-        # a zero matrix has no scale of its own
+        # a zero matrix has no scale
         scale = UNITS[unit](sigma) if sigma[0] > 0 else 1.0
         frozen = not weight.requires_grad
         if frozen:
@@ -170,7 +170,7 @@ class SoftLinear(Ranked):
         threshold = SoftThreshold(alpha, s, scale, hard=frozen).to(weight.device)
         dtype = weight.dtype
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        # copies: what is given may be used again, and a parameter changes in place
+        # copy: the caller may reuse the factors, and parameters change in place
         U, V = (factor.to(dtype).clone(memory_format=torch.contiguous_format) for factor in (U, V))
         sigma = sigma.to(torch.promote_types(dtype, torch.float32))
         return stand_in(cls(U, sigma, V, bias, threshold, transposed=transposed), linear)
@@ -189,7 +189,7 @@ class SoftLinear(Ranked):
         linear = as_linear(dense)
         m, n = linear.weight.shape
         r = description["components"]
-        hard = description.get("hard", False)  # older files have none
+        hard = description.get("hard", False)  # missing in older files
         threshold = SoftThreshold(0.0, description["s"], hard=hard).to(linear.weight.device)
         threshold.alpha.requires_grad_(description["learns"])
         new = linear.weight.new_empty
@@ -203,7 +203,7 @@ class SoftLinear(Ranked):
                 f"{name} is offloaded by device_map, which a soft layer cannot be: give its block a device, or save "
                 "the model after softlms.deploy."
             )
-        self.threshold.alpha.requires_grad_(description["learns"])  # loading makes new parameters
+        self.threshold.alpha.requires_grad_(description["learns"])  # loading creates new parameters
 
     @property
     def out_features(self) -> int:
@@ -224,7 +224,7 @@ class SoftLinear(Ranked):
         return lazy_product(left, V.T)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """``model.bfloat16()`` and its like move sigma and the threshold to another device, but round neither."""
+        """Move sigma and the threshold between devices, but never round them, as ``model.bfloat16()`` would."""
         before = [values.data for values in self._precise()]
         super()._apply(fn, recurse)
         for now, was in zip(self._precise(), before, strict=True):
@@ -250,16 +250,16 @@ class SoftLinear(Ranked):
         left, V = self._live_factors()
         (m, rank), n = left.shape, V.shape[0]
         tokens = x.numel() // n
-        # multiplications: recomposing costs r m n once, then m n a token; the factors cost r (m + n) a token
+        # multiplications: recomposing costs r m n once, then m n per token; the factors cost r (m + n) per token
         if m * n * (rank + tokens) < tokens * rank * (m + n):
             return F.linear(x, left @ V.T, self.bias)
         return F.linear(F.linear(x, V.T), left, self.bias)
 
     @torch.no_grad()
     def set_rank_(self, rank: int) -> None:
-        """Move alpha so that just the `rank` largest sigma survive; where they already do, nothing moves.
+        """Move alpha so that exactly the `rank` largest sigma survive. If they already do, nothing changes.
 
-        No threshold lies between equal sigma: those that have to go then become exactly zero.
+        No threshold separates equal sigma: in that case, those to remove become exactly zero.
 
         Parameters
         ----------
@@ -269,7 +269,7 @@ class SoftLinear(Ranked):
         Raises
         ------
         ValueError
-            `rank` is outside that range, or more than there are positive sigma.
+            `rank` is outside this range, or larger than the number of positive sigma.
         """
         if not 1 <= rank <= len(self.sigma):
             raise ValueError(f"rank must be between 1 and {len(self.sigma)}, got {rank}.")
@@ -289,17 +289,17 @@ class SoftLinear(Ranked):
 
     @torch.no_grad()
     def freeze_(self) -> None:
-        """Fix the rank for good: alpha stops learning, and the sigma of dead components become exactly zero."""
+        """Fix the rank permanently: alpha stops learning, and the sigma of dead components become exactly zero."""
         self.threshold.alpha.requires_grad_(False)
         self.sigma.mul_(self.threshold.is_live(self.sigma))
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Back into range after an optimizer step.
+        """Project back into range after an optimizer step.
 
-        While alpha learns it stays at least 0 and below the largest sigma, so that one component always survives.
-        Once it is frozen, live sigma stay above it instead, so that the rank stays what the budget made it; sigma
-        that do not learn are there already.
+        While alpha learns, it stays at least 0 and below the largest sigma, so that one component always survives.
+        Once alpha is frozen, live sigma stay above it instead, so that the rank set by the budget does not change.
+        Frozen sigma already do.
         """
         alpha, unit = self.threshold.alpha, self.threshold.unit
         if alpha.requires_grad:
@@ -310,9 +310,9 @@ class SoftLinear(Ranked):
 
     @torch.no_grad()
     def margins(self, *, dead: bool = False) -> Tensor:
-        """sigma - alpha of the live components in units of the threshold, falling, shape (rank,).
+        """sigma - alpha of the live components in units of the threshold, descending, shape (rank,).
 
-        The order in which a rise of the threshold would cut them; with `dead` also those that a fall would revive.
+        A rising threshold would cut them in reverse order. With `dead`, also components that a lower one would revive.
         """
         margin = self.sigma / self.threshold.unit - self.threshold.alpha
         chosen = self.sigma > 0 if dead else self.threshold.is_live(self.sigma)
@@ -320,14 +320,14 @@ class SoftLinear(Ranked):
 
     @torch.no_grad()
     def deployed(self, rank: int | None = None, *, dense: bool = False) -> LowRankLinear | nn.Linear:
-        """The layer to deploy: T(sigma) folded in, dead components cut, dense where dense is not larger.
+        """The layer to deploy: T(sigma) folded in, dead components cut; dense if dense is not larger.
 
         Parameters
         ----------
         rank : int, optional
-            Keep only so many live components, those with the largest sigma; all when not given.
+            Number of live components to keep, those with the largest sigma; default: all.
         dense : bool
-            Dense in any case.
+            Always return a dense layer.
         """
         left, V = self._live_factors()
         if rank is not None and rank < V.shape[1]:
@@ -343,7 +343,7 @@ class SoftLinear(Ranked):
 
 
 class LowRankLinear(Ranked):
-    """Deployed form: y = up(down(x)), two thin matmuls.
+    """Deployed form: y = up(down(x)), two thin matrix products.
 
     Parameters
     ----------
@@ -364,7 +364,7 @@ class LowRankLinear(Ranked):
 
     @classmethod
     def from_factors(cls, U: Tensor, sigma: Tensor, V: Tensor, bias: Tensor | None, rank: int) -> LowRankLinear:
-        """The leading `rank` components of U diag(sigma) V^T; `down` gets unit rows, `up` the scale."""
+        """Build from the first `rank` components of U diag(sigma) V^T; `down` gets unit rows, `up` the scale."""
         length = V[:, :rank].norm(dim=0).clamp(min=torch.finfo(V.dtype).tiny)  # a component may be zero
         return cls((V[:, :rank] / length).T, U[:, :rank] * (sigma[:rank] * length), bias)
 
@@ -395,7 +395,7 @@ class LowRankLinear(Ranked):
         down, up = self.down, self.up
         if isinstance(down, nn.Linear) and isinstance(up, nn.Linear):
             return lazy_product(up.weight, down.weight)
-        # an adapter (PEFT's) around a factor: what it adds shows in what it does
+        # a PEFT adapter wraps a factor: apply it to the identity to include what it adds
         one = torch.eye(self.in_features, dtype=down.weight.dtype, device=down.weight.device)
         return (up(down(one)) - up(down(torch.zeros_like(one[:1])))).T
 

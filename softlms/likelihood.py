@@ -1,4 +1,4 @@
-"""Perplexity of language models, and that of a 3-gram model to compare with."""
+"""Perplexity of language models, and of a 3-gram model for comparison."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ LARGEST = math.log(sys.float_info.max)
 def perplexity(
     model: PreTrainedModel, tokens: Sequence[int], *, window: int = 128, stride: int = 64, batch_tokens: int = 4096
 ) -> float:
-    """exp of the mean negative log-likelihood of a text's tokens, in windows that overlap.
+    """exp of the mean negative log-likelihood of a text's tokens, in overlapping windows.
 
-    The first window scores all its tokens but the first; each later one starts `stride` tokens on and scores only its
-    last `stride` tokens, so that each of them has seen at least ``window - stride`` tokens of context. The smaller the
-    stride, the lower the perplexity and the longer it takes: only numbers of the same window and stride compare.
+    The first window scores all its tokens but the first. Each later window starts `stride` tokens further and scores
+    only its last `stride` tokens, so that each has at least ``window - stride`` tokens of context. A smaller stride
+    lowers the perplexity and takes longer: compare only numbers with the same window and stride.
 
-    With ``stride=window``, as most papers have it, windows do not overlap: the first token of each has none before it
-    and is not scored. The last window always reaches back to be as long as the others.
+    With ``stride=window``, as in most papers, windows do not overlap: the first token of each has no context and is not
+    scored. The last window is extended backwards to full length.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A causal language model, in any form; without dropout, in its own dtype.
+        A causal language model in any form; evaluated without dropout, in its own dtype.
     tokens : sequence of int
         The text, tokenized as one piece.
     window : int
-        Tokens that the model sees at a time, 2 or more.
+        Number of tokens that the model sees at once, 2 or more.
     stride : int
         From 1 to `window`.
     batch_tokens : int
-        About so many tokens a forward pass, one window at least; it takes three times the memory of their logits.
+        Approximate tokens per forward pass, at least one window; memory is three times that of their logits.
 
     Returns
     -------
     float
-        Infinity where the model's outputs are not finite, or the mean is beyond what a float can hold.
+        Infinity if the model's outputs are not finite, or the result exceeds the range of a float.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def perplexity(
     if len(tokens) < 2:
         raise ValueError(f"Perplexity needs two tokens or more, got {len(tokens)}.")
     text = torch.as_tensor(tokens).long()
-    # (start, first scored, end): every token with one before it in its window is scored once
+    # (start, first scored, end): each token with a predecessor in its window is scored once
     spans = [(0, 1, min(window, len(text)))]
     while spans[-1][2] < len(text):
         end = min(spans[-1][2] + stride, len(text))
@@ -75,11 +75,11 @@ def perplexity(
             losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu().double()
             total += sum(losses[row, first - start - 1 :].sum().item() for row, (start, first, _) in enumerate(batch))
     mean = total / sum(end - first for _, first, end in spans)
-    return math.exp(mean) if mean < LARGEST else math.inf  # nan is not below anything
+    return math.exp(mean) if mean < LARGEST else math.inf  # NaN compares false
 
 
 class Trigram:
-    """Interpolated Kneser-Ney 3-gram model on token ids, one discount for all orders.
+    """Interpolated Kneser-Ney 3-gram model on token ids, with one discount for all orders.
 
     Parameters
     ----------
@@ -99,8 +99,8 @@ class Trigram:
         text = np.asarray(tokens, dtype=np.int64)
         self.vocabulary, self.discount = vocabulary, discount
         trigrams = _Counts((text[:-2] * vocabulary + text[1:-1]) * vocabulary + text[2:])
-        # lower orders count in how many different contexts a word was seen, not how often
-        # the text's opening has nothing before it, and counts once
+        # lower orders count the different contexts of a word, not its occurrences
+        # the start of the text has no context, and counts once
         opening = text[:1] * vocabulary + text[1:2]
         bigrams = _Counts(np.concatenate([opening, trigrams.keys % vocabulary**2]))
         unigrams = _Counts(np.concatenate([np.arange(vocabulary), bigrams.keys % vocabulary]), minus=1)
@@ -125,7 +125,7 @@ class Trigram:
 
 
 class _Counts:
-    """How often each key occurs, looked up in bulk; a key that never occurs counts 0."""
+    """Counts of keys, looked up in bulk; 0 for a key that never occurs."""
 
     def __init__(self, keys: np.ndarray, *, weights: np.ndarray | None = None, minus: int = 0) -> None:
         self.keys, place = np.unique(keys, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Losses: the two that push thresholds up, and the one that keeps the outputs."""
+"""Losses: two that push thresholds up, and one that preserves the outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def linear_compression_loss(alpha: Tensor, weight: Tensor | None = None) -> Tens
     alpha : Tensor
         Thresholds, shape (layers,).
     weight : Tensor, optional
-        Weight of each layer, shape (layers,); 1 for each when not given.
+        Weight of each layer, shape (layers,); default: 1.
 
     Returns
     -------
@@ -28,7 +28,7 @@ def linear_compression_loss(alpha: Tensor, weight: Tensor | None = None) -> Tens
 
     Notes
     -----
-    The paper's Fig. 5 shows that it exists and that its slope is constant; formula and weights are our reading.
+    The paper's Fig. 5 shows that it exists and has a constant slope; formula and weights are our reading.
     """
     return _weighted_sum(1 - alpha, weight)
 
@@ -40,7 +40,7 @@ def adaptive_compression_loss(alpha: Tensor, weight: Tensor | None = None) -> Te
 
     Notes
     -----
-    Fig. 5 of the paper; formula from its successor STAR-KV (arXiv 2606.08382), weights ours.
+    Fig. 5 of the paper; formula from its successor STAR-KV (arXiv 2606.08382); weights are ours.
     """
     return _weighted_sum(torch.exp(-alpha), weight)
 
@@ -54,14 +54,14 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
     Parameters
     ----------
     student, teacher : Tensor
-        Logits, shape (..., classes); a last axis of 1 is a regression score and gets the mean squared error.
+        Logits, shape (..., classes). A last axis of size 1 is a regression score; its loss is the mean squared error.
     temperature : float
-        Positive; the same softening for both.
+        Positive; applied to both.
 
     Returns
     -------
     Tensor
-        Scalar, mean over all leading axes, in nats.
+        Scalar: mean over all leading axes, in nats.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
 
     Notes
     -----
-    Hinton et al., arXiv 1503.02531. The successor trains with it in place of the task loss.
+    Hinton et al., arXiv 1503.02531. The successor uses it in place of the task loss.
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student and teacher logits differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}.")

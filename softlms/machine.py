@@ -1,4 +1,4 @@
-"""This machine: what a number depends on of it, and how work uses it."""
+"""This machine: the hardware that numbers depend on, and how work uses it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["device", "fast_bf16", "hardware", "use_threads", "versions"]
 
 
 def hardware(threads: int | None = None) -> str:
-    """Processor, threads and accelerator: numbers of two machines are never mixed in one comparison.
+    """Processor, threads and accelerator; numbers of two machines are never mixed in one comparison.
 
     Parameters
     ----------
     threads : int, optional
-        Those that the work uses; torch's number at the moment when not given.
+        Threads in use; default: torch's current number.
     """
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{_processor()}, {threads or torch.get_num_threads()} threads{gpu}"
@@ -34,7 +34,7 @@ def _processor() -> str:
         lines = cpuinfo.read_text("utf-8").splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
         model = names[0] if names else model
-    # one name may stand for processors with other instructions, whose numbers differ
+    # processors of one name may differ in instructions, and then in numbers
     return f"{model} {torch.backends.cpu.get_cpu_capability()}{'-BF16' if fast_bf16() else ''}"
 
 
@@ -46,10 +46,10 @@ def versions() -> str:
 
 @cache
 def fast_bf16() -> bool:
-    """Does the GPU, or where there is none the processor, compute in bfloat16 at more than float32's speed?
+    """Whether the GPU, or the processor if there is none, computes faster in bfloat16 than in float32.
 
     A processor without such instructions (AVX512-BF16, AMX) emulates them, many times slower than float32. The profiles
-    ask here; every run's recipe says what it used.
+    check this; every run's recipe records what it used.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -57,13 +57,13 @@ def fast_bf16() -> bool:
 
 
 def device() -> torch.device:
-    """Where models are scored and decomposed; a Trainer finds the same."""
+    """The device on which models are scored and decomposed; a Trainer selects the same."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
 def use_threads(number: int) -> Iterator[None]:
-    """Torch computes with so many threads inside, and with as many as before afterwards."""
+    """Set the number of torch threads inside; restore it afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -1,4 +1,4 @@
-"""What a budget may count besides parameters: the FLOPs of a forward pass, or its measured time."""
+"""Costs that a budget may count besides parameters: FLOPs of a forward pass, or its measured time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from softlms.ranges import check_at_least_one
 
 __all__ = ["count_flops", "measure_latency", "random_rows"]
 
-SHARES = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # of break-even: the ranks that are timed
+SHARES = (0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)  # of break-even: ranks to time
 
 
 def count_flops(
@@ -39,15 +39,15 @@ def count_flops(
     model : PreTrainedModel
         Dense; not changed.
     batch, tokens : int
-        Rows, and tokens a row: attention grows with the square of the tokens, the linears do not.
+        Rows, and tokens per row: attention grows with the square of the tokens, the linears do not.
     targets : callable, optional
         See `find_targets`.
 
     Returns
     -------
     Costs
-        Of matrix products and convolutions; elementwise work (norms, activations, Mamba's scan) has no FLOPs here, but
-        takes time: see `measure_latency`.
+        Of matrix products and convolutions. Elementwise work (norms, activations, Mamba's scan) counts no FLOPs here,
+        but takes time: see `measure_latency`.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def count_flops(
     inputs = random_rows(model.config.vocab_size, batch, tokens)
     attention = model.config._attn_implementation
     try:
-        if attention:  # fused kernels are not counted everywhere
+        if attention:  # fused kernels are not counted on every device
             model.set_attn_implementation("eager")
         with FlopCounterMode(display=False) as counter, torch.inference_mode(), fast_scan():
             rows = _rows(model, shapes, {name: values.to(model.device) for name, values in inputs.items()})
@@ -80,26 +80,26 @@ def measure_latency(
     threads: int = 1,
     targets: Predicate | None = None,
 ) -> Costs:
-    """Seconds of a forward pass on this machine, as costs for a budget: each kind of layer timed dense and thin.
+    """Seconds of a forward pass on this machine, as costs for a budget. Each kind of layer is timed dense and thin.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Dense, on the device and in the precision it will run in; not changed.
+        Dense, on the device and in the precision in which it will run; not changed.
     batch, tokens : int
-        Rows, and tokens a row; 1 token is a step of decoding.
+        Rows, and tokens per row; 1 token is a decoding step.
     rounds : int
-        Measured calls of each layer, after two that warm up; sizes take turns; medians.
+        Measured calls of each layer, after two warm-up calls. Sizes are interleaved; the median counts.
     threads : int
-        Of torch, restored afterwards.
+        Torch threads, restored afterwards.
     targets : callable, optional
         See `find_targets`.
 
     Returns
     -------
     Costs
-        Time of a layer between the measured ranks by straight lines; the rest is what the whole forward pass takes
-        besides its target layers. A layer as slow as its dense form costs what that costs, and is better kept dense.
+        Time of a layer, interpolated linearly between the measured ranks. `Costs.rest` is the time of the forward pass
+        outside the target layers. A layer as slow as its dense form has the dense cost, and is better kept dense.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def random_rows(vocabulary: int, batch: int, tokens: int) -> dict[str, Tensor]:
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], rounds: int, description: str = "", warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call; the calls take turns, so that what else the machine does strikes all alike."""
+    """Seconds of each call. Calls are interleaved, so that other load on the machine affects all equally."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     shown = bool(description) and sys.stdout.isatty()
     for _ in track(range(rounds + warm_up), description, transient=True, disable=not shown):
@@ -150,14 +150,14 @@ def _shapes(model: nn.Module, targets: Predicate | None) -> dict[str, tuple[int,
     found = find_targets(model, targets)
     for target in found:
         if isinstance(target.module, Replacement):
-            raise ValueError(f"{target.name} is factored already: costs are those of the dense model.")
+            raise ValueError(f"{target.name} is factored already: measure costs on the dense model.")
     return {target.name: target.shape for target in found}
 
 
 def _rows(
     model: PreTrainedModel, shapes: Mapping[str, tuple[int, int]], inputs: Mapping[str, Tensor]
 ) -> dict[str, int]:
-    """How many inputs each layer gets in a forward pass: a pooler, say, fewer than a block."""
+    """Number of inputs of each layer in a forward pass; a pooler, for example, has fewer than a block."""
     rows = dict.fromkeys(shapes, 0)
 
     def count(name: str) -> Callable[..., None]:
@@ -177,7 +177,7 @@ def _rows(
 
 @dataclass(frozen=True)
 class FlopPrice:
-    """FLOPs of an m x n layer on so many inputs, by its rank."""
+    """FLOPs of an m x n layer as a function of its rank, for a given number of inputs."""
 
     rows: int
     m: int
@@ -189,7 +189,7 @@ class FlopPrice:
 
 @dataclass(frozen=True)
 class TimePrice:
-    """Seconds of an m x n layer by its rank: straight lines between measured ones; dense from break-even on."""
+    """Seconds of an m x n layer by rank, interpolated linearly between measured ranks; dense from break-even on."""
 
     m: int
     n: int
@@ -204,7 +204,7 @@ class TimePrice:
 
 
 def _time_kind(kind: tuple[int, int, int], model: PreTrainedModel, rounds: int) -> TimePrice:
-    """Time layers of one shape, on so many inputs, dense and at several ranks."""
+    """Time layers of one shape and number of inputs, dense and at several ranks."""
     rows, m, n = kind
     x = torch.randn(rows, n).to(model.device, model.dtype)
     ranks = sorted({max(1, round(share * m * n / (m + n) / 16) * 16) for share in SHARES})

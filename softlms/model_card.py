@@ -1,4 +1,4 @@
-"""The README of a saved model: how much of it is left, the ranks, the scores, and how it was made."""
+"""The README of a saved model: its size, ranks and scores, and how it was made."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ __all__ = ["class_name", "is_ours", "notes", "plain", "write_card"]
 
 TAGS = ("softlms", "low-rank", "model-compression")
 MARK = "compressed by softlms"
-TEMPLATE = "has been automatically generated"  # of the hub's empty card
+TEMPLATE = "has been automatically generated"  # in the hub's empty card
 
 
 def is_ours(card: Path) -> bool:
-    """Whether a model card may be written here: there is none, or it is one of these, or the hub's empty template."""
+    """Whether a model card may be written here: there is none, it is one of ours, or the hub's empty template."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else MARK
     return MARK in text or TEMPLATE in text
 
 
 def notes(config: PreTrainedConfig) -> dict[str, Any]:
-    """What ``config.softlms`` holds for the model card, as plain values: numpy's numbers and paths become such.
+    """Content of ``config.softlms`` for the model card. NumPy numbers and paths become plain values.
 
-    What is no dict is one with a single entry, "note".
+    A value other than a dict becomes a dict with the single entry "note".
 
     Returns
     -------
     dict
-        Empty where there is none.
+        Empty if there is none.
 
     Raises
     ------
     ValueError
-        It is no dict, or an entry is nothing that JSON can hold.
+        JSON cannot store an entry.
     """
     held = getattr(config, "softlms", None)
     if held is None:
@@ -49,7 +49,7 @@ def notes(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def plain(value: Any, place: str) -> Any:
-    """The same value, of what JSON can hold; a ValueError names what in `place` it cannot."""
+    """Convert a value to JSON types; a ValueError names what in `place` JSON cannot store."""
     if isinstance(value, Mapping):
         return {_key(name, place): plain(entry, f"{place}[{name!r}]") for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -60,14 +60,14 @@ def plain(value: Any, place: str) -> Any:
         return str(value)
     if value is not None and not isinstance(value, (str, int, float, bool)):
         raise ValueError(
-            f"{place} is of {type(value)}, which JSON cannot hold: make it a number, a text, list or dict."
+            f"{place} is of {type(value)}, which JSON cannot store: make it a number, string, list or dict."
         )
     return value
 
 
 def _key(name: Any, place: str) -> str:
     if not isinstance(name, (str, int)):
-        raise ValueError(f"{place} has the key {name!r}: name its entries by texts.")
+        raise ValueError(f"{place} has the key {name!r}: use strings as keys.")
     return str(name)
 
 
@@ -77,10 +77,10 @@ def write_card(model: PreTrainedModel, folder: Path, tags: Sequence[str] = ()) -
     Parameters
     ----------
     model : PreTrainedModel
-        With factored layers. What ``model.config.softlms`` holds (metrics, data, settings) is shown; see `notes`.
+        With factored layers. The content of ``model.config.softlms`` (metrics, data, settings) is shown; see `notes`.
     folder : Path
     tags : sequence of str
-        Besides its own.
+        In addition to our own.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (SoftLinear, LowRankLinear))}
     base = [f"base_model: {model.config.name_or_path}"] if _is_hub_name(model.config.name_or_path) else []
@@ -94,7 +94,7 @@ def write_card(model: PreTrainedModel, folder: Path, tags: Sequence[str] = ()) -
     ]
     lines += [f"# {class_name(model)}, {MARK}", ""]
     lines += [f"{_forms(model)}. {_size(model, layers)}".rstrip(), ""]
-    lines += ["```python", "import softlms  # from_pretrained needs it, and fails without", ""]
+    lines += ["```python", "import softlms  # from_pretrained needs this import", ""]
     lines += [f"from transformers import {class_name(model)}", ""]
     lines += [f"model = {class_name(model)}.from_pretrained(...)", "```", ""]
     if held := notes(model.config):
@@ -106,7 +106,7 @@ def write_card(model: PreTrainedModel, folder: Path, tags: Sequence[str] = ()) -
 
 
 def class_name(model: PreTrainedModel) -> str:
-    """Of the model's own class: FSDP2 puts one of its own before it."""
+    """Name of the model's own class; FSDP2 puts a subclass of its own in front."""
     return type(model).__name__.removeprefix("FSDP")
 
 
@@ -115,7 +115,7 @@ def _size(model: PreTrainedModel, layers: Mapping[str, Any]) -> str:
         return ""
     try:
         counted = count_parameters(model, lambda name, module: name in layers)
-    except ValueError as error:  # a model may have new words, and is saved all the same
+    except ValueError as error:  # a model with new words, for example, is saved anyway
         return str(error)
     return (
         f"The low-rank ones keep {counted.kept('linear'):.1%} of their dense weights; the model has "
@@ -129,7 +129,7 @@ def _forms(model: PreTrainedModel) -> str:
 
 
 def _rows(held: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A line for each value; what is nested gets names with dots."""
+    """One line per value; nested values get dotted names."""
     lines = []
     for name, value in held.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Modules that stand in another one's place: what each says of itself, and how it is put there."""
+"""Modules that replace others: how each describes itself, and how it is put in place."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ __all__ = ["Replacement", "as_conv1d", "as_linear", "make_linear", "replace", "s
 
 
 class Replacement(nn.Module):
-    """A module that stands where a model's own class makes another one, or makes none.
+    """A module in a place where a model's own class creates another one, or none.
 
-    ``save_pretrained`` notes its `form` and `description`; ``from_pretrained`` calls `skeleton`, loads the tensors, and
-    calls `restore`. A method names the classes that it puts into models (`softlms.methods.base.Method`). A tensor that
-    several of them share is stored once.
+    ``save_pretrained`` stores its `form` and `description`. ``from_pretrained`` calls `skeleton`, loads the tensors,
+    and calls `restore`. A method lists the classes that it puts into models (`softlms.methods.base.Method`). A tensor
+    that several of them share is stored once.
 
     Attributes
     ----------
     form : str
         Name of the form in a saved model.
     precise : tuple of str
-        Tensors that are loaded in float32 or wider, whatever the model is in.
+        Tensors loaded in float32 or wider, for any dtype of the model.
     """
 
     form: ClassVar[str]
     precise: ClassVar[tuple[str, ...]] = ()
 
     def description(self) -> dict[str, Any]:
-        """What `skeleton` needs beside the dense module; JSON can hold it."""
+        """What `skeleton` needs besides the dense module, in JSON types."""
         return {}
 
     @classmethod
     @abstractmethod
     def skeleton(cls, dense: nn.Module | None, description: Mapping[str, Any]) -> Self:
-        """The same modules and shapes, on the dense module's device; the values mean nothing.
+        """Build the same modules and shapes on the dense module's device; the values are arbitrary.
 
         Parameters
         ----------
         dense : nn.Module, optional
-            What the model's class makes in this place; parts of it may be taken over. None where it makes nothing.
+            What the model's class creates in this place; parts may be reused. None if it creates nothing.
         description : mapping
-            As `description` gave it.
+            As returned by `description`.
         """
 
     def restore(self, name: str, description: Mapping[str, Any]) -> None:
-        """After loading: what is in no tensor, such as what learns; nothing here.
+        """Restore after loading what no tensor stores, such as what learns; nothing by default.
 
         Parameters
         ----------
         name : str
             The module's name, for errors.
         description : mapping
-            As for `skeleton`.
+            As in `skeleton`.
         """
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # a saved model has an empty tensor where the dense module has its weight, see softlms.saving.checkpoint
+        # a saved model has an empty tensor in place of the dense weight, see softlms.saving.checkpoint
         own = {f"{prefix}{name}" for name in self.state_dict()}
         for name in [name for name in state_dict if name.startswith(prefix) and name not in own]:
             if not state_dict[name].numel():
@@ -70,7 +70,7 @@ class Replacement(nn.Module):
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """An nn.Linear with copies of a weight, shape (m, n), and a bias, shape (m,)."""
+    """Create an nn.Linear with copies of a weight, shape (m, n), and a bias, shape (m,)."""
     m, n = weight.shape
     linear = nn.utils.skip_init(nn.Linear, n, m, bias=bias is not None, device=weight.device, dtype=weight.dtype)
     linear.weight.data.copy_(weight)
@@ -82,7 +82,7 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 N = TypeVar("N", bound=nn.Module)
 
 
-CHOICES = ("threshold.alpha", "score")  # they choose a rank, and are no part of what the layer computes
+CHOICES = ("threshold.alpha", "score")  # these choose a rank, and are not part of what the layer computes
 
 
 HOOKS = (
@@ -98,7 +98,7 @@ HOOKS = (
 
 
 def stand_in(layer: N, old: nn.Module) -> N:
-    """`layer` itself, in the mode of the old one, and as frozen: its weight, or the factors of it, and its bias."""
+    """Return `layer` in the mode of the old one, with its weight or factors, and its bias, frozen alike."""
     learns = {False: False, True: False}
     for name, parameter in old.named_parameters():
         if not name.endswith(CHOICES):
@@ -110,18 +110,18 @@ def stand_in(layer: N, old: nn.Module) -> N:
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer into another one's place: in its mode, as frozen, and with its hooks, whose handles stay valid."""
+    """Replace a layer; mode, frozen parameters and hooks are taken over, and hook handles stay valid."""
     old = model.get_submodule(name)
     stand_in(layer, old)
     for hooks in HOOKS:
         setattr(layer, hooks, getattr(old, hooks))
-    if hasattr(old, "_hf_hook"):  # of accelerate's: brings the input to the layer's device
+    if hasattr(old, "_hf_hook"):  # accelerate's hook: moves the input to the layer's device
         add_hook_to_module(layer, old._hf_hook)
     model.set_submodule(name, layer)
 
 
 def as_linear(layer: nn.Linear | Conv1D) -> nn.Linear:
-    """GPT-2's Conv1D, whose weight is stored (n, m), as an nn.Linear on the same memory; an nn.Linear as it is."""
+    """GPT-2's Conv1D, which stores its weight as (n, m), as an nn.Linear on the same memory; nn.Linear unchanged."""
     if isinstance(layer, nn.Linear):
         return layer
     with torch.device("meta"):
@@ -132,7 +132,7 @@ def as_linear(layer: nn.Linear | Conv1D) -> nn.Linear:
 
 
 def as_conv1d(linear: nn.Linear) -> Conv1D:
-    """The Conv1D that GPT-2 has where another model has this nn.Linear."""
+    """The nn.Linear as the equivalent Conv1D of GPT-2."""
     with torch.device("meta"):
         conv = Conv1D(linear.out_features, linear.in_features)
     conv.weight = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=linear.weight.requires_grad)

@@ -1,7 +1,7 @@
-"""What a compressed model carries along: a mark on its configuration, and what its dense model held.
+"""What a compressed model carries: a mark on its configuration, and a record of its dense model's parameters.
 
-The mark is what ``from_pretrained`` looks for in ``config.json``. It stands on the live configuration from surgery on,
-so that it is written whoever writes the file. A dense model made from such a configuration is dense, and loads as such.
+``from_pretrained`` looks for the mark in ``config.json``. Surgery sets it on the live configuration, so that it is
+saved whoever writes the file. A dense model created from such a configuration is dense, and loads as such.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ FORMAT = 2
 METHOD = "softlms"
 REGISTRIES = {"AttentionInterface": ALL_ATTENTION_FUNCTIONS, "AttentionMaskInterface": ALL_MASK_ATTENTION_FUNCTIONS}
 DENSE = "dense_model"  # attribute of a model
-WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")  # by PEFT, which renames what it wraps
+WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")  # PEFT renames what it wraps
 
 
 class SoftLMsConfig(QuantizationConfigMixin):
-    """What ``config.json`` says of a compressed model: which library reads it, and the attention it computed with.
+    """Entry of a compressed model in ``config.json``: the library that reads it, and its attention implementation.
 
     Parameters
     ----------
     format : int
-        Version of the layout; a newer one than this library knows is refused.
+        Version of the layout; versions newer than this library knows are refused.
     attention : str, optional
-        Taken up at loading unless ``attn_implementation`` asks for another.
+        Used at loading unless ``attn_implementation`` is given.
     registered : list of str, optional
-        transformers' registries that held a function of that name; older versions did not note them.
+        transformers' registries with a function of that name; older versions did not record them.
     then : object, optional
-        Another library's quantization config, asked for at loading; never saved.
+        Another library's quantization config, requested at loading; never saved.
     """
 
     def __init__(
@@ -60,37 +60,37 @@ class SoftLMsConfig(QuantizationConfigMixin):
         self.then = then
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved."""
+        """The entry to save."""
         return {name: value for name, value in super().to_dict().items() if name != "then"}
 
 
 def is_marked(config: PreTrainedConfig) -> bool:
-    """Whether a configuration says that softlms reads its model's weights."""
+    """Whether a configuration marks its model's weights as readable by softlms."""
     present = getattr(config, "quantization_config", None)
     method = present.get("quant_method") if isinstance(present, dict) else getattr(present, "quant_method", None)
     return method == METHOD
 
 
 def mark(model: nn.Module) -> None:
-    """Put the mark on a model's live configuration, as it stands now; another library's is left alone."""
+    """Put the mark on a model's live configuration; another library's mark is not touched."""
     config = model.config if isinstance(model, PreTrainedModel) else None
     if config is not None and (is_marked(config) or getattr(config, "quantization_config", None) is None):
         attention = config._attn_implementation
         registered = [name for name, functions in REGISTRIES.items() if attention in functions]
-        # a dict, as a configuration that was read from a file has it
+        # a dict, as in a configuration read from a file
         config.quantization_config = SoftLMsConfig(attention=attention, registered=registered).to_dict()
 
 
 def remember(model: nn.Module, layers: Iterable[str] = ()) -> None:
-    """Mark a model that is about to be changed, and note what it holds while it is dense.
+    """Mark a model before its first change, and record the parameters of the dense model.
 
     Parameters
     ----------
     model : nn.Module
-        Noted once, at the first change: parameters by name and size, all but those of a task's head, and which of them
-        are weights of target linears.
+        Recorded once, at the first change: names and sizes of all parameters but those of a task head, and which of
+        them are weights of target linears.
     layers : iterable of str
-        Target linears that the family's table does not name.
+        Target linears that are not in the family's table.
     """
     mark(model)
     note_dense(model)
@@ -99,34 +99,34 @@ def remember(model: nn.Module, layers: Iterable[str] = ()) -> None:
 
 
 def note_dense(model: nn.Module) -> None:
-    """Note what a model holds, unless it was noted before."""
+    """Record a model's parameters, unless recorded before."""
     if DENSE not in vars(model):
         vars(model)[DENSE] = {"parameters": _parameters(model), "linears": named_targets(model)}
 
 
 class DenseModel:
-    """What a model held before it was changed, as far as it is known, beside what it holds now.
+    """Parameters that a model had before it was changed, as far as known, compared with those it has now.
 
     Parameters
     ----------
     model : nn.Module
     targets : collection of str
-        Names of the target linears that the model has now, in whatever form.
+        Names of the target linears that the model has now, in any form.
 
     Attributes
     ----------
     gone : int
-        Weights of target linears that have no module of their own any more.
+        Number of weights of target linears that no longer have a module of their own.
     rest : int
-        All other parameters, biases of the targets among them. A head or an adapter that came later counts as it is.
+        Number of all other parameters, with the targets' biases. A head or adapter added later counts as it is.
     moved : set of int
-        Ids of the parameters that stand for the linears that are gone: matrices of what took their place.
+        Ids of the matrices that replaced target linears which are gone.
     """
 
     def __init__(self, model: nn.Module, targets: Collection[str]) -> None:
         known = vars(model).get(DENSE, {"parameters": {}, "linears": []})
         sizes, modules = known["parameters"], dict(model.named_modules())
-        # a fused projection that was taken apart is there in its parts
+        # a split fused projection is present in its parts
         whole = {name.rpartition(".")[0] for name in targets} | set(targets)
         lost = [name for name in known["linears"] if name not in modules and f"{name}.weight" in sizes]
         weights = {f"{name}.weight" for name in (*whole, *lost)}
@@ -150,7 +150,7 @@ class DenseModel:
 
 def _parameters(model: nn.Module) -> dict[str, int]:
     if isinstance(model, PreTrainedModel):
-        # a task's head is another one for another task; a language model's is a table like the embeddings
+        # a task head changes with the task; a language model's head is a table like the embeddings
         parts = [model.base_model, *filter(None, [model.get_output_embeddings()])]
         own = {id(parameter) for part in parts for parameter in part.parameters()}
     else:
@@ -161,6 +161,6 @@ def _parameters(model: nn.Module) -> dict[str, int]:
 
 
 def _is_inside(name: str, modules: Collection[str]) -> bool:
-    """Whether a parameter is a module's or a part's of it."""
+    """Whether a parameter belongs to one of these modules or their submodules."""
     parts = name.split(".")
     return any(".".join(parts[:i]) in modules for i in range(1, len(parts)))

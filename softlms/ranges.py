@@ -1,4 +1,4 @@
-"""Settings that are numbers: each is checked before any work, and one that is out of range is named in one line."""
+"""Range checks of numeric settings, done before any work; a one-line error names the setting."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ __all__ = ["check_at_least_one", "check_positive", "check_share"]
 
 
 def check_positive(most: float = math.inf, **values: float) -> None:
-    """Each is above 0 and finite.
+    """Check that each value is above 0 and finite.
 
     Parameters
     ----------
     most : float
-        The largest that is allowed.
+        The largest allowed value.
     **values : float
-        By the names that a message should give them.
+        Values by the names to use in messages.
 
     Raises
     ------
     ValueError
-        One is not; NaN never is.
+        A value is out of range, or NaN.
     """
     for name, value in values.items():
         if not (0 < value <= most and math.isfinite(value)):
@@ -29,14 +29,14 @@ def check_positive(most: float = math.inf, **values: float) -> None:
 
 
 def check_at_least_one(**values: float) -> None:
-    """ValueError unless each is a whole number from 1 on; see `check_positive`."""
+    """Raise ValueError unless each is a whole number, at least 1; see `check_positive`."""
     for name, value in values.items():
         if not (value >= 1 and value % 1 == 0):
             raise ValueError(f"{name} must be {'a whole number' if value >= 1 else 'at least 1'}, got {value!r}.")
 
 
 def check_share(**values: float) -> None:
-    """ValueError unless each is from 0 to 1; see `check_positive`."""
+    """Raise ValueError unless each is from 0 to 1; see `check_positive`."""
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is a share, 0 to 1; got {value!r}.")

@@ -1,4 +1,4 @@
-"""When a `SoftTrainer` fixes its ranks, and how hard it pushes its thresholds until then."""
+"""When `SoftTrainer` fixes its ranks, and how strongly it pushes the thresholds until then."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ __all__ = ["SoftSchedule"]
 
 logger = logging.get_logger(__name__)
 
-BUDGET = {"keep", "count", "multiple"}  # settings that say how much stays
-AIM = 0.5  # of the deadline: when the push would have the budget met
-DECADES = 8.0  # that the push can grow or fall by until the deadline
-SMALLEST_PUSH = 1e-8  # where the task says nothing of the thresholds at first
+BUDGET = {"keep", "count", "multiple"}  # settings that define how much is kept
+AIM = 0.5  # of the deadline: when the push aims to meet the budget
+DECADES = 8.0  # by which the push can grow or fall until the deadline
+SMALLEST_PUSH = 1e-8  # if the task has no gradient in the thresholds at first
 STALL_STEPS = 100  # without movement before a warning
-STALL_SHARE = 1e-3  # of all components: what counts as movement
+STALL_SHARE = 1e-3  # of all components: smaller changes do not count as movement
 
 
 class SoftSchedule(TrainerCallback):
-    """Watches the budget and sets the push; what it knows travels in the checkpoint's trainer state.
+    """Watches the budget and sets the push; its state is stored in the trainer state of checkpoints.
 
     Attributes
     ----------
     gamma : float
-        Weight of the compression loss now.
+        Current weight of the compression loss.
     frozen_at : int or None
         The step at which the ranks were fixed.
     note : dict
-        What the model card says of this training, once the ranks are fixed.
+        Record of this training for the model card, once the ranks are fixed.
     """
 
-    # not as an ExportableState: the Trainer would build a new one of those without its trainer
+    # not an ExportableState: the Trainer would rebuild that without its trainer
     KEY = "softlms"
 
     def __init__(self, trainer: SoftTrainer) -> None:
         self.trainer = trainer
-        self.gamma = trainer.gamma or 0.0  # where it adapts, the first step's gradients in alpha are the task's alone
+        self.gamma = trainer.gamma or 0.0  # if it adapts, alpha's gradients at the first step are from the task only
         self.frozen_at: int | None = None
         self.note: dict[str, Any] = {}
         self.last_move = (0, self.components())  # step, components
         self._before: list[Tensor] = []  # alphas
 
     def components(self) -> int:
-        """Live components of all layers. Weights would not do: down to break-even a layer keeps them all."""
+        """Number of live components of all layers. (The number of weights does not change above break-even.)"""
         return sum(self.trainer.ranks.values())
 
     def restore(self, state: TrainerState) -> None:
-        """Take over what a checkpoint holds; without one, only alpha's phase is set."""
+        """Restore the state from a checkpoint; without one, only set the phase of alpha."""
         stored = state.stateful_callbacks.get(self.KEY)
         if stored is not None:
             self.frozen_at, self.last_move = stored["frozen_at"], tuple(stored["last_move"])
@@ -68,12 +68,12 @@ class SoftSchedule(TrainerCallback):
             alpha.requires_grad_(self.frozen_at is None)
 
     def changed(self, state: TrainerState) -> list[str]:
-        """Settings that are others than those of the run that made a checkpoint."""
+        """Settings that differ from those of the run that wrote a checkpoint."""
         before = state.stateful_callbacks.get(self.KEY, {}).get("settings", {})
         return [name for name, value in before.items() if self.trainer.settings.get(name) != value]
 
     def check_finite(self, state: TrainerState) -> None:
-        """An error that names the layer where training has diverged."""
+        """Raise an error that names the layer if training has diverged."""
         for name, layer in self.trainer.soft_layers.items():
             if not torch.isfinite(layer.sigma).all() or layer.rank == 0:
                 raise RuntimeError(f"Training diverged by step {state.global_step} in {name}: lower learning_rate.")
@@ -81,14 +81,14 @@ class SoftSchedule(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take over settings that are others than those of the checkpoint that is resumed."""
+        """Apply settings that differ from those of the resumed checkpoint."""
         trainer = self.trainer
         changed = set(self.changed(state))
         if self.frozen_at is None and "alpha_learning_rate" in changed:
             trainer.set_alpha_rate(state.max_steps)
         if self.frozen_at is not None and BUDGET & changed and trainer.cost() > trainer.limit:
             trainer.fix_ranks()
-            trainer.optimizer.state.clear()  # the moments that were loaded would move what is cut off its zero
+            trainer.optimizer.state.clear()  # the loaded moments would move cut sigma away from zero
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None  # of the larger model
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -130,14 +130,14 @@ class SoftSchedule(TrainerCallback):
             else:
                 share, allowed = self._shares(kept)
                 logger.warning(
-                    f"By the deadline, {at}, {share:.3f} of the linears' cost was kept: all thresholds were raised "
+                    f"At the deadline, {at}, {share:.3f} of the linears' cost was kept: all thresholds were raised "
                     f"together to the budget of {allowed:.3f}."
                 )
             if not trainer.learns():
                 logger.info("No weight of the model learns: training ends here, with nothing left to recover.")
                 control.should_training_stop = True
             elif state.global_step >= state.max_steps:
-                logger.warning("The budget was met at the very last step: none is left to recover. Train longer.")
+                logger.warning("The budget was met at the very last step, so none is left to recover. Train longer.")
             return
         if trainer.gamma is None:
             self._adapt(state)
@@ -145,7 +145,7 @@ class SoftSchedule(TrainerCallback):
             self._watch_stall(state, kept)
 
     def _adapt(self, state: TrainerState) -> None:
-        """Push harder where the thresholds, at the pace of this step, would miss the budget, and less where not."""
+        """Push harder if the thresholds, at the pace of this step, would miss the budget; else push less."""
         trainer = self.trainer
         end = trainer.deadline * state.max_steps
         left = max(0.0, AIM * end - state.global_step)
@@ -154,7 +154,7 @@ class SoftSchedule(TrainerCallback):
         self.gamma *= 10 ** ((DECADES if late else -DECADES) / end)
 
     def _watch_stall(self, state: TrainerState, kept: float) -> None:
-        """Warn where a constant push does not move the thresholds."""
+        """Warn if a constant push does not move the thresholds."""
         trainer = self.trainer
         step, before = self.last_move
         now = self.components()
@@ -163,13 +163,13 @@ class SoftSchedule(TrainerCallback):
         elif state.global_step - step == STALL_STEPS:
             share, allowed = self._shares(kept)
             logger.warning(
-                f"The ranks have not moved for {STALL_STEPS} steps, with {share:.3f} of the linears kept and "
+                f"The ranks have not changed for {STALL_STEPS} steps, with {share:.3f} of the linears kept and "
                 f"a budget of {allowed:.3f}: leave gamma ({trainer.gamma}) out, so that it adapts, or raise it or "
                 "alpha_learning_rate."
             )
 
     def _shares(self, kept: float) -> tuple[float, float]:
-        """Of the dense linears' cost: what is kept, and what the budget allows."""
+        """Shares of the dense linears' cost: kept, and allowed by the budget."""
         whole = self.trainer.costs.dense - self.trainer.costs.rest
         return kept / whole, self.trainer.limit / whole
 
@@ -181,5 +181,5 @@ class SoftSchedule(TrainerCallback):
             share, allowed = self._shares(kept)
             raise BudgetNotMet(
                 f"After {state.global_step} steps {share:.3f} of the linears' cost is kept, the budget allows "
-                f"{allowed:.3f}. Train longer, or give a deadline below {self.trainer.deadline}: it forces the budget."
+                f"{allowed:.3f}. Train longer, or set a deadline below {self.trainer.deadline}: it forces the budget."
             )

@@ -1,4 +1,4 @@
-"""Verbs that change a model in place: `decompose` and `deploy` for learned ranks, `truncate` for given ones."""
+"""Functions that change a model in place: `decompose` and `deploy` for learned ranks, `truncate` for given ones."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def decompose(
     unit: str = UNIT,
     targets: Predicate | None = None,
 ) -> M:
-    """Replace every target linear by its factors with a learnable threshold; the outputs stay the same.
+    """Replace every target linear by its factors with a learnable threshold; the outputs do not change.
 
-    Each layer keeps its mode and its forward and backward hooks, and what is frozen stays frozen: where a weight does
-    not learn, U, sigma and V do not. Its threshold learns all the same, as a rank is a choice, and cuts without
-    shrinking what survives: leave the layer out with `targets` where it should not be cut.
+    Each layer keeps its mode and its forward and backward hooks, and what is frozen stays frozen: if a weight does not
+    learn, neither do U, sigma and V. Its threshold still learns, as it chooses a rank, and cuts without shrinking the
+    surviving components. To keep a layer from being cut, leave it out with `targets`.
 
     Parameters
     ----------
     model : nn.Module
         Changed in place.
     factors : {"svd", "fwsvd", "asvd", "whitened"} or mapping
-        How sigma and its bases are made, or what `softlms.factorize` made of this model.
+        How the factors are computed, or the factors of this model from `softlms.factorize`.
     statistics : mapping, optional
         From `softlms.calibrate`; needed by all but "svd".
     alpha, s, unit
-        Start of each threshold, its sharpness, and what both are measured in ("raw", "max" or "mean" sigma of the
-        layer); see `SoftLinear.from_linear`.
+        Initial threshold, sharpness, and the unit of both ("raw", "max" or "mean" sigma of the layer); see
+        `SoftLinear.from_linear`.
     targets : callable, optional
-        Chooses the layers; see `find_targets`.
+        Selects the layers; see `find_targets`.
 
     Returns
     -------
@@ -61,12 +61,12 @@ def decompose(
     ------
     ValueError
         The model is decomposed already, its family is unknown, a weight is NaN, infinite, all zeros, shared,
-        quantized, offloaded or parametrized, a layer has an adapter or a forward of its own, factors or statistics do
-        not fit, or alpha, s or unit is out of range. Nothing has been changed then.
+        quantized, offloaded or parametrized, a layer has an adapter or a custom forward, factors or statistics do not
+        fit, or alpha, s or unit is out of range. In that case nothing is changed.
     """
     linears = linear_targets(model, targets)
     make = _maker(linears, factors, statistics)
-    SoftThreshold(alpha, s)  # refuses what is out of range
+    SoftThreshold(alpha, s)  # rejects values out of range
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}.")
     remember(model, linears)
@@ -96,8 +96,8 @@ def truncate(
     model : nn.Module
         Changed in place.
     ranks : mapping
-        Components to keep of each target, by name, as from `softlms.allocate`. A layer that would not get smaller
-        stays dense.
+        Number of components to keep of each target by name, as from `softlms.allocate`. A layer that would not get
+        smaller stays dense.
     factors, statistics, targets
         As in `decompose`.
     costs : Costs, optional
@@ -111,8 +111,8 @@ def truncate(
     Raises
     ------
     ValueError
-        As in `decompose`; or `ranks` misses a layer, names one that is no target, or a rank is no whole number or out
-        of range; or `costs` are of another model. Nothing has been changed then.
+        As in `decompose`; `ranks` misses a layer or names one that is not a target; a rank is not a whole number or is
+        out of range; or `costs` are of another model. In that case nothing is changed.
     """
     if isinstance(ranks, str) or any(isinstance(rank, Factors) for rank in ranks.values()):
         raise ValueError("Ranks come before factors: softlms.truncate(model, ranks, factors).")
@@ -132,14 +132,14 @@ def truncate(
 
 
 def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = None) -> M:
-    """Give every target linear the deployed shape of its rank, with values that mean nothing.
+    """Give every target linear the deployed shape of its rank, with arbitrary values.
 
-    For what depends on shapes alone: timing and counting.
+    For work that depends only on shapes: timing and counting.
 
     Parameters
     ----------
     model, ranks, targets
-        As in `truncate`; the model is dense; its weights are not looked at.
+        As in `truncate`; the model is dense, and its weights are not read.
 
     Returns
     -------
@@ -149,7 +149,7 @@ def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = No
     Raises
     ------
     ValueError
-        As from `truncate` for `ranks`. Nothing has been changed then.
+        As in `truncate` for `ranks`. In that case nothing is changed.
     """
     linears: dict[str, Any] = {target.name: as_linear(target.module) for target in find_targets(model, targets)}
     _check_ranks(linears, ranks)
@@ -166,33 +166,33 @@ def shrink(model: M, ranks: Mapping[str, int], *, targets: Predicate | None = No
 def deploy(
     model: M, keep: float | None = None, count: str | None = None, *, multiple: int = 1, costs: Costs | None = None
 ) -> M:
-    """Cut every soft layer to its live components and fold T(sigma) in: thin matmuls, or dense where not larger.
+    """Cut every soft layer to its live components and fold T(sigma) in: thin, or dense if dense is not larger.
 
     Parameters
     ----------
     model : nn.Module
         A decomposed model, changed in place.
     keep, count
-        Cut further, to this budget (see `softlms.Budget`) and exactly, without any training: the components with
-        the smallest sigma - alpha go first, as if all thresholds rose together. One trained model so gives
-        any smaller size; train it again where quality matters.
+        Cut further, exactly to this budget (see `softlms.Budget`), without training: components with the smallest
+        sigma - alpha go first, as if all thresholds rose together. So one trained model yields any smaller size;
+        train it again if quality matters.
     multiple : int
-        Of the ranks that are cut to a budget; see `softlms.Budget`.
+        For ranks that are cut to a budget; see `softlms.Budget`.
     costs : Costs, optional
-        Of the dense model, from `softlms.measure_latency`: layers that would not be faster stay dense. Needed where
+        Of the dense model, from `softlms.measure_latency`: layers that would not be faster stay dense. Needed if
         `count` is "flops" or "latency".
 
     Returns
     -------
     nn.Module
-        `model` itself; without `keep` its outputs are those of the soft form.
+        `model` itself. Without `keep` its outputs equal those of the soft form.
 
     Raises
     ------
     ValueError
         The model was never decomposed or is deployed already, `count` or `multiple` is given without `keep`, the budget
-        cannot be met, or it is not below what the model keeps already, or `costs` are of another model. Nothing has
-        been changed then.
+        cannot be met or is not below what the model already keeps, or `costs` are of another model. In that case
+        nothing is changed.
     """
     layers = soft_layers(model)
     kept = {name: layer.rank for name, layer in layers.items()}
@@ -200,7 +200,7 @@ def deploy(
     if costs is not None:
         costs.check(shapes)
     if keep is None and (count is not None or multiple != 1):
-        raise ValueError("count and multiple are of a budget to cut to: give keep too, as in deploy(model, keep=0.4).")
+        raise ValueError("count and multiple describe a budget: pass keep too, as in deploy(model, keep=0.4).")
     if keep is not None:
         parameters = count_parameters(model, lambda name, module: name in shapes)
         budget = Budget(keep, count or "linear", multiple)
@@ -232,7 +232,7 @@ def soft_layers(model: nn.Module) -> dict[str, SoftLinear]:
     layers = {name: layer for name, layer in factored.items() if isinstance(layer, SoftLinear)}
     if not layers and any(isinstance(layer, LowRankLinear) for layer in factored.values()):
         raise ValueError(
-            "This model is deployed already: it can be cut no further, and transformers' Trainer trains it."
+            "This model is deployed already: it cannot be cut further, and transformers' Trainer can train it."
         )
     if not layers:
         raise ValueError("This model has no soft layers: call softlms.decompose(model) first.")
@@ -240,14 +240,14 @@ def soft_layers(model: nn.Module) -> dict[str, SoftLinear]:
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
-    """Components of each factored layer by name: live ones of a soft or masked layer, all of a deployed one.
+    """Ranks of the factored layers by name: live components of a soft or masked layer, all of a deployed one.
 
-    Layers that are stored dense are not among them.
+    Layers that are stored dense are not included.
 
     Raises
     ------
     ValueError
-        There are none.
+        There are no factored layers.
     """
     factored = _factored(model)
     if not factored:
@@ -262,14 +262,14 @@ def _factored(model: nn.Module) -> dict[str, Ranked]:
 def _maker(
     linears: Mapping[str, nn.Linear], factors: str | Mapping[str, Factors], statistics: Statistics | None
 ) -> Callable[[str], Factors]:
-    """A function from a layer's name to its factors: made when asked for, so that one layer is in memory at a time."""
+    """Return a function from a layer's name to its factors, computed on request: one layer in memory at a time."""
     if isinstance(factors, str):
         check_method(factors, linears, statistics)
         return lambda name: factorize_weight(linears[name].weight, factors, statistics[name] if statistics else None)
     for name, linear in linears.items():
         f = factors.get(name)
         if not isinstance(f, Factors) or (len(f.U), len(f.V)) != linear.weight.shape:
-            raise ValueError(f"factors miss {name}, or have another shape: factorize the same model and targets.")
+            raise ValueError(f"factors lack {name}, or have another shape: factorize the same model and targets.")
     return factors.__getitem__
 
 

@@ -1,4 +1,4 @@
-"""Threshold functions that decide which singular values a layer keeps.
+"""Threshold functions, which decide the singular values that a layer keeps.
 
 Glossary (the paper's symbols, arXiv 2411.10543)
     sigma   singular values of one layer, any shape
@@ -23,7 +23,7 @@ __all__ = [
     "soft_threshold",
 ]
 
-SHARPNESS = 12.5  # s where none is given, in multiples of 1 / unit
+SHARPNESS = 12.5  # default of s, in multiples of 1 / unit
 
 
 def hard_threshold(sigma: Tensor, alpha: Tensor | float) -> Tensor:
@@ -39,7 +39,7 @@ def hard_threshold(sigma: Tensor, alpha: Tensor | float) -> Tensor:
     Returns
     -------
     Tensor
-        Shape and dtype of `sigma`. The gradient is 1 in kept `sigma` and 0 elsewhere; alpha gets none.
+        Shape and dtype of `sigma`. The gradient is 1 for kept `sigma` and 0 elsewhere; alpha gets no gradient.
 
     Raises
     ------
@@ -116,10 +116,10 @@ def soft_threshold(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:
         dT/dsigma =  tanh u + s sigma sech^2 u
         dT/dalpha =        -  s sigma sech^2 u
 
-    At sigma = alpha T has a kink; the convention here is that of sigma < alpha: value 0 and both gradients 0.
+    T has a kink at sigma = alpha; there it is treated as for sigma < alpha: value 0 and both gradients 0.
     So a component at or below alpha comes back only if alpha falls.
-    Half precision is computed in float32. A tensor alpha is not checked for its sign (that would wait for the
-    GPU at every step); with a negative one T is still between 0 and sigma.
+    Half precision is computed in float32. The sign of a tensor alpha is not checked (that would synchronize with the
+    GPU at every step); with a negative alpha, T is still between 0 and sigma.
     Fig. 4c of the paper; formula from its successor STAR-KV.
     """
     _check_sigma(sigma)
@@ -130,17 +130,17 @@ def soft_threshold(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:
 
 
 def inverse_soft_threshold(t: Tensor, alpha: float, s: float) -> Tensor:
-    """The sigma at or above alpha with T(sigma; alpha, s) = t.
+    """The sigma at or above alpha for which T(sigma; alpha, s) = t.
 
-    T shrinks small singular values even at alpha = 0. Starting from the inverse makes the decomposed layer equal
-    the dense one exactly, whatever `s` is.
+    T shrinks small singular values even at alpha = 0. Starting from the inverse makes the decomposed layer exactly
+    equal to the dense one for any `s`.
 
     Parameters
     ----------
     t : Tensor
         Wanted values of T, at least 0, any shape.
     alpha, s
-        As in `shifted_tanh`, alpha a number.
+        As in `shifted_tanh`, but alpha is a number.
 
     Returns
     -------
@@ -156,7 +156,7 @@ def inverse_soft_threshold(t: Tensor, alpha: float, s: float) -> Tensor:
 
     Notes
     -----
-    Ours: neither the paper nor its successor says how sigma starts.
+    Ours: neither the paper nor its successor says how sigma is initialized.
     """
     _check_sigma(t)
     _check_alpha(alpha)
@@ -177,15 +177,15 @@ class SoftThreshold(nn.Module):
     Parameters
     ----------
     alpha : float
-        Where alpha starts, at least 0, in multiples of `unit`.
+        Initial alpha, at least 0, in multiples of `unit`.
     s : float
         Sharpness, positive and finite, in multiples of 1 / `unit`.
     unit : float
-        What one unit of alpha is worth in units of sigma: 1 for the raw singular values, the layer's largest
-        singular value, or their mean.
+        One unit of alpha in units of sigma: 1 for raw singular values, else the layer's largest singular value or
+        their mean.
     hard : bool
-        For sigma that do not learn and so cannot make up for what T takes from them: what survives stays as it is, as
-        with `hard_threshold`, and alpha alone has T's gradient.
+        For frozen sigma, which cannot compensate for the shrinkage by T: surviving values do not change, as with
+        `hard_threshold`, and only alpha has T's gradient.
 
     Raises
     ------
@@ -201,7 +201,7 @@ class SoftThreshold(nn.Module):
         _check_s(s)
         if not (math.isfinite(unit) and unit > 0):
             raise ValueError(f"unit must be a positive finite number, got {unit!r}.")
-        # whatever torch's default is: half precision would decide by rounding which components live
+        # for any torch default: in half precision, rounding would decide which components live
         self.alpha = nn.Parameter(torch.tensor(float(alpha), dtype=torch.float32))
         self.s = float(s)
         self.hard = hard
@@ -216,7 +216,7 @@ class SoftThreshold(nn.Module):
         return (t * self.unit).to(sigma.dtype)
 
     def is_live(self, sigma: Tensor) -> Tensor:
-        """Which components survive: sigma > alpha, a bool tensor of the shape of `sigma`."""
+        """Surviving components, sigma > alpha, as a bool tensor with the shape of `sigma`."""
         return _wide(sigma) / self.unit > self.alpha
 
     def extra_repr(self) -> str:
@@ -224,12 +224,12 @@ class SoftThreshold(nn.Module):
 
 
 def _wide(sigma: Tensor) -> Tensor:
-    """At least float32: half precision keeps 3 digits, sigma - alpha would be noise right where the gate opens."""
+    """Cast to at least float32: half precision has 3 digits, so sigma - alpha is noise where the gate opens."""
     return sigma.float() if sigma.dtype in (torch.float16, torch.bfloat16) else sigma
 
 
 def _gate(sigma: Tensor, alpha: Tensor | float, s: float) -> Tensor:
-    # an s beyond the dtype would become inf, and inf times a zero gradient is NaN
+    # an s above the dtype's range would become inf, and inf times a zero gradient is NaN
     return torch.tanh(min(s, torch.finfo(sigma.dtype).max) * (sigma - alpha))
 
 

@@ -1,11 +1,11 @@
 """`SoftTrainer`: a transformers Trainer that learns ranks, meets a parameter budget, and recovers.
 
-The schedule is that of the paper's successor (STAR-KV, arXiv 2606.08382):
+The schedule follows the paper's successor (STAR-KV, arXiv 2606.08382):
 
-1. compress: weights and thresholds train together, alpha at its own, much larger rate, on
-   L = L_task + gamma L_cmp, until the budget is met; gamma adapts, so that it is met in time;
-2. freeze: alpha stops for good, the ranks are filled up exactly to the budget;
-3. recover: L_task alone, with a fresh optimizer and learning-rate schedule, for the steps that are left.
+1. compress: weights and thresholds train together on L = L_task + gamma L_cmp, alpha at its own, much larger rate,
+   until the budget is met; gamma adapts, so that it is met in time;
+2. freeze: alpha stops learning, and the ranks are filled up exactly to the budget;
+3. recover: L_task only, with a fresh optimizer and learning-rate schedule, for the remaining steps.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["SoftTrainer"]
 logger = logging.get_logger(__name__)
 
 DEADLINE = 0.6  # of the steps
-PACE = 4.0  # thresholds that all rise at their rate would meet the budget in 1 / PACE of the time to the deadline
+PACE = 4.0  # thresholds rising together at their rate would meet the budget in 1 / PACE of the time to the deadline
 
 
 class SoftTrainer(DistillingTrainer):
@@ -48,28 +48,28 @@ class SoftTrainer(DistillingTrainer):
     Parameters
     ----------
     model : PreTrainedModel
-        Decomposed by `softlms.decompose`.
+        A model decomposed by `softlms.decompose`.
     keep, count, multiple
         See `softlms.Budget`.
     costs : Costs, optional
         Of the dense model, from `softlms.count_flops` or `softlms.measure_latency`; see `softlms.allocate`.
     gamma : float, optional
-        Weight of the compression loss, positive and constant. Adam's steps do not depend on the size of a gradient:
-        where this one outweighs the task's in every threshold, all rise alike and the ranks are those of one threshold
-        for all, however small the rate. When not given it adapts: it starts at the mean size of the task's own
-        gradients in alpha, grows at each step at whose pace the budget would be missed, and falls at the others.
+        Constant positive weight of the compression loss. Adam's steps do not depend on the size of a gradient: if this
+        gradient exceeds the task's in every threshold, all rise equally, and the ranks are those of one threshold for
+        all, however small the rate. By default gamma adapts: it starts at the mean size of the task's own gradients in
+        alpha, grows at each step at whose pace the budget would be missed, and falls at the others.
     alpha_learning_rate : float, optional
-        Rate of the thresholds, positive; constant while they learn, in the thresholds' units a step. When not given it
+        Positive learning rate of the thresholds, in their units per step, constant while they learn. By default it
         follows from factors, budget and steps: all thresholds, rising together, would meet the budget in a quarter of
         the time until the deadline.
     compression_loss : {"adaptive", "linear"}
         L_acmp or L_cmp.
     weigh_by_size : bool
-        Weigh each layer's compression loss by its number of parameters (mean weight 1) instead of equally.
+        Weight each layer's compression loss by its number of parameters (mean weight 1) instead of equally.
     deadline : float
-        Share of the training's steps, above 0 and at most 1. Where the budget is not met by then, all thresholds are
-        raised together until it is, with a warning, so that the rest of the steps is left to recover. With 1 nothing
-        is forced: a budget that is not met is an error.
+        Share of the training steps, above 0 and at most 1. If the budget is not met by then, all thresholds are raised
+        together until it is, with a warning, so that the remaining steps can recover. With 1 nothing is forced, and a
+        budget that is not met is an error.
     distillation : float
         See `DistillingTrainer`.
     **kwargs
@@ -79,16 +79,15 @@ class SoftTrainer(DistillingTrainer):
     Raises
     ------
     ValueError
-        The model is not decomposed, the budget cannot be met, or a setting is out of range: before any work. From
-        `train`: the model was deployed, or the checkpoint to resume from has its ranks fixed for a smaller budget.
+        The model is not decomposed, the budget cannot be met, or a setting is out of range. Raised before any work.
+        From `train`: the model was deployed, or the ranks in the resumed checkpoint were fixed for a smaller budget.
     BudgetNotMet
-        From `train`, with a deadline of 1, when its steps end before the budget is met. The model is left in its soft
-        form.
+        From `train` with a deadline of 1, if its steps end before the budget is met. The model stays in its soft form.
 
     Notes
     -----
-    The successor trains with an alpha rate of 1e-2, gamma 0.1 and no weight decay on alpha. The rate and the push that
-    adapt, exact fit, size weights, the deadline and the constant rates while compressing are ours.
+    The successor uses an alpha rate of 1e-2, gamma 0.1 and no weight decay on alpha. The derived rate, adaptive gamma,
+    exact fit, size weights, deadline, and constant rates during compression are ours.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class SoftTrainer(DistillingTrainer):
     ) -> None:
         self.soft_layers = soft_layers(model)
         self.shapes = {n: (layer.out_features, layer.in_features) for n, layer in self.soft_layers.items()}
-        # what a checkpoint remembers of the run that made it
+        # stored in a checkpoint to describe its run
         settings = {
             "keep": keep,
             "count": count,
@@ -123,7 +122,7 @@ class SoftTrainer(DistillingTrainer):
         }
         self.settings: dict[str, Any] = plain(settings, "SoftTrainer")
         self.budget = Budget(*(self.settings[name] for name in ("keep", "count", "multiple")))
-        if costs is not None and PartialState().num_processes > 1:  # each process has measured others
+        if costs is not None and PartialState().num_processes > 1:  # each process has measured different costs
             (costs,) = broadcast_object_list([costs])
         self.costs = self.budget.costs(self.shapes, count_parameters(model, _is_soft), costs)
         self.limit = self.budget.limit(self.costs)
@@ -150,10 +149,10 @@ class SoftTrainer(DistillingTrainer):
                     f"{name} is in {layer.U.dtype}, too coarse to learn thresholds: load the model with "
                     "dtype=torch.float32; for mixed precision pass TrainingArguments(bf16=True)."
                 )
-        notes(model.config)  # refuses what no model card can hold
+        notes(model.config)  # rejects what no model card can store
         args = kwargs.get("args")
         if args is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # alpha has no gradient any more once it is frozen
+            args.ddp_find_unused_parameters = True  # frozen alpha has no gradient
         super().__init__(model, distillation=distillation, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("SoftTrainer does not run under FSDP or DeepSpeed yet: use one device, or DDP.")
@@ -167,7 +166,7 @@ class SoftTrainer(DistillingTrainer):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Live components of each layer by name."""
+        """Number of live components of each layer by name."""
         return {name: layer.rank for name, layer in self.soft_layers.items()}
 
     def compute_loss(
@@ -185,7 +184,7 @@ class SoftTrainer(DistillingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Trainer's train; called again on a model whose thresholds are frozen, it recovers only."""
+        """Train as in Trainer; if the thresholds are already frozen, only recover."""
         present = set(self.model.modules())
         if not all(layer in present for layer in self.soft_layers.values()):
             raise ValueError(
@@ -198,7 +197,7 @@ class SoftTrainer(DistillingTrainer):
         return super().train(resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW (or what `args` name) with alpha in a group of its own: its rate, no weight decay."""
+        """AdamW (or the optimizer in `args`), with alpha in its own group: own rate, no weight decay."""
         if self.optimizer is None:
             self.schedule.restore(self.state)
             optimizer = super().create_optimizer(model)
@@ -206,7 +205,7 @@ class SoftTrainer(DistillingTrainer):
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in alphas]
             if self.schedule.frozen_at is None:
-                # where no rate is given it is set with the schedule, when the number of steps is known
+                # a derived rate is set with the schedule, when the number of steps is known
                 group = {"params": self.alphas, "lr": self.alpha_learning_rate or 0.0, "weight_decay": 0.0}
                 optimizer.add_param_group(group)
             elif not self.learns():
@@ -217,7 +216,7 @@ class SoftTrainer(DistillingTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """While compressing, constant rates after a warm-up of the weights; then `args`' own schedule for the rest."""
+        """During compression, constant rates after a warm-up of the weights; then the schedule in `args`."""
         frozen_at = self.schedule.frozen_at
         if frozen_at is not None:
             return super().create_scheduler(num_training_steps - frozen_at, optimizer)
@@ -233,21 +232,21 @@ class SoftTrainer(DistillingTrainer):
         return self.lr_scheduler
 
     def set_alpha_rate(self, steps: int) -> None:
-        """The rate of this run's settings, in place of the one that a checkpoint has brought."""
+        """Use the rate of this run's settings in place of the one loaded from a checkpoint."""
         rate = self.alpha_learning_rate or self._even_rate(steps)
         self.optimizer.param_groups[-1] |= {"lr": rate, "initial_lr": rate}
         self.lr_scheduler.base_lrs[-1] = rate
 
     def learns(self) -> bool:
-        """Whether any parameter is left that training moves."""
+        """Whether any parameter is trainable."""
         return any(parameter.requires_grad for parameter in self.model.parameters())
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # a model from before the cut is never the best one
+        # a model from before the cut is never the best
         return self.schedule.frozen_at is not None and super()._determine_best_metric(metrics, trial)
 
     def cost(self, alphas: Iterable[Tensor | float] | None = None) -> float:
-        """What the soft layers would cost, in the budget's count, if deployed now, or with these thresholds."""
+        """Cost of the soft layers in the budget's count, if deployed now or with the given thresholds."""
         layers = self.soft_layers.values()
         with torch.no_grad():
             pairs = zip(layers, alphas or self.alphas, strict=True)
@@ -256,7 +255,7 @@ class SoftTrainer(DistillingTrainer):
         return self.costs.of(dict(zip(self.soft_layers, ranks, strict=True)))
 
     def _even_rate(self, steps: int) -> float:
-        """The rate at which thresholds that rise together from 0 meet the budget in 1 / PACE of the deadline."""
+        """The rate at which thresholds rising together from 0 meet the budget in 1 / PACE of the deadline."""
         with torch.no_grad():
             sigma = torch.cat([layer.sigma / layer.threshold.unit for layer in self.soft_layers.values()])
         levels, layers = sigma.sort().values.tolist(), len(self.soft_layers)
@@ -264,14 +263,14 @@ class SoftTrainer(DistillingTrainer):
         return PACE * levels[min(met, len(levels) - 1)] / (self.deadline * steps)
 
     def layer_forms(self) -> dict[str, dict[str, Any]]:
-        """What of each layer is in no tensor; a run that is resumed has to agree."""
+        """Properties of each layer that no tensor stores; a resumed run must match them."""
         forms = {name: layer.description() for name, layer in self.soft_layers.items()}
         return {name: {n: v for n, v in form.items() if n != "learns"} for name, form in forms.items()}
 
     def _check_resumed(self, checkpoint: str | bool | None) -> None:
-        """Say what has changed since a checkpoint; refuse what cannot be taken over.
+        """Report settings that changed since a checkpoint; refuse changes that cannot be applied.
 
-        That is a budget for which its ranks, once fixed, are too small, and layers that were decomposed otherwise.
+        These are a budget for which the fixed ranks are too small, and layers that were decomposed differently.
         """
         folder = get_last_checkpoint(self.args.output_dir) if checkpoint is True else checkpoint
         file = Path(folder or "", TRAINER_STATE_NAME)
@@ -284,7 +283,7 @@ class SoftTrainer(DistillingTrainer):
         for name in sorted(forms.keys() | own.keys()) if forms else ():
             if forms.get(name) != own.get(name):
                 raise ValueError(
-                    f"{folder} has {forms.get(name)} for {name}, and this model {own.get(name)}: decompose it with the "
+                    f"{folder} has {forms.get(name)} for {name}, this model has {own.get(name)}: decompose it with the "
                     "same targets and settings, or train from the start."
                 )
         changed = self.schedule.changed(state)
@@ -292,18 +291,18 @@ class SoftTrainer(DistillingTrainer):
         if fixed is not None and BUDGET & set(changed):
             if self.costs.of(stored["ranks"]) <= self.limit:
                 raise ValueError(
-                    f"The ranks in {folder} were fixed at step {fixed} with {was}, and this run has {now}: what was "
-                    "cut does not come back. Resume with the same budget or a smaller one, or train from the start."
+                    f"The ranks in {folder} were fixed at step {fixed} with {was}, and this run has {now}: cut "
+                    "components do not come back. Resume with the same or a smaller budget, or train from the start."
                 )
             now += ", and the ranks are cut further"
         elif fixed is not None and "costs" in changed:
-            now += ", and the ranks stay"
+            now += ", and the ranks do not change"
         if changed:
-            logger.warning(f"{folder} was made with {was}; from here on it is {now}.")
+            logger.warning(f"{folder} was made with {was}; from now on it is {now}.")
 
     def freeze(self) -> None:
-        """Fix the ranks, and start afresh with optimizer and learning rate."""
-        # the same object, emptied: accelerate would keep a replaced optimizer, and its moments, in memory
+        """Fix the ranks, and restart optimizer and learning rate."""
+        # empty the same object: accelerate would keep a replaced optimizer and its moments in memory
         rate = self.optimizer.param_groups.pop()["lr"]
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
@@ -313,7 +312,7 @@ class SoftTrainer(DistillingTrainer):
         self.callback_handler.lr_scheduler = self.create_scheduler(self.state.max_steps)
 
     def fix_ranks(self, **note: Any) -> None:
-        """Cut or fill the ranks up to the budget, for good; what the model card shall say beside it is in `note`."""
+        """Cut or fill the ranks to the budget permanently; `note` has further entries for the model card."""
         met, multiple = self.cost() <= self.limit, self.budget.multiple
         start = self.budget.start(self.shapes)
         if met:
@@ -321,7 +320,7 @@ class SoftTrainer(DistillingTrainer):
             larger = {name: max(rounded[name], least) for name, least in start.items()}
             start = larger if self.costs.of(larger) <= self.limit else start
         margins = {name: layer.margins(dead=True).tolist() for name, layer in self.soft_layers.items()}
-        for name, scores in margins.items():  # sigma that were cut for good do not come back
+        for name, scores in margins.items():  # sigma that were cut permanently do not come back
             if multiple < len(scores) < min(self.shapes[name]):
                 del scores[len(scores) // multiple * multiple :]
             start[name] = min(start[name], len(scores))
@@ -338,11 +337,11 @@ class SoftTrainer(DistillingTrainer):
         self.write_note()
 
     def write_note(self) -> None:
-        """For the model card."""
+        """Write the note for the model card into the configuration."""
         self.model.config.softlms = notes(self.model.config) | self.schedule.note
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with the kept share of parameters, the thresholds and the push beside the loss."""
+        """Log as in Trainer, with the kept share of parameters, the thresholds and gamma besides the loss."""
         if "loss" in logs:
             self.schedule.check_finite(self.state)
             parameters = count_parameters(self.model, _is_soft)

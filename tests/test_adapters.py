@@ -89,7 +89,7 @@ def test_what_would_change_a_dense_weight_is_refused():
             adapted(thin(), **option)
     bad = adapted(thin())
     bad.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data[0] = float("nan")
-    with pytest.raises(ValueError, match="adapter default holds NaN"):
+    with pytest.raises(ValueError, match="adapter default contains NaN"):
         bad.merge_and_unload(safe_merge=True)
 
 

@@ -127,7 +127,7 @@ def test_bad_input_is_refused(tiny_bert):
     with pytest.raises(ValueError, match="needs curves"):
         allocate(model, factors, "sensitivity", keep=0.5, count="linear")
     for method in ALLOCATIONS:
-        with pytest.raises(ValueError, match="one component a layer needs"):
+        with pytest.raises(ValueError, match="one component per layer needs"):
             allocate(model, factors, method, keep=0.01, count="linear", curves={})
     with pytest.raises(ValueError, match=r"query cut is not finite"):
         sensitivity_curves(model, factors, lambda: float("nan"))

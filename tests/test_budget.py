@@ -213,5 +213,5 @@ def test_impossible_budget_says_why_and_what_is_possible():
         Budget(0.5, "total").limit(parameter_costs(shapes, 1000, "total"))
     smallest = float(str(error.value).split("smallest keep of total is ")[1].split(";")[0])
     assert Budget(smallest, "total").limit(parameter_costs(shapes, 1000, "total")) >= 50  # what it promises holds
-    with pytest.raises(ValueError, match="one component a layer needs 50 weights"):
+    with pytest.raises(ValueError, match="one component per layer needs 50 weights"):
         Budget(0.1, "linear").limit(parameter_costs(shapes, 0, "linear"))

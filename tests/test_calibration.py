@@ -70,7 +70,7 @@ def test_the_model_is_left_as_it_was(tiny_bert, collator):
 
 def test_bad_calibration_is_refused(tiny_bert, collator):
     model, data = tiny_bert(), rows(4)
-    with pytest.raises(ValueError, match="asks for 5 rows, the data set has 4"):
+    with pytest.raises(ValueError, match="needs 5 rows, the data set has 4"):
         calibrate(model, data, collator, rows=5)
     with pytest.raises(ValueError, match="the data set has 0"):
         calibrate(model, data.select([]), collator, rows=1)

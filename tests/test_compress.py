@@ -184,12 +184,12 @@ def test_a_run_killed_while_it_tidies_up_is_finished(tiny_folder, data, tmp_path
             (work / NOTE).touch()
         if left == "checkpoints":
             (work / "dense").mkdir()
-            with pytest.raises(FileExistsError, match="out holds something already"):
+            with pytest.raises(FileExistsError, match="out already contains something"):
                 run(epochs=2)
         lock.touch()
         run()
         assert contents(out) == whole and sorted(path.name for path in tmp_path.iterdir()) == ["glue", "out"]
-    with pytest.raises(FileExistsError, match="out holds something already"):  # nothing says that it was killed
+    with pytest.raises(FileExistsError, match="out already contains something"):  # nothing says that it was killed
         run()
 
 
@@ -293,7 +293,7 @@ def test_a_fine_tuned_model_is_taken_as_it_is(tiny_folder, data, tmp_path, monke
 def test_a_stranger_in_the_work_folder_is_left_alone(tiny_folder, data, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine").touch()
-    with pytest.raises(FileExistsError, match="holds something else"):
+    with pytest.raises(FileExistsError, match="contains something else"):
         compress(settings(tiny_folder, data), tmp_path / "out", console=quiet())
     assert (tmp_path / "out.partial" / "mine").is_file()
 
@@ -316,22 +316,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_folder, data, tmp_path, c
         ({"keep": "1.5"}, "got 1.5"),
         ({"keep": "0"}, "got 0.0"),
         ({"keep": "nan"}, "got nan"),
-        ({"keep": "0.001"}, "one component a layer"),
+        ({"keep": "0.001"}, "one component per layer"),
         ({"keep": "0.001", "count": "flops"}, "smallest keep of flops"),
         ({"keep": "0.001", "count": "latency"}, "smallest keep of latency"),
         ({"task": "squad"}, "Unknown task 'squad'"),
         ({"factors": "pca"}, "Unknown factorization 'pca'"),
         ({"count": "all"}, "count must be one of"),
         ({"data": str(tmp_path / "nowhere")}, "does not exist"),
-        ({"model": "./nowhere"}, "holds no model"),
+        ({"model": "./nowhere"}, "contains no model"),
         ({"model": str(bare)}, "bare' has no tokenizer: save the model's own there"),
         ({"model": str(short)}, "and the model reads 4: lower max_length"),
-        ({"model": str(few)}, "the model has 500: it is of another model"),
+        ({"model": str(few)}, "the model has 500: use the model's tokenizer"),
         ({"model": str(broken)}, "cannot be read, fetch them again"),
-        ({"out": str(tmp_path / "full")}, "holds something already"),
-        ({"out": str(tmp_path / "full" / "file")}, "holds something already"),
+        ({"out": str(tmp_path / "full")}, "already contains something"),
+        ({"out": str(tmp_path / "full" / "file")}, "already contains something"),
         ({"out": str(tmp_path / "full" / "file" / "out")}, "there is a file where the folder should be"),
-        ({"out": str(tmp_path / "new" / "folder" / "out"), "keep": "0.001"}, "one component a layer"),
+        ({"out": str(tmp_path / "new" / "folder" / "out"), "keep": "0.001"}, "one component per layer"),
         ({"out": "/"}, "is a mount point"),
         ({"distillation": "2"}, "distillation is a share"),
         ({"distillation": "nan"}, "distillation is a share"),

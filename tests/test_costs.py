@@ -158,7 +158,7 @@ def test_bad_costs_are_refused(tiny_bert):
         with pytest.raises(ValueError, match="costs are of another model"):
             verb()
     assert len(softlms.ranks(soft)) == len(shapes) and not any("down" in name for name, _ in model.named_modules())
-    with pytest.raises(ValueError, match="all that is not a target linear takes 90% of it"):
+    with pytest.raises(ValueError, match="everything but the target linears takes 90% of it"):
         whole = sum(m * n for m, n in shapes.values())
         softlms.allocate(model, factors, "greedy", keep=0.5, count="latency", costs=slow_thin(shapes, 9.0 * whole, 0.1))
     with pytest.raises(ValueError, match="multiple must be at least 1, got 0"):
@@ -168,7 +168,7 @@ def test_bad_costs_are_refused(tiny_bert):
             Budget(0.5, "linear", multiple)
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         softlms.count_flops(model, tokens=0)
-    with pytest.raises(ValueError, match="is factored already: costs are those of the dense model"):
+    with pytest.raises(ValueError, match="is factored already: measure costs on the dense model"):
         softlms.count_flops(softlms.decompose(copy.deepcopy(model)))
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         softlms.measure_latency(model, rounds=0)

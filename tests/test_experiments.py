@@ -174,7 +174,7 @@ def test_pretrained_start_and_wrong_input(bench):
 
 def test_find_encoder(tmp_path, monkeypatch):
     assert find_encoder("bert-base-uncased") == Encoder("bert-base-uncased", "hub: bert-base-uncased")
-    with pytest.raises(FileNotFoundError, match=r"holds no model"):
+    with pytest.raises(FileNotFoundError, match=r"contains no model"):
         find_encoder(str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert find_encoder("minilm").source == "hub: sentence-transformers/all-MiniLM-L6-v2"

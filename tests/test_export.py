@@ -127,7 +127,7 @@ def test_int8_is_near_where_columns_differ_by_orders_of_magnitude(tiny_bert, tmp
     whole = export_onnx(model, tmp_path / "whole.onnx")
     assert not said(caplog)
     small = export_onnx(model, tmp_path / "small.onnx", int8=True)
-    assert re.search(r"int8: logits are \d\.\d% off torch's on random tokens; .* not known: give rows=", said(caplog))
+    assert re.search(r"int8: logits are \d\.\d% off torch's on random tokens; .* unknown: pass rows=", said(caplog))
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     assert small.stat().st_size < 0.55 * whole.stat().st_size
     inputs = rows(model, 4, 16)
@@ -229,7 +229,7 @@ def test_bad_exports_are_refused(tiny_bert, tmp_path, monkeypatch):
     masked.set_submodule(target.name, MaskedLinear(factorize_weight(target.module.weight), target.module.bias))
     with pytest.raises(ValueError, match=r"still learns its masks: .* softlms.truncate"):
         export_onnx(masked, tmp_path / "x.onnx")
-    with pytest.raises(ValueError, match=r"BertModel gives no logits"):
+    with pytest.raises(ValueError, match=r"BertModel returns no logits"):
         export_onnx(model.bert, tmp_path / "x.onnx")
     state = torch.random.get_rng_state()
     export_onnx(model, tmp_path / "y.onnx").unlink()

@@ -138,12 +138,12 @@ def test_bad_input_is_refused_before_anything_changes(tiny_bert):
         factorize(model, "fwsvd", blind)
     name = "bert.encoder.layer.1.output.dense"
     del known[name]
-    with pytest.raises(ValueError, match=f"statistics miss {name}"):
+    with pytest.raises(ValueError, match=f"{name} is missing from the statistics"):
         truncate(model, dict.fromkeys(shapes(model), 3), "asvd", known)
     factors = factorize(model)
     other = factorize(tiny_bert(hidden_size=16))
     for wrong in ({k: f for k, f in factors.items() if k != name}, factors | {name: other[name]}):
-        with pytest.raises(ValueError, match=f"factors miss {name}, or have another shape"):
+        with pytest.raises(ValueError, match=f"factors lack {name}, or have another shape"):
             decompose(model, wrong)
     with pytest.raises(ValueError, match="all zero"):
         factorize_weight(torch.ones(3, 3), "whitened", LayerStatistics(torch.zeros(3, 3).double(), torch.zeros(3)))

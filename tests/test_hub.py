@@ -80,7 +80,7 @@ def test_a_folder_may_have_the_sign_in_its_name(tiny_folder, tmp_path):
 def test_names():
     assert split_revision("a/b") == ("a/b", "") and split_revision("a/b@refs/pr/1") == ("a/b", "refs/pr/1")
     for wrong in ("a/b@", "@v1", "hub@"):
-        with pytest.raises(ValueError, match=f"'{wrong}' is no name@revision: give a commit"):
+        with pytest.raises(ValueError, match=f"'{wrong}' is not name@revision: add a commit"):
             find_encoder(wrong)
     assert is_hub("hub") and is_hub("hub@v1") and not is_hub("hubs") and not is_hub("embedded")
     assert _resolve("--data", "hub@v1") == "hub@v1"

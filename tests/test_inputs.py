@@ -120,7 +120,7 @@ def test_mean_loss_of_classes_and_scores_is_over_the_rows(rows, tiny_bert):
     expected = (scores - torch.tensor(labels)).square().mean().item()
     scored = rows.add_column("labels", [float(label) for label in labels])
     assert mean_loss(model, scored, padding("right"), batch_size=4) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="BertForSequenceClassification gives no loss"):
+    with pytest.raises(ValueError, match="BertForSequenceClassification returns no loss"):
         mean_loss(model, rows, padding("right"))
 
 

@@ -33,7 +33,7 @@ def test_missing_split_is_named(tmp_path):
 
 def test_broken_files(tmp_path):
     write(tmp_path, train="x", valid=" \n", test="t")
-    with pytest.raises(ValueError, match=r"valid\.txt holds no text"):
+    with pytest.raises(ValueError, match=r"valid\.txt contains no text"):
         load_text(tmp_path)
     (tmp_path / "valid.txt").write_bytes(b"\xff\xff")
     with pytest.raises(ValueError, match=r"valid\.txt is not UTF-8"):

@@ -78,7 +78,7 @@ def test_settings_reach_the_methods_that_have_them(registered, thin):
     assert (soft.keep, soft.factors, own.width) == (0.3, "svd", 7)
     for own, message in (
         ({"thin": {"depth": 1}}, "thin has no setting depth; it has width"),
-        ({"mask": {}}, "Settings for mask, which is no method of this chain"),
+        ({"mask": {}}, "Settings for mask: no such method in this chain"),
         ({"thin": {"width": 0}}, "width must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -87,13 +87,13 @@ def test_settings_reach_the_methods_that_have_them(registered, thin):
 
 def test_two_methods_of_one_name_or_form_are_refused(registered, thin):
     registered(thin.METHOD, thin.METHOD)  # again is no harm
-    with pytest.raises(ValueError, match="There is a method 'soft' already"):
+    with pytest.raises(ValueError, match="There is already a method 'soft'"):
         registered(Method("soft", Config, thin.apply))
 
     class Other(thin.ThinEmbedding):
         pass
 
-    with pytest.raises(ValueError, match="There is a form 'thin embedding' already: give Other another one"):
+    with pytest.raises(ValueError, match="There is already a form 'thin embedding': give Other another one"):
         registered(Method("other", Config, thin.apply, (Other,)))
 
 

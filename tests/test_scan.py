@@ -200,4 +200,4 @@ def test_a_read_only_installation_and_home(tmp_path):
     first, fall = 1.0, math.exp(-1)
     states = [first, first + fall * first, first + fall * (first + fall * first)]
     assert float(run.stdout) == pytest.approx(8 * sum(states), rel=1e-4)
-    assert "set NUMBA_CACHE_DIR to a folder that can be written" in run.stderr
+    assert "set NUMBA_CACHE_DIR to a writable folder" in run.stderr

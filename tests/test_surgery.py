@@ -101,7 +101,7 @@ def test_a_predicate_chooses_other_layers(tiny_bert, tokens):
 def test_broken_weights_are_named_and_nothing_changes(tiny_bert, bad):
     model = tiny_bert()
     model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = bad
-    with pytest.raises(ValueError, match=r"encoder\.layer\.1\.output\.dense\.weight holds NaN or infinite"):
+    with pytest.raises(ValueError, match=r"encoder\.layer\.1\.output\.dense\.weight contains NaN or infinite"):
         decompose(model)
     assert all(isinstance(t.module, nn.Linear) for t in find_targets(model))
 
@@ -118,7 +118,7 @@ def test_wrong_use(tiny_bert):
     decompose(model)
     with pytest.raises(ValueError, match="factored already"):
         decompose(model)
-    with pytest.raises(ValueError, match="multiple are of a budget to cut to: give keep"):
+    with pytest.raises(ValueError, match="multiple describe a budget: pass keep"):
         deploy(model, multiple=16)
     deploy(model, keep=0.5, count="linear")
     with pytest.raises(ValueError, match="deployed already"):
@@ -184,7 +184,7 @@ def test_wrong_ranks(tiny_bert):
     for swapped in (factorize(model), "svd"):
         with pytest.raises(ValueError, match=r"Ranks come before factors: softlms.truncate\(model, ranks, factors\)"):
             truncate(model, swapped, good)
-    with pytest.raises(ValueError, match="factors miss"):
+    with pytest.raises(ValueError, match="factors lack"):
         decompose(model, good)
     assert all(isinstance(t.module, nn.Linear) for t in find_targets(model))
 
@@ -225,9 +225,9 @@ def test_a_trained_model_can_be_cut_further(tiny_bert, tokens, keep, count):
 def test_cutting_further_checks_its_budget(tiny_bert):
     model = trained(tiny_bert())
     for wrong, message in (
-        ({"count": "linear"}, "count and multiple are of a budget to cut to: give keep"),
+        ({"count": "linear"}, "count and multiple describe a budget: pass keep"),
         ({"keep": 0.9, "count": "linear"}, "more than this model keeps"),
-        ({"keep": 0.001, "count": "linear"}, "one component a layer"),
+        ({"keep": 0.001, "count": "linear"}, "one component per layer"),
         ({"keep": 0.3, "count": "all"}, "count must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -385,7 +385,7 @@ UNFIT = {
     "quantized": quantize,
     "parametrizations.weight": lambda model, name: parametrizations.weight_norm(model.get_submodule(name)),
     "weight_mask|weight_orig": lambda model, name: prune.l1_unstructured(model.get_submodule(name), "weight", 0.5),
-    "a forward of its own": lambda model, name: model.set_submodule(name, Own(64, 32)),
+    "a custom forward": lambda model, name: model.set_submodule(name, Own(64, 32)),
     "_load_state_dict_pre_hooks": lambda model, name: model.get_submodule(name).register_load_state_dict_pre_hook(
         print
     ),
@@ -409,7 +409,7 @@ def test_a_quantized_kind_of_layer_in_the_tables_place_is_refused(tiny_bert):
     """GPTQ, AWQ and HQQ put modules of their own where a linear layer was."""
     model = tiny_bert()
     model.set_submodule("bert.encoder.layer.1.output.dense", nn.Identity())
-    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense is a Identity, no linear layer"):
+    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense is a Identity, not a linear layer"):
         decompose(model)
 
 

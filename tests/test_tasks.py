@@ -86,7 +86,7 @@ def test_wrong_header_empty_file_and_encoding(tmp_path):
     with pytest.raises(ValueError, match="no column 'sentence' in the header"):
         load_task("sst2", tmp_path)
     (place / "train.tsv").write_text("sentence\tlabel\n", "utf-8")
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="contains no rows"):
         load_task("sst2", tmp_path)
     (place / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
     with pytest.raises(ValueError, match="is not UTF-8"):
@@ -129,7 +129,7 @@ def test_hub_splits(monkeypatch):
     assert asked[0] == ("nyu-mll/glue", "mrpc", {})
     data = load_task("mrpc", "hub@v1")
     assert asked[-1] == ("nyu-mll/glue", "mrpc", {"revision": "v1"}) and data.source == "hub: nyu-mll/glue/mrpc@v1"
-    with pytest.raises(ValueError, match="'hub@' is no name@revision"):
+    with pytest.raises(ValueError, match="'hub@' is not name@revision"):
         load_task("mrpc", "hub@")
 
 

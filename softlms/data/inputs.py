@@ -1,4 +1,4 @@
-"""What of a data set a model is given, and how: the columns that its forward takes, in batches that it reads right."""
+"""How a data set is fed to a model: the columns that its forward takes, in correctly prepared batches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, DataCollator, PreTrainedMo
 
 __all__ = ["IGNORED", "batches", "in_eval_mode", "lengths", "positions", "prepared", "token_mask", "wants_positions"]
 
-IGNORED = -100  # a label that no loss counts
-ANSWERS = ("start_positions", "end_positions")  # labels that are not called so
+IGNORED = -100  # label that every loss skips
+ANSWERS = ("start_positions", "end_positions")  # labels under other names
 RENAMED = ("label", "label_ids")  # to labels, by transformers' collators
 
 
@@ -28,18 +28,18 @@ def batches(
     *,
     labels: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """A data set in its order, as the keyword arguments of the model's forward.
+    """Iterate over a data set in order, as keyword arguments for the model's forward.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Its forward says which columns it is given: all that it takes, as ``transformers.Trainer`` does.
+        It gets all columns that its forward takes, as with ``transformers.Trainer``.
     dataset : datasets.Dataset
     data_collator : callable
-        Pads a batch, on either side, as for ``transformers.Trainer``.
+        Pads a batch on either side, as for ``transformers.Trainer``.
     batch_size : int
     labels : bool
-        Give the labels too.
+        Include the labels.
 
     Raises
     ------
@@ -57,24 +57,23 @@ def batches(
 
 
 def prepared(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch in which a row means what it means alone, whatever padding stands before it.
+    """Prepare a batch so that each row gives the same result as alone, whatever padding comes before it.
 
-    transformers numbers positions from the first column of a batch, padding or not, unless it is generating: rows that
-    are padded on the left get ``position_ids`` of their own. A causal language model does not see what comes before a
-    row's first token, and is not asked to predict that one from padding: its label is ignored.
+    Outside generation, transformers numbers positions from the first column of a batch, padding or not. Rows padded on
+    the left therefore get their own ``position_ids``. A causal language model must not predict a row's first token from
+    padding, so the label of that token is ignored.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Models that number tokens by themselves, padding left out (RoBERTa and its kin), or take no ``position_ids``,
-        are not given any.
+        Models that skip padding when they number tokens (the RoBERTa family), or take no ``position_ids``, get none.
     batch : mapping
-        As a collator makes it.
+        As returned by a collator.
 
     Raises
     ------
     ValueError
-        The model classifies a row by its first column, and that is padding.
+        The model classifies a row by its first column, which is padding.
     """
     ready = dict(batch)
     mask, labels = token_mask(ready), ready.get("labels")
@@ -84,7 +83,7 @@ def prepared(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if first.any():
         if _reads_first_column(model):
             raise ValueError(
-                f"{_name(model)} reads the first token of a row, and here padding stands before it: pad on the right "
+                f"{_name(model)} reads the first token of a row, and here padding precedes it: pad on the right "
                 "(tokenizer.padding_side = 'right')."
             )
         if "position_ids" not in ready and wants_positions(model):
@@ -95,13 +94,13 @@ def prepared(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Positions (batch, length) that count from a row's first token, of a mask (batch, length)."""
+    """Positions (batch, length), counted from each row's first token, for a mask (batch, length)."""
     first = mask.long().argmax(1, keepdim=True)
     return (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)
 
 
 def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens are no padding, shape (batch, length): all without an attention mask; None where there are none."""
+    """Tokens other than padding, shape (batch, length): all if there is no attention mask; None without tokens."""
     if batch.get("attention_mask") is not None:
         return batch["attention_mask"].bool()
     if "input_ids" in batch:
@@ -112,13 +111,13 @@ def token_mask(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def lengths(dataset: datasets.Dataset) -> list[int]:
-    """Tokens of each row; 0 where rows hold none, such as images."""
+    """Tokens in each row; 0 for rows without tokens, such as images."""
     column = next((c for c in ("input_ids", "inputs_embeds") if c in dataset.column_names), None)
     return [len(tokens) for tokens in dataset[column]] if column else [0] * len(dataset)
 
 
 def _unwrapped(model: Any) -> Any:
-    """PEFT's wrappers take anything, and hand it on."""
+    """The model inside PEFT's wrappers, which accept any argument and pass it on."""
     return getattr(model, "get_base_model", lambda: model)()
 
 
@@ -135,14 +134,14 @@ def _is_label(column: str) -> bool:
 
 
 def _reads_first_column(model: Any) -> bool:
-    """Classifiers on encoders do; XLNet and those on causal models read the last token, wherever it is."""
+    """True for classifiers on encoders; XLNet and causal models read the last token, wherever it is."""
     return "SequenceClassification" in _name(model) and type(model.config) in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def wants_positions(model: nn.Module) -> bool:
-    """Whether it takes positions, and would number padding as well if it were given none."""
+    """Whether the model takes positions, and would number padding too if it got none."""
     return "position_ids" in _parameters(model) and not any(
-        # RoBERTa's numbers begin after padding's own, Qwen-VL's have three dimensions
+        # RoBERTa's positions start after the padding id, Qwen-VL's have three dimensions
         (name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None)
         or hasattr(module, "get_rope_index")
         for name, module in model.named_modules()
@@ -150,14 +149,14 @@ def wants_positions(model: nn.Module) -> bool:
 
 
 def _is_causal(model: Any) -> bool:
-    """Whether its loss compares a token's label with what the token before says."""
+    """Whether its loss compares a token's label with the output at the token before."""
     can_generate = getattr(model, "can_generate", None)
     return can_generate is not None and can_generate() and not model.config.is_encoder_decoder
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model has no dropout; afterwards, and after an error, each module is in the mode it was in."""
+    """Turn dropout off inside; afterwards, also after an error, each module is in its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

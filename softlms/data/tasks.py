@@ -1,4 +1,4 @@
-"""Tasks: what each is about, where its sentences come from, and how they become token batches."""
+"""Tasks: what each is, where its sentences come from, and how they are tokenized."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Task:
     ----------
     name : str
     sentences : tuple of str
-        Columns that hold the one or two sentences.
+        Columns with the one or two sentences.
     labels : tuple of str
         Class names in the order of their ids; empty for regression.
     metrics : tuple of str
-        The task's own metrics, the leading one first; see `softlms.evaluation.METRICS`.
+        The task's own metrics, the main one first; see `softlms.evaluation.METRICS`.
     """
 
     name: str
@@ -64,10 +64,10 @@ class TaskData:
     ----------
     task : Task
     splits : mapping
-        "train", "dev" and, where its labels are public, "test": data sets with the sentence columns and "label"
+        "train", "dev" and, if its labels are public, "test": data sets with the sentence columns and "label"
         (class id, or score for regression).
     source : str
-        Where the sentences came from, for tables and captions.
+        Where the sentences come from, for tables and captions.
     """
 
     task: Task
@@ -76,7 +76,7 @@ class TaskData:
 
 
 def load_task(name: str, data: str | os.PathLike[str]) -> TaskData:
-    """Load the sentences of a task. Nothing falls back to another source.
+    """Load the sentences of a task. There is no fallback to another source.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def load_task(name: str, data: str | os.PathLike[str]) -> TaskData:
     Raises
     ------
     ValueError
-        Unknown task, a source that does not hold it, or a broken row (file and line are named).
+        Unknown task, a source without this task, or a broken row (file and line are named).
     FileNotFoundError
         The folder or one of its files is missing.
     """
@@ -98,7 +98,7 @@ def load_task(name: str, data: str | os.PathLike[str]) -> TaskData:
         raise ValueError(f"Unknown task {name!r}; known: {', '.join(TASKS)}.")
     task = TASKS[name]
     if (name == "docpairs") != (data == "embedded"):
-        raise ValueError(f"Task {name!r} is not in source {str(data)!r}: 'embedded' holds docpairs and nothing else.")
+        raise ValueError(f"Task {name!r} is not in source {str(data)!r}: 'embedded' contains only docpairs.")
     if data == "embedded":
         splits = {split: datasets.Dataset.from_list(rows) for split, rows in corpus.sentence_pairs().items()}
         return TaskData(task, splits, "docstrings of installed libraries")
@@ -118,12 +118,12 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int =
     data : TaskData
     tokenizer : PreTrainedTokenizerBase
     max_length : int
-        Tokens at most; longer pairs are cut at the longer sentence.
+        Maximum number of tokens; in longer pairs the longer sentence is truncated.
 
     Raises
     ------
     ValueError
-        `max_length` leaves no room for a token of each sentence.
+        `max_length` leaves no room for one token of each sentence.
     """
     least = tokenizer.num_special_tokens_to_add(pair=len(data.task.sentences) == 2) + len(data.task.sentences)
     if max_length < least:
@@ -137,7 +137,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int =
         return {**encoded, "labels": [label(x) for x in batch["label"]], "length": lengths}
 
     def split(rows: datasets.Dataset) -> datasets.Dataset:
-        # these data sets are small: nothing is gained by a cache file on disk
+        # these data sets are small: a cache file on disk gains nothing
         return rows.map(
             tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True, new_fingerprint="-"
         )
@@ -148,7 +148,7 @@ def encode(data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int =
 def _from_hub(task: Task, revision: str) -> dict[str, datasets.Dataset]:
     hub = datasets.load_dataset(HUB_GLUE, task.name, **at(revision))
     splits = {"train": hub["train"], "dev": hub["validation"]}
-    # GLUE hides its test labels (-1), except where they were public before
+    # GLUE hides its test labels (-1), except those that were public before
     if set(hub["test"]["label"]) != {-1}:
         splits["test"] = hub["test"]
     return splits

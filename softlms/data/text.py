@@ -20,30 +20,30 @@ HUB_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 def load_text(
     data: str | os.PathLike[str], splits: Sequence[str] = SPLITS, *, libraries: tuple[str, ...] = corpus.LIBRARIES
 ) -> dict[str, str]:
-    """The text of each split. Nothing falls back to another source.
+    """Load the text of each split. There is no fallback to another source.
 
     Parameters
     ----------
     data : str or path
-        A folder with one file a split whose name holds "train", "valid" or "test" (``train.txt``,
+        A folder with one file per split, whose name contains "train", "valid" or "test" (``train.txt``,
         ``wiki.valid.tokens``, ``ptb.test.txt``), "hub" for WikiText-2 on the hub ("hub@revision": at that commit, tag
         or branch), or "embedded" for the docstrings of installed libraries.
     splits : sequence of str
-        Which of "train", "validation" and "test" are wanted; the others need not be there.
+        Which of "train", "validation" and "test" to load; the others may be missing.
     libraries : tuple of str
-        Of the embedded corpus.
+        For the embedded corpus.
 
     Returns
     -------
     dict
-        Split to text, as it stands in the file.
+        Text of each split, exactly as in the file.
 
     Raises
     ------
     FileNotFoundError
         The folder or a split's file is missing.
     ValueError
-        Unknown split, two files of one split, a file that is not UTF-8, or one that holds no text.
+        Unknown split, two files for one split, a file that is not UTF-8, or a file without text.
     """
     unknown = [split for split in splits if split not in SPLITS]
     if unknown:
@@ -71,5 +71,5 @@ def _read(folder: Path, split: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{files[0]} is not UTF-8: {error}.") from error
     if not text.strip():
-        raise ValueError(f"{files[0]} holds no text.")
+        raise ValueError(f"{files[0]} contains no text.")
     return text

@@ -1,1 +1,1 @@
-"""Code of our own where a library's is too slow or is missing."""
+"""Our own code, where a library's is too slow or missing."""

@@ -1,7 +1,7 @@
-"""A product of two matrices that is multiplied when its values are used.
+"""A matrix product that is computed only when its values are used.
 
-Some blocks of transformers read a linear layer's ``weight`` at each call: T5's for its dtype alone, Mamba's fused
-kernels for its values. A factored layer has none, and to multiply its factors for nothing would be slower than dense.
+Some transformers blocks read a linear layer's ``weight`` at each call: T5 only for its dtype, Mamba's fused kernels for
+its values. A factored layer has no weight, and multiplying its factors for nothing would be slower than dense.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["lazy_product"]
 
 
 def lazy_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, shape (m, n), differentiable in both; dtype, device and shape alone cost nothing."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # graphs leave out what is not used
+    """left @ right, shape (m, n), differentiable in both; reading dtype, device and shape costs nothing."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # graphs drop what is not used
         return left @ right
     return _Multiply.apply(left, right)
 
 
 class _Product(Tensor):
-    """Has no values until an operation asks for them."""
+    """Has no values until an operation needs them."""
 
     left: Tensor
     right: Tensor
@@ -47,7 +47,7 @@ class _Product(Tensor):
 
 
 class _Multiply(torch.autograd.Function):
-    """Gradients as of left @ right: also where a kernel takes the product without torch's dispatch."""
+    """Gradients of left @ right, also if a kernel takes the product without torch's dispatch."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:

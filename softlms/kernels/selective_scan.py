@@ -1,6 +1,6 @@
-"""Mamba's selective scan on a CPU, as an operator of torch with a backward of its own.
+"""Mamba's selective scan on a CPU, as a torch operator with its own backward.
 
-Its loops are imported where they run: numba is a large library, and only Mamba's users want it.
+Its loops are imported when they run: numba is a large library, and only Mamba needs it.
 """
 
 from __future__ import annotations
@@ -36,23 +36,22 @@ def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
     y : Tensor
         Shape (batch, d_inner, length).
     h : Tensor
-        The last state, shape (batch, d_inner, d_state), without a gradient. Both in float32, whatever came in: a
-        recurrence over thousands of steps is no place for bfloat16.
+        The last state, shape (batch, d_inner, d_state), without gradient. Both are in float32 for any input dtype:
+        bfloat16 is too coarse for a recurrence over thousands of steps.
 
     Raises
     ------
     ImportError
-        Without numba.
+        numba is not installed.
 
     Notes
     -----
     Mamba's recurrence (arXiv 2312.00752, eq. 2); the schedule is ours. Autograd through a plain loop writes a zero
-    tensor of batch x d_inner x length x d_state for each step of time; here the backward is written out, and makes
-    each chunk's states anew from the one before it: memory grows with length / 16 states. It is compiled at the first
-    call (seconds; numba keeps the result, and a warning says so where it cannot), and goes through ``torch.compile`` as
-    one operator.
+    tensor of batch x d_inner x length x d_state for each time step. Here the backward is written by hand and recomputes
+    each chunk's states from the state before it: memory grows with length / 16 states. The code is compiled at the
+    first call (seconds; numba caches the result, or warns if it cannot). In ``torch.compile`` it is one operator.
     """
-    # time before channels: a step's slices are contiguous
+    # time before channels, so that the slices of a step are contiguous
     inputs = (*(x.float().transpose(1, 2).contiguous() for x in (u, dt)), A.float().T.contiguous(),
               *(x.float().transpose(1, 2).contiguous() for x in (B, C)))  # fmt: skip
     if torch.compiler.is_exporting():
@@ -64,7 +63,7 @@ def selective_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
 
 
 def _scan_traced(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """For export: one step of time as a graph, whatever the length."""
+    """For export: one time step as a graph, for any length."""
 
     def step(h: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         dt, x, B, C = now
@@ -78,7 +77,7 @@ def _scan_traced(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tupl
 
 @torch.library.custom_op("softlms::selective_scan", mutates_args=(), device_types="cpu")
 def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, L, d), the last state (b, N, d), and where `keep` says so the states that the backward starts from."""
+    """y (b, L, d), the last state (b, N, d), and with `keep` the states from which the backward starts."""
     from softlms.kernels.selective_scan_numba import FORWARD_LANES, forward, run_units
 
     outputs = _outputs(u, dt, A, B, C, keep)
@@ -122,7 +121,7 @@ def _(
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:5], output[2])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # no zeros of the size of `kept`
+    ctx.set_materialize_grads(False)  # avoids zeros of the size of `kept`
 
 
 def _gradients(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -134,10 +133,10 @@ _scan.register_autograd(_gradients, setup_context=_keep_for_backward)
 
 @contextmanager
 def fast_scan() -> Iterator[None]:
-    """Inside, transformers' Mamba takes `selective_scan` on a CPU, where it would fall back to its plain loop.
+    """Make transformers' Mamba use `selective_scan` on a CPU, in place of its fallback, a plain loop.
 
-    Elsewhere and under ``use_mambapy`` all is as without it; in export the loop over time becomes a scan operator, so
-    that the length stays free.
+    On other devices and under ``use_mambapy`` nothing changes. In export the loop over time becomes a scan operator, so
+    that the length stays dynamic.
     """
     original = modeling_mamba.mamba_selective_scan
 

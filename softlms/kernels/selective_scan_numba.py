@@ -1,7 +1,7 @@
-"""The loops of Mamba's selective scan, compiled for the processor by numba: a state never leaves the first cache.
+"""The loops of Mamba's selective scan, compiled by numba: states stay in the L1 cache.
 
-Shapes: u, dt, y (b, L, d); A (N, d); B, C (b, L, N); a state (b, N, d). A unit of work is one row and `lanes`
-neighbouring channels, whose states stay in place while time runs; units are independent.
+Shapes: u, dt, y (b, L, d); A (N, d); B, C (b, L, N); a state (b, N, d). A unit of work is one row and `lanes` adjacent
+channels, whose states stay in place over all time steps. Units are independent.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ except ModuleNotFoundError as error:
 
 __all__ = ["BACKWARD_LANES", "CHUNK", "FORWARD_LANES", "backward", "forward", "run_units"]
 
-CHUNK = 16  # steps between two states that are kept for the backward
-FORWARD_LANES, BACKWARD_LANES = 16, 128  # measured: the backward sums over lanes, and wants many
+CHUNK = 16  # steps between two states stored for the backward
+FORWARD_LANES, BACKWARD_LANES = 16, 128  # measured: the backward sums over lanes, so it needs many
 
 f32 = np.float32
 
 
 def _can_keep() -> bool:
-    """Whether numba finds a folder for what it compiles here; a read-only installation and home have none."""
+    """Whether numba finds a cache folder; there is none if installation and home are read-only."""
     try:
         numba.njit(cache=True)(_can_keep)
     except RuntimeError as error:
         warnings.warn(
-            f"Mamba's scan is compiled again in each process, some seconds: {error}; "
-            "set NUMBA_CACHE_DIR to a folder that can be written.",
+            f"Mamba's scan is compiled again in each process, which takes some seconds: {error}; "
+            "set NUMBA_CACHE_DIR to a writable folder.",
             stacklevel=2,
         )
         return False
     return True
 
 
-# sums may be reordered, so that loops over lanes become vector instructions; NaN and infinity stay what they are
+# sums may be reordered, so that loops over lanes are vectorized; NaN and infinity are preserved
 _COMPILED: dict[str, Any] = {
     "nogil": True,
     "cache": _can_keep(),
@@ -54,7 +54,7 @@ _COMPILED: dict[str, Any] = {
 
 
 def run_units(loops: Callable[..., None], units: int, threads: int, *arrays: Any) -> None:
-    """Share units out to threads; what comes out does not depend on how many there are."""
+    """Distribute units over threads; the result does not depend on the number of threads."""
     if threads == 1 or units == 1:
         loops(0, units, *arrays)
         return
@@ -66,7 +66,7 @@ def run_units(loops: Callable[..., None], units: int, threads: int, *arrays: Any
 
 @intrinsic
 def _two_to_the(context, k):  # type: ignore[no-untyped-def]
-    """2 ** k of an int32 from -126 to 127, as the bits of a float32."""
+    """2 ** k for an int32 from -126 to 127, built as the bits of a float32."""
 
     def code(context, builder, signature, args):  # type: ignore[no-untyped-def]
         exponent = builder.add(args[0], ir.Constant(ir.IntType(32), 127))
@@ -77,7 +77,7 @@ def _two_to_the(context, k):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always", **_COMPILED)
 def _exp(x):  # type: ignore[no-untyped-def]
-    """exp in float32, to 5e-6 of its value: numba's own is called once a number, this becomes vector instructions."""
+    """exp in float32 with relative error 5e-6: numba's own is one call per number, this one is vectorized."""
     if x < f32(-87.0):  # not max(), which loses a NaN
         x = f32(-87.0)
     if x > f32(88.0):
@@ -96,7 +96,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 @numba.njit(**_COMPILED)
 def forward(first, last, u, dt, A, B, C, y, end, kept):  # type: ignore[no-untyped-def]
-    """y, the last state, and in `kept` (b, L / CHUNK, N, d) the state before each chunk, where it has room for any."""
+    """y, the last state, and the state before each chunk in `kept` (b, L / CHUNK, N, d), unless that is empty."""
     length, d = u.shape[1:]
     states, blocks = A.shape[0], -(-d // FORWARD_LANES)
     h, a = np.empty((states, FORWARD_LANES), f32), np.empty((states, FORWARD_LANES), f32)
@@ -132,9 +132,9 @@ def forward(first, last, u, dt, A, B, C, y, end, kept):  # type: ignore[no-untyp
 
 @numba.njit(**_COMPILED)
 def backward(first, last, u, dt, A, B, C, kept, dy, du, ddt, dA, dB, dC):  # type: ignore[no-untyped-def]
-    """Gradients of all inputs; of A one for each row (b, N, d), of B and C one for each block of lanes (.., b, L, N).
+    """Gradients of all inputs: for A one per row (b, N, d), for B and C one per block of lanes (.., b, L, N).
 
-    A chunk's states are made anew from the one before it, then time runs backwards through them.
+    A chunk's states are recomputed from the state before it, then time runs backwards through them.
     """
     length, d = u.shape[1:]
     states, blocks = A.shape[0], -(-d // BACKWARD_LANES)
@@ -149,7 +149,7 @@ def backward(first, last, u, dt, A, B, C, kept, dy, du, ddt, dA, dB, dC):  # typ
         start = block * BACKWARD_LANES
         lanes = min(BACKWARD_LANES, d - start)
         a[:], g[:], da[:] = 0, 0, 0
-        s[:], x[:], o[:], h[:] = 0, 0, 0, 0  # lanes that a last block lacks add nothing to the sums over lanes
+        s[:], x[:], o[:], h[:] = 0, 0, 0, 0  # missing lanes of the last block add nothing to the sums over lanes
         for n in range(states):
             for j in range(lanes):
                 a[n, j] = A[n, start + j]
@@ -183,7 +183,7 @@ def backward(first, last, u, dt, A, B, C, kept, dy, du, ddt, dA, dB, dC):  # typ
                         dx[j] += b * v
                         v *= decay[k, n, j]
                         g[n, j] = v
-                        q = v * h[k, n, j]  # the gradient of dt_t A
+                        q = v * h[k, n, j]  # gradient of dt_t A
                         ds[j] += q * a[n, j]
                         da[n, j] += q * s[k, j]
                     dB[block, row, t, n], dC[block, row, t, n] = db, dc

@@ -1,1 +1,1 @@
-"""How factors are made, and how many of their components stay."""
+"""How factors are computed, and how many of their components are kept."""

@@ -1,11 +1,11 @@
 """Axis 2 of a low-rank method: how many components each layer keeps.
 
-Every allocation here is an order in which components are taken, best score first, until the budget is full:
+Every allocation here takes components one by one, best score first, until the budget is full. The next component is of:
 
-    uniform       the layer with the smallest kept share next: the same keep ratio in each ("static")
-    energy        the layer that holds the smallest share of its sum of sigma^2 next: one cut-off tau for all
-    greedy        the largest sigma^2 / (m + n) of any layer next: the most energy a weight
-    sensitivity   the layer whose own cut hurts the loss most next: ASVD's search (STRS), one cut-off for all
+    uniform       the layer with the smallest kept share: the same keep ratio in each ("static")
+    energy        the layer with the smallest kept share of its sum of sigma^2: one cut-off tau for all
+    greedy        the layer with the largest next sigma^2 / (m + n): the most energy per weight
+    sensitivity   the layer whose own cut hurts the loss most: ASVD's search (STRS), one cut-off for all
 
 The learned allocations are trainers: `softlms.SoftTrainer` (soft thresholds) and `softlms.MaskTrainer` (masks).
 """
@@ -29,7 +29,7 @@ from softlms.modules import replace
 __all__ = ["ALLOCATIONS", "allocate", "sensitivity_curves"]
 
 ALLOCATIONS = ("uniform", "energy", "greedy", "sensitivity")
-RATIOS = (0.2, 0.4, 0.6, 0.8)  # kept shares of a layer at which its sensitivity is measured, besides one component
+RATIOS = (0.2, 0.4, 0.6, 0.8)  # kept shares at which a layer's sensitivity is measured, besides one component
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
@@ -45,12 +45,12 @@ def allocate(
     multiple: int = 1,
     costs: Costs | None = None,
 ) -> dict[str, int]:
-    """Components that each layer keeps under a budget, which is filled exactly: not one more would fit.
+    """Ranks of all layers under a budget. It is filled exactly: no further component fits.
 
     Parameters
     ----------
     model : nn.Module
-        The dense model; its parameters outside the factored layers count where `count` is "total".
+        The dense model. Parameters outside the factored layers count if `count` is "total".
     factors : mapping
         From `softlms.factorize`.
     method : {"uniform", "energy", "greedy", "sensitivity"}
@@ -59,13 +59,13 @@ def allocate(
     curves : mapping, optional
         From `sensitivity_curves`; needed by "sensitivity".
     costs : Costs, optional
-        Of the dense model, from `softlms.count_flops` or `softlms.measure_latency`; needed where `count` is one of
-        those. Where it counts parameters, layers that would not be faster count as dense.
+        Of the dense model, from `softlms.count_flops` or `softlms.measure_latency`. Needed if `count` is "flops" or
+        "latency". If it counts parameters, layers that would not be faster count as dense.
 
     Returns
     -------
     dict
-        Ranks by name, for `softlms.truncate`. A layer at or above break-even gets all its components: it is stored
+        Ranks by name, for `softlms.truncate`. A layer at or above break-even gets all its components and is stored
         dense.
 
     Raises
@@ -75,9 +75,9 @@ def allocate(
 
     Notes
     -----
-    Bisecting a cut-off and taking components in the order of the cut-off that they fall under give the same ranks;
-    the second meets the budget exactly. Greedy compares energies of different layers as they are, whatever units the
-    factorization gives them: singular values of weights, or mean squares of outputs ("whitened").
+    Bisecting a cut-off, and taking components in the order in which the cut-off reaches them, yield the same ranks; the
+    second meets the budget exactly. Greedy compares energies of different layers directly, in the units of the
+    factorization: singular values of weights, or mean squares of outputs ("whitened").
     """
     if method not in ALLOCATIONS:
         raise ValueError(f"Unknown allocation {method!r}; known: {', '.join(ALLOCATIONS)}.")
@@ -88,7 +88,7 @@ def allocate(
     if method == "uniform":
         return uniform_ranks(costs, limit, multiple)
     if method == "sensitivity" and (curves is None or not shapes.keys() <= curves.keys()):
-        raise ValueError("'sensitivity' needs curves=softlms.sensitivity_curves(model, factors, loss), one a layer.")
+        raise ValueError("'sensitivity' needs curves=softlms.sensitivity_curves(model, factors, loss), one per layer.")
     scores: dict[str, Tensor] = {}
     for name, (m, n) in shapes.items():
         energy = factors[name].sigma.double().square().cpu()
@@ -105,22 +105,22 @@ def allocate(
 def sensitivity_curves(
     model: nn.Module, factors: Mapping[str, Factors], loss: Callable[[], float]
 ) -> dict[str, list[tuple[int, float]]]:
-    """The loss with one layer alone cut: to one component, and to 0.2, 0.4, 0.6 and 0.8 of its weights.
+    """Measure the loss with one layer cut: to one component, and to 0.2, 0.4, 0.6 and 0.8 of its weights.
 
     Parameters
     ----------
     model : nn.Module
-        The dense model; unchanged afterwards, also when `loss` fails.
+        The dense model; unchanged afterwards, even if `loss` fails.
     factors : mapping
         From `softlms.factorize`.
     loss : callable
-        ``loss() -> float`` of `model` as it is then, on calibration rows; lower is better. It is called five times a
-        layer, and once for the dense model.
+        ``loss() -> float`` of `model` in its current state, on calibration rows; lower is better. It is called five
+        times per layer, and once for the dense model.
 
     Returns
     -------
     dict
-        For each layer (rank, loss) with rising rank; the last is the dense model's.
+        Pairs (rank, loss) of each layer by rising rank; the last is the dense model.
 
     Raises
     ------
@@ -147,7 +147,7 @@ def sensitivity_curves(
 
 
 def _harm(curve: Sequence[tuple[int, float]], components: int) -> Tensor:
-    """Loss with the layer cut just before each component, made to fall with the rank: (components,)."""
+    """Loss with the layer cut just before each component, made non-increasing in the rank: (components,)."""
     ranks, losses = np.array(curve).T
     falling = np.maximum.accumulate(losses[::-1])[::-1]
     return torch.from_numpy(np.interp(np.arange(components), ranks, falling))

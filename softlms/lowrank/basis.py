@@ -1,8 +1,8 @@
-"""The basis of a thin layer's latent space, for exports in few bits.
+"""The basis of a thin layer's latent space, for low-bit exports.
 
-y = up(down(x)) is the same for every invertible r x r matrix T between the two: up T and T^-1 down. In float32 one
-basis is as good as another. Rounded to few bits with one scale for many numbers it is not: learned ranks leave columns
-that differ by orders of magnitude, and the small ones, all together, are a good part of the layer.
+y = up(down(x)) does not change with an invertible r x r matrix T between the two: up T and T^-1 down. In float32 all
+bases are equally good. In few bits, with one scale for many numbers, they are not: learned ranks leave columns that
+differ by orders of magnitude, and the small ones together are a large part of the layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["balance", "change_basis_", "rotate"]
 
 
 def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors with the same product and the root of its singular values on either side.
+    """Return factors with the same product, each with the square roots of its singular values.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     Returns
     -------
     tuple of Tensor
-        The new down and up; the product W is never made: cost is that of r (m + n) numbers.
+        The new down and up. The product W is never formed: only r (m + n) numbers are processed.
     """
     (U, left), (V, right) = torch.linalg.qr(up), torch.linalg.qr(down.T)
     P, sigma, Qh = torch.linalg.svd(left @ right.T, full_matrices=False)
@@ -41,24 +41,24 @@ def balance(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors with the same product in a basis of cosines: every component becomes a little of all.
+    """Return factors with the same product in a cosine basis, in which every component is a mixture of all.
 
-    After `balance` no column, and no latent number of an input, is then much larger than another. The cosine transform
-    is there for any r, and needs no seed.
+    After `balance`, no column and no latent value of an input is then much larger than another. The cosine transform
+    exists for any r and needs no seed.
     """
     R = torch.from_numpy(dct(np.eye(len(down)), norm="ortho")).to(down)
     return R @ down, up @ R.T
 
 
 def change_basis_(model: nn.Module, *changes: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-    """Put every thin layer of a model into another basis, in place; its outputs stay the same up to rounding.
+    """Change the basis of every thin layer of a model, in place; the outputs do not change up to rounding.
 
     Parameters
     ----------
     model : nn.Module
-        A thin layer whose factors are not plain linear layers (an adapter sits on one, say) is left as it is.
+        Thin layers whose factors are not plain linear layers (with an adapter, for example) are skipped.
     *changes : callable
-        `balance`, `rotate`: applied in this order, in float64.
+        Functions such as `balance` and `rotate`, applied in the given order, in float64.
     """
     for layer in model.modules():
         if isinstance(layer, LowRankLinear) and type(layer.down) is type(layer.up) is nn.Linear:
@@ -67,4 +67,4 @@ def change_basis_(model: nn.Module, *changes: Callable[[Tensor, Tensor], tuple[T
                 down, up = change(down, up)
             for part, weight in ((layer.down, down), (layer.up, up)):
                 part.weight = nn.Parameter(weight.to(part.weight.dtype), part.weight.requires_grad)
-                part.out_features, part.in_features = weight.shape  # r falls where it was above m or n
+                part.out_features, part.in_features = weight.shape  # r falls if it was above m or n

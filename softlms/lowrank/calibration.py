@@ -1,4 +1,4 @@
-"""What data-aware factorizations know of a layer: its inputs, and how much the loss depends on its weights."""
+"""Statistics for data-aware factorizations: a layer's inputs, and how much the loss depends on its weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class LayerStatistics:
     Attributes
     ----------
     gram : Tensor
-        Shape (n, n): mean of x x^T over the tokens, padding left out.
+        Shape (n, n): mean of x x^T over the tokens, without padding.
     mean_abs : Tensor
         Shape (n,): mean of abs(x).
     fisher : Tensor or None
         Shape (n,): sum over the outputs i of the mean over examples of g_ij^2, with g the gradient of one
-        example's loss in W; None where the calibration was asked to do without.
+        example's loss in W. None if calibrated with ``fisher=False``.
     """
 
     gram: Tensor
@@ -48,26 +48,26 @@ def calibrate(
     fisher: bool = False,
     targets: Predicate | None = None,
 ) -> dict[str, LayerStatistics]:
-    """Run the first `rows` rows of a data set through the dense model and keep what its target layers see.
+    """Run the first `rows` rows of a data set through the dense model and collect statistics of its target layers.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Dense; it is not changed. Dropout is off.
+        Dense; not changed. Dropout is off.
     dataset : datasets.Dataset
-        Training rows as from `softlms.encode`; never those that a score is reported on. The model is given every column
+        Training rows as from `softlms.encode`; never those on which a score is reported. The model gets every column
         that its forward takes.
     data_collator : callable
-        Pads a batch, as for ``transformers.Trainer``, on either side.
+        Pads a batch on either side, as for ``transformers.Trainer``.
     rows : int
         Rows to use, at most ``len(dataset)``.
     batch_size : int
-        Rows a forward pass. The Fisher information takes one row at a time.
+        Rows per forward pass. The Fisher information uses one row at a time.
     fisher : bool
-        Also collect `LayerStatistics.fisher`; the rows then need labels. For a causal language model give
+        Also collect `LayerStatistics.fisher`; the rows then need labels. For a causal language model use
         ``labels = input_ids`` unshifted: transformers shifts them itself.
     targets : callable, optional
-        Chooses the layers; see `find_targets`.
+        Selects the layers; see `find_targets`.
 
     Returns
     -------
@@ -77,13 +77,13 @@ def calibrate(
     Raises
     ------
     ValueError
-        `rows` is below 1 or more than the data set has, the model takes none of the columns, labels are missing, a
-        layer could not be factored anyway (a quantized one, say), or an input is not finite (the layer is named).
+        `rows` is below 1 or exceeds the data set, the model takes none of the columns, labels are missing, a layer
+        cannot be factored (it is quantized, for example), or an input is not finite (the layer is named).
     """
     if rows < 1:
         raise ValueError(f"Calibration needs at least one row, got rows={rows}.")
     if rows > len(dataset):
-        raise ValueError(f"Calibration asks for {rows} rows, the data set has {len(dataset)}: lower rows.")
+        raise ValueError(f"Calibration needs {rows} rows, the data set has {len(dataset)}: lower rows.")
     if fisher and "labels" not in dataset.column_names:
         raise ValueError("The Fisher information needs a column 'labels': use softlms.encode, or fisher=False.")
     found = find_targets(model, targets)
@@ -114,13 +114,13 @@ def calibrate(
 
 
 class _Moments:
-    """Running sums over the tokens that a layer has seen."""
+    """Running sums over the tokens seen by a layer."""
 
     def __init__(self, n: int) -> None:
         self.tokens = 0
         self.gram = torch.zeros(n, n, dtype=torch.float64)
         self.absolute = torch.zeros(n, dtype=torch.float64)
-        self.mask: Tensor | None = None  # without one every row counts
+        self.mask: Tensor | None = None  # without a mask every row counts
 
     def see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])
@@ -147,7 +147,7 @@ def _watching(layers: dict[str, Any], moments: dict[str, _Moments]) -> Iterator[
 def _fisher(
     model: PreTrainedModel, targets: list[Target], dataset: datasets.Dataset, data_collator: DataCollator
 ) -> dict[str, Tensor]:
-    """Row by row: the square of a batch's mean gradient is not the mean of the squares."""
+    """One row at a time: the square of a batch's mean gradient is not the mean of the squares."""
     squares = {target.name: torch.zeros(target.shape[1], dtype=torch.float64) for target in targets}
     weights: list[Any] = [target.module.weight for target in targets]
     frozen = [weight for weight in weights if not weight.requires_grad]

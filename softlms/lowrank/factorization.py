@@ -1,11 +1,11 @@
-"""Axis 1 of a low-rank method: how a weight's factors are made.
+"""Axis 1 of a low-rank method: how a weight is factored.
 
-Every factorization here is an orthonormal basis U of a layer's outputs, its columns ordered by a score sigma; the
-layer cut to rank r is U_r U_r^T W. They differ in what the leading columns are best at:
+Every factorization here is an orthonormal basis U of a layer's outputs, with columns ordered by a score sigma. The
+layer cut to rank r is U_r U_r^T W. They differ in the error that the leading columns minimize:
 
     svd        ||W - W'||_F (Eckart-Young); sigma are the singular values
-    fwsvd      the same, inputs weighed by the Fisher information (arXiv 2207.00112)
-    asvd       the same, inputs weighed by the root of their mean size (arXiv 2312.05821)
+    fwsvd      the same, inputs weighted by the Fisher information (arXiv 2207.00112)
+    asvd       the same, inputs weighted by the root of their mean absolute value (arXiv 2312.05821)
     whitened   ||(W - W') X^T||_F, the error of the outputs themselves (arXiv 2403.07378; DRONE's objective)
 """
 
@@ -40,14 +40,14 @@ Statistics = Mapping[str, LayerStatistics]
 
 @dataclass(frozen=True)
 class Factors:
-    """W = U diag(sigma) V^T with r = min(m, n) components, the most useful first.
+    """W = U diag(sigma) V^T with r = min(m, n) components, in descending order of score.
 
     Attributes
     ----------
     U : Tensor
         Shape (m, r), orthonormal columns.
     sigma : Tensor
-        Shape (r,), falling and positive: the score of each component.
+        Shape (r,), descending and positive: the score of each component.
     V : Tensor
         Shape (n, r); orthonormal for "svd" only.
     """
@@ -58,7 +58,7 @@ class Factors:
 
 
 def factorize_weight(weight: Tensor, method: str = "svd", statistics: LayerStatistics | None = None) -> Factors:
-    """Factors of one weight.
+    """Factor one weight.
 
     Parameters
     ----------
@@ -76,13 +76,13 @@ def factorize_weight(weight: Tensor, method: str = "svd", statistics: LayerStati
     Raises
     ------
     ValueError
-        Unknown method, or the statistics that it needs are missing.
+        Unknown method, or the required statistics are missing.
 
     Notes
     -----
-    Whitening takes the symmetric root of G, not its Cholesky factor, and nothing is inverted: a rank-deficient G
+    Whitening uses the symmetric square root of G, not its Cholesky factor, and inverts nothing, so a rank-deficient G
     (fewer tokens than inputs) is no special case. Components whose outputs the calibration never excites come last,
-    with a small positive score, so that all components together still are W.
+    with a small positive score, so that all components together still give W.
     """
     check_method(method, ["W"], None if statistics is None else {"W": statistics})
     if method == "svd":
@@ -90,7 +90,7 @@ def factorize_weight(weight: Tensor, method: str = "svd", statistics: LayerStati
     assert statistics is not None  # just checked
     W = weight.detach().double()
     U, sigma = _basis(W, W @ _input_weights(method, statistics).to(W.device))
-    # W^T U rather than the second factor of the weighed SVD: nothing is divided by the weights of the inputs
+    # W^T U, not the second factor of the weighted SVD: this avoids dividing by the weights of the inputs
     V = W.T @ U / sigma
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return Factors(U.to(dtype), sigma.to(dtype), V.to(dtype))
@@ -103,7 +103,7 @@ def factorize(
     *,
     targets: Predicate | None = None,
 ) -> dict[str, Factors]:
-    """Factors of every target layer of a dense model; the model is not changed.
+    """Factor every target layer of a dense model; the model is not changed.
 
     Parameters
     ----------
@@ -112,12 +112,12 @@ def factorize(
     statistics : mapping, optional
         From `softlms.calibrate`; needed by all but "svd".
     targets : callable, optional
-        Chooses the layers; see `find_targets`.
+        Selects the layers; see `find_targets`.
 
     Raises
     ------
     ValueError
-        As from `factorize_weight`, `linear_targets`, or the statistics miss a layer.
+        As in `factorize_weight` and `linear_targets`, or a layer is missing from the statistics.
     """
     linears = linear_targets(model, targets)
     check_method(method, linears, statistics)
@@ -128,7 +128,7 @@ def factorize(
 
 
 def check_method(method: str, names: Iterable[str], statistics: Statistics | None) -> None:
-    """ValueError for an unknown method, or where the statistics it needs are missing."""
+    """Raise ValueError for an unknown method, or if the required statistics are missing."""
     if method not in FACTORIZATIONS:
         raise ValueError(f"Unknown factorization {method!r}; known: {', '.join(FACTORIZATIONS)}.")
     if method == "svd":
@@ -139,20 +139,20 @@ def check_method(method: str, names: Iterable[str], statistics: Statistics | Non
         raise ValueError(f"{method!r} needs statistics=softlms.calibrate(model, rows, collator{fisher}).")
     for name in names:
         if name not in known:
-            raise ValueError(f"The statistics miss {name}: calibrate the same model with the same targets.")
+            raise ValueError(f"{name} is missing from the statistics: calibrate the same model with the same targets.")
         seen = {"fwsvd": known[name].fisher, "asvd": known[name].mean_abs, "whitened": known[name].gram}[method]
         if seen is None or not seen.any():
             raise ValueError(f"The statistics of {name} are all zero: the calibration rows never excite it.")
 
 
 def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[str, nn.Linear]:
-    """All target layers by name, after a check that each can be factored; a Conv1D (GPT-2) as the equal nn.Linear.
+    """All target layers by name, checked to be factorable; a Conv1D (GPT-2) becomes the equivalent nn.Linear.
 
     Raises
     ------
     ValueError
-        The family is unknown, or a layer is factored already, or its weight is quantized, offloaded, parametrized,
-        shared with another layer, not finite or all zeros.
+        The family is unknown, a layer is factored already, or its weight is quantized, offloaded, parametrized, shared
+        with another layer, not finite or all zeros.
     """
     linears = {}
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -163,12 +163,12 @@ def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[s
         if not isinstance(linear, (nn.Linear, Conv1D)):
             raise ValueError(f"{name} is factored already (a {type(linear).__name__}): load the dense model again.")
         if uses[id(linear.weight)] > 1:
-            raise ValueError(f"{name}.weight is shared with another layer, it cannot be factored alone: leave it out.")
+            raise ValueError(f"{name}.weight is shared with another layer and cannot be factored alone: leave it out.")
         bad = [parameter for parameter, values in linear.named_parameters() if not torch.isfinite(values).all()]
         if bad:
-            raise ValueError(f"{name}.{bad[0]} holds NaN or infinite values: repair the checkpoint first.")
+            raise ValueError(f"{name}.{bad[0]} contains NaN or infinite values: repair the checkpoint first.")
         if not linear.weight.any():
-            raise ValueError(f"{name}.weight is all zeros, it has no components: leave it out with targets=...")
+            raise ValueError(f"{name}.weight is all zeros and has no components: leave it out with targets=...")
         linears[name] = as_linear(linear)
     return linears
 
@@ -185,16 +185,16 @@ def _input_weights(method: str, statistics: LayerStatistics) -> Tensor:
 
 
 def _basis(W: Tensor, weighed: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values of the weighed W, completed where it has a lower rank than W."""
+    """Left singular vectors and values of the weighted W, completed if its rank is lower than that of W."""
     U, sigma, _ = torch.linalg.svd(weighed, full_matrices=False)
     if not sigma[0] > 0:
         raise ValueError("The statistics of a layer are all zero: the calibration rows never reach it.")
-    floor = sigma[0] * 1e-6  # float32's resolution: what is below carries no order any more
+    floor = sigma[0] * 1e-6  # float32's resolution: the order below it is noise
     rank = int((sigma > floor).sum())
     if rank < len(sigma):
         U = U[:, :rank]
         rest = torch.linalg.svd(W - U @ (U.T @ W), full_matrices=False)[0]
-        # twice is enough: what the subtraction left of U in the rest
+        # twice is enough: removes what the first subtraction left of U
         rest = torch.linalg.qr(torch.cat([U, rest[:, : len(sigma) - rank]], dim=1))[0][:, rank:]
         U = torch.cat([U, rest], dim=1)
     return U, sigma.clamp(min=floor)

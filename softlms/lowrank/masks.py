@@ -1,8 +1,8 @@
-"""A learned mask over components, the rival of the soft threshold (in the style of ACIP, arXiv 2502.01717).
+"""A learned mask over components, an alternative to the soft threshold (in the style of ACIP, arXiv 2502.01717).
 
-One score a component; a component is on where its score is positive. The gate is a hard step forwards and the
-identity backwards (straight-through), an L1 term pulls open scores down, and its weight grows from step to step until
-the model meets its budget. The weights themselves stay as they are: what is learned is the allocation.
+Each component has a score and is on if the score is positive. The gate is a hard step in the forward pass and the
+identity in the backward pass (straight-through). An L1 term pulls open scores down, and its weight grows with each step
+until the model meets its budget. The weights themselves do not change: only the allocation is learned.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class MaskedLinear(Ranked):
 
     @property
     def rank(self) -> int:
-        """Open gates."""
+        """Number of open gates."""
         return int((self.score > 0).sum())
 
     @property
     def gate(self) -> Tensor:
-        """1 or 0 for each component, shape (r,); its gradient is the score's."""
+        """1 or 0 for each component, shape (r,); its gradient is passed to the score."""
         hard = (self.score > 0).to(self.score.dtype)
         return hard + self.score - self.score.detach()
 
@@ -91,30 +91,30 @@ class MaskTrainer(DistillingTrainer):
     Parameters
     ----------
     model : PreTrainedModel
-        Dense. Its target layers are replaced by `MaskedLinear` and everything else is frozen: load it again for
-        `softlms.truncate`.
+        Dense. Its target layers are replaced by `MaskedLinear` and everything else is frozen; reload the dense model
+        for `softlms.truncate`.
     factors : mapping
         From `softlms.factorize`.
     keep, count, multiple, costs
         See `softlms.Budget` and `softlms.allocate`.
     l1 : tuple of float
-        Weight of the L1 term at the first step and, growing geometrically, half-way through the steps of `args`;
-        positive and rising. A component's score is weighed by the weights that it stores (mean 1).
+        Weight of the L1 term at the first step and half-way through the steps of `args`, positive and rising. It grows
+        geometrically. Each component's score is weighted by the number of weights that it stores (mean 1).
     distillation, **kwargs
-        See `DistillingTrainer`. The learning rate in `args` is that of the scores, which start at 1.
+        See `DistillingTrainer`. The learning rate in `args` applies to the scores, which start at 1.
 
     Raises
     ------
     ValueError
-        The budget cannot be met, the factors do not fit, or a setting is out of range: before any work.
+        The budget cannot be met, the factors do not fit, or a setting is out of range. Raised before any work.
     BudgetNotMet
-        From `train`, when its steps end before the budget is met.
+        From `train`, if its steps end before the budget is met.
 
     Notes
     -----
-    ACIP trains low-rank adapters along with the masks and takes the components themselves from the scores. Here
-    the weights stay (recovery comes afterwards, as for every other allocation) and the scores decide how many
-    components a layer keeps, so that masks can be compared with the other allocations and nothing else differs.
+    ACIP trains low-rank adapters along with the masks and selects components by their scores. Here the weights do not
+    change (recovery comes afterwards, as for every other allocation), and the scores decide only how many components a
+    layer keeps. So masks and the other allocations can be compared with nothing else different.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class MaskTrainer(DistillingTrainer):
             raise ValueError(f"l1 must be two positive finite weights, the second larger; got {l1!r}.")
         linears = linear_targets(model, lambda name, module: name in factors)
         if linears.keys() != factors.keys():
-            raise ValueError(f"factors name layers that the model lacks: {sorted(factors.keys() - linears.keys())}.")
+            raise ValueError(f"factors contain layers that the model lacks: {sorted(factors.keys() - linears.keys())}.")
         self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in linears.items()}
         for name, shape in self.shapes.items():
             if (len(factors[name].U), len(factors[name].V)) != shape:
@@ -147,7 +147,7 @@ class MaskTrainer(DistillingTrainer):
         remember(model, linears)
         self.masks: dict[str, MaskedLinear] = {}
         for name, linear in linears.items():
-            # as the layer is by now: the Trainer has moved the model
+            # match the layer: the Trainer has moved the model
             self.masks[name] = MaskedLinear(factors[name], linear.bias).to(next(model.get_submodule(name).parameters()))
             replace(model, name, self.masks[name])
         self.l1 = l1
@@ -162,24 +162,24 @@ class MaskTrainer(DistillingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss, plus the L1 term in training."""
+        """The task loss, plus the L1 term in training."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training:
             return (loss, outputs) if return_outputs else loss
         start, end = self.l1
         weight = start * (end / start) ** (2 * self.state.global_step / self.state.max_steps)
-        # open components only: |score| would pull closed ones back up to the edge
+        # open components only: |score| would pull closed ones back up to 0
         size = sum(self.prices[name] * mask.score.clamp(min=0).sum() for name, mask in self.masks.items())
         loss = loss + weight * size
         return (loss, outputs) if return_outputs else loss
 
     def cost(self) -> float:
-        """What the layers would cost, in the budget's count, if cut to their open gates now."""
+        """Cost of the layers in the budget's count, if cut to their open gates now."""
         return self.costs.of({name: mask.rank for name, mask in self.masks.items()})
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Components of each layer, taken by falling score until the budget is full."""
+        """Ranks by name; components are taken by descending score until the budget is full."""
         scores = {name: mask.score.detach().sort(descending=True).values for name, mask in self.masks.items()}
         return refill(self.costs, self.budget.start(self.shapes), self.limit, scores, self.budget.multiple)
 

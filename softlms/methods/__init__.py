@@ -1,1 +1,1 @@
-"""What is done to a model: one file or folder a method, each registered in `softlms.methods.registry`."""
+"""Compression methods: one file or folder per method, each registered in `softlms.methods.registry`."""

@@ -1,4 +1,4 @@
-"""What a method says of itself, and what it is given to work with."""
+"""What a method declares, and what it receives to work with."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from softlms.modules import Replacement
 
 __all__ = ["DISTILLATION", "Config", "Method", "Work", "training_arguments"]
 
-DISTILLATION = 0.9  # share of the dense model's logits in the loss of everything that trains after a cut
+DISTILLATION = 0.9  # share of the dense model's logits in the loss of all training after a cut
 
 Trained = TypeVar("Trained", bound=DistillingTrainer)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a method: a dataclass that checks itself, in ``__post_init__``.
+    """Settings of a method: a dataclass that validates itself in ``__post_init__``.
 
-    A field with the name of a recipe's setting takes its value from there (`softlms.experiments.recipe.Recipe`).
+    A field with the name of a recipe setting takes its value from the recipe (`softlms.experiments.recipe.Recipe`).
     """
 
     def unused(self) -> tuple[str, ...]:
-        """Settings that mean nothing beside the others: no run depends on them."""
+        """Settings that have no effect given the others: no run depends on them."""
         return ()
 
 
 @dataclass
 class Work:
-    """What a method is given besides a model and its settings.
+    """What a method receives besides a model and its settings.
 
     Attributes
     ----------
     rows : Dataset
-        Training rows; with a column ``teacher_logits`` where `distillation` is above 0.
+        Training rows, with a column ``teacher_logits`` if `distillation` is above 0.
     collator : callable
     seed : int
     folder : Path
-        For checkpoints; a training that was interrupted goes on from them.
+        For checkpoints; interrupted training resumes from them.
     arguments : callable
-        ``arguments(folder, learning_rate, epochs)`` makes a training's arguments.
+        ``arguments(folder, learning_rate, epochs)`` returns training arguments.
     distillation : float
         See `softlms.DistillingTrainer`.
     costs : Costs, optional
-        What the budget counts of the dense model, where that was measured.
+        Costs of the dense model, if they were measured.
     score : callable, optional
-        ``score(model)`` gives metrics on rows that choices may be made on. Where there is none, no model is scored.
+        ``score(model)`` returns metrics on rows that may be used for choices. If None, no model is scored.
     note : callable
-        Takes a line of progress.
+        Receives one line of progress.
     shared : dict
-        What methods of one dense model share in memory, such as its factors.
+        Objects in memory that methods of one dense model share, such as its factors.
     """
 
     rows: datasets.Dataset
@@ -74,7 +74,7 @@ class Work:
     shared: dict[str, Any] = field(default_factory=dict)
 
     def training(self, name: str, learning_rate: float, epochs: float) -> dict[str, Any]:
-        """What every trainer of a method takes: arguments, rows, collator, distillation."""
+        """Keyword arguments of every trainer of a method: arguments, rows, collator, distillation."""
         return {
             "args": self.arguments(self.folder / name, learning_rate, epochs),
             "train_dataset": self.rows,
@@ -83,12 +83,12 @@ class Work:
         }
 
     def scores(self, model: Callable[[], PreTrainedModel]) -> dict[str, Any]:
-        """Scores of a model, which is made where there is a score for it."""
+        """Scores of a model, which is built only if there is a `score`."""
         return {} if self.score is None else self.score(model())
 
     def train(self, trainer: Trained) -> Trained:
-        """Train, from the last whole checkpoint on where there is one."""
-        trainer.remove_callback(PrinterCallback)  # the history is kept; a notebook shows one line a run
+        """Train, from the last complete checkpoint if there is one."""
+        trainer.remove_callback(PrinterCallback)  # the history is kept; a notebook shows one line per run
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(str(trainer.args.output_dir))))
         return trainer
 
@@ -96,7 +96,7 @@ class Work:
 def training_arguments(
     folder: Path, learning_rate: float, epochs: float, *, batch_size: int, seed: int, bf16: bool, **options: Any
 ) -> TrainingArguments:
-    """What all trainings have in common, on the device that is there.
+    """Arguments common to all training, for the available device.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def training_arguments(
     learning_rate, epochs, batch_size, seed, bf16
         As in ``transformers.TrainingArguments``.
     **options
-        Anything else of these.
+        Any other of these arguments.
     """
     return TrainingArguments(
         str(folder),
@@ -118,7 +118,7 @@ def training_arguments(
         warmup_steps=0.06,
         train_sampling_strategy="group_by_length",
         report_to=[],
-        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU must be asked for in these words
+        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU needs this
         dataloader_pin_memory=torch.cuda.is_available(),
         **options,
     )
@@ -126,24 +126,24 @@ def training_arguments(
 
 @dataclass(frozen=True)
 class Method:
-    """One thing that is done to a model.
+    """A compression method.
 
     Attributes
     ----------
     name : str
-        In the name of a chain, such as "soft" in "whitened+soft".
+        Used in the name of a chain, such as "soft" in "whitened+soft".
     config : type
         Its settings, a `Config`.
     apply : callable
-        ``apply(model, config, work)`` changes the model in place, trains it where it has to, and leaves it deployed. It
-        gives what a stored run shall hold of it: plain values by name. "steps" are added up over a chain, and
-        "history" is put together.
+        ``apply(model, config, work)`` changes the model in place, trains it if needed, and leaves it deployed. It
+        returns what a stored run records: plain values by name. Over a chain, "steps" are added up and "history" is
+        concatenated.
     modules : tuple of type
-        The classes that it puts into models: folders of models with these are saved and loaded.
+        The classes that it puts into models; models with these can be saved and loaded.
     takes_factors : bool
-        Its name follows that of a factorization.
+        Its name follows the name of a factorization.
     fixed : mapping
-        Settings that the name says.
+        Settings implied by the name.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Chains: methods one after the other, by a name such as "whitened+soft"."""
+"""Chains: methods applied one after the other, by a name such as "whitened+soft"."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from softlms.methods.registry import methods
 
 __all__ = ["PAPER_NAMES", "Link", "configured", "full_name", "parse", "run"]
 
-PAPER_NAMES = {"static": "svd+uniform", "adaptive": "svd+soft"}  # the paper's names of two chains
+PAPER_NAMES = {"static": "svd+uniform", "adaptive": "svd+soft"}  # the paper's names for two chains
 
 
 @dataclass(frozen=True)
 class Link:
-    """One method of a chain, and the settings that its name in the chain says."""
+    """One method of a chain, and the settings implied by its name in the chain."""
 
     method: Method
     said: Mapping[str, Any] = field(default_factory=dict)
@@ -31,19 +31,19 @@ class Link:
 
 
 def parse(name: str) -> list[Link]:
-    """The methods of a chain.
+    """Parse the name of a chain into its methods.
 
     Parameters
     ----------
     name : str
-        Names of methods with "+" between them, in the order in which they are applied. Those that take factors follow
-        the name of a factorization: "whitened+soft". "static" and "adaptive" are the paper's names of "svd+uniform" and
+        Names of methods joined by "+", in order of application. Those that take factors follow the name of a
+        factorization: "whitened+soft". "static" and "adaptive" are the paper's names for "svd+uniform" and
         "svd+soft".
 
     Raises
     ------
     ValueError
-        No such method, or a factorization without a method that takes it.
+        Unknown method, or a factorization without a method that takes it.
     """
     known = methods()
     links: list[Link] = []
@@ -72,7 +72,7 @@ def _unknown(name: str, known: Mapping[str, Method]) -> str:
 
 
 def full_name(name: str) -> str:
-    """A chain's name with every method in full."""
+    """The name of a chain with every method spelled out."""
     return "+".join(link.name for link in parse(name))
 
 
@@ -85,18 +85,18 @@ def configured(
     ----------
     links : sequence of Link
     settings : mapping
-        For all methods: each takes those that it has.
+        For all methods; each takes those that it knows.
     own : mapping, optional
-        Name of a method to settings for it alone.
+        Settings for single methods, by method name.
 
     Raises
     ------
     ValueError
-        Settings of a method that is not in the chain, or that it does not have; or a value is out of range.
+        Settings for a method that is not in the chain, a setting that a method does not have, or a value out of range.
     """
     own = own or {}
     if strangers := own.keys() - {link.method.name for link in links}:
-        raise ValueError(f"Settings for {', '.join(sorted(strangers))}, which is no method of this chain.")
+        raise ValueError(f"Settings for {', '.join(sorted(strangers))}: no such method in this chain.")
     result = []
     for link in links:
         names = [f.name for f in dataclasses.fields(link.method.config)]
@@ -120,12 +120,12 @@ def run(model: PreTrainedModel, chain: Sequence[tuple[Link, Config]], work: Work
     chain : sequence of (Link, Config)
         From `configured`.
     work : Work
-        What methods share belongs to the dense model: those that come later start with nothing of it.
+        `shared` belongs to the dense model, so later methods start with it empty.
 
     Returns
     -------
     dict
-        What the methods gave, the later ones last; steps added up, histories put together.
+        Merged results of the methods, in order; steps are added up, histories concatenated.
     """
     outcome: dict[str, Any] = {"steps": 0, "history": []}
     for number, (link, config) in enumerate(chain):

@@ -1,4 +1,4 @@
-"""Factors of a model on some of its training rows, made once for all methods that take them."""
+"""Factors of a model from some of its training rows, computed once for all methods that take them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["calibration_sample", "check_factors", "factors_of"]
 
 
 def check_factors(name: str) -> None:
-    """ValueError unless there is such a factorization."""
+    """Raise ValueError for an unknown factorization."""
     if name not in FACTORIZATIONS:
         raise ValueError(f"Unknown factorization {name!r}; known: {', '.join(FACTORIZATIONS)}.")
 
 
 def factors_of(model: PreTrainedModel, factorization: str, rows: int, work: Work) -> dict[str, Factors]:
-    """Factors of all targets, from `rows` training rows where they depend on data."""
+    """Factors of all targets, from `rows` training rows if they depend on data."""
     if factorization not in work.shared:
         statistics = None
         if factorization != "svd":
@@ -32,7 +32,7 @@ def factors_of(model: PreTrainedModel, factorization: str, rows: int, work: Work
 
 
 def calibration_sample(work: Work, number: int) -> datasets.Dataset:
-    """Training rows drawn by the seed; all of them where there are fewer."""
+    """Training rows drawn by the seed; all of them if there are fewer."""
     rows = work.rows.shuffle(seed=work.seed)
     return rows.select(range(min(number, len(rows))))
 

@@ -1,4 +1,4 @@
-"""Masks: which components a budget keeps is searched with the weights frozen; then the cut, and recovery."""
+"""Masks: a search with frozen weights for the components to keep, then the cut and recovery."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class MaskConfig(Config):
     factors, keep, count, static_learning_rate, calibration_rows
         See `softlms.methods.static.StaticConfig`.
     epochs : float
-        Of the search and recovery together.
+        Of search and recovery together.
     mask_learning_rate : float
-        Of the masks' scores; see `softlms.MaskTrainer`.
+        Learning rate of the masks' scores; see `softlms.MaskTrainer`.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def apply(model: PreTrainedModel, config: MaskConfig, work: Work) -> dict[str, A
 def _search(
     model: PreTrainedModel, factors: dict[str, Factors], config: MaskConfig, work: Work
 ) -> tuple[dict[str, int], int]:
-    """Ranks, and the steps that it took."""
+    """Return ranks and the number of steps taken."""
     trainer = MaskTrainer(
         copy.deepcopy(model),
         factors,

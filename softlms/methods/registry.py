@@ -1,4 +1,4 @@
-"""The methods that there are: a line each, and `register` for those of other packages."""
+"""The built-in methods, and `register` for those of other packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _registered: dict[str, Method] = {}
 
 
 def register(*new: Method) -> None:
-    """Make methods known to chains, tables, saving and loading.
+    """Register methods for chains, tables, saving and loading.
 
     Parameters
     ----------
@@ -24,15 +24,15 @@ def register(*new: Method) -> None:
     Raises
     ------
     ValueError
-        Another method has the name, or another class has the form of one of its modules.
+        Another method has the same name, or another class has the same form as one of its modules.
     """
     for method in new:
         if _registered.get(method.name, method) != method:
-            raise ValueError(f"There is a method {method.name!r} already: give the new one another name.")
+            raise ValueError(f"There is already a method {method.name!r}: give the new one another name.")
         known = {module.form: module for other in _registered.values() for module in other.modules}
         for module in method.modules:
             if known.get(module.form, module) is not module:
-                raise ValueError(f"There is a form {module.form!r} already: give {module.__name__} another one.")
+                raise ValueError(f"There is already a form {module.form!r}: give {module.__name__} another one.")
     _registered.update({method.name: method for method in new})
 
 

@@ -34,7 +34,7 @@ class SoftConfig(Config):
     keep, count
         See `softlms.Budget`.
     epochs, learning_rate
-        Of the training that learns the ranks and recovers; 0 epochs cut at once, without any.
+        Of the training that learns the ranks and recovers; with 0 epochs the model is cut without training.
     gamma, alpha_learning_rate, deadline, compression_loss, weigh_by_size
         See `softlms.SoftTrainer`.
     s, unit
@@ -42,7 +42,7 @@ class SoftConfig(Config):
     calibration_rows : int
         Training rows for factors that depend on data.
     further_keeps : tuple of float
-        Smaller budgets that the model is also cut to after its training, without any more, to score it there.
+        Smaller budgets to which the trained model is also cut, without further training, to score it there.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def apply(model: PreTrainedModel, config: SoftConfig, work: Work) -> dict[str, A
 
 
 def _ranks(model: PreTrainedModel) -> dict[str, int]:
-    """Of a deployed model; a dense layer counts all its components."""
+    """Ranks of a deployed model; a dense layer counts all its components."""
     return {target.name: getattr(target.module, "rank", min(target.shape)) for target in find_targets(model)}
 
 

@@ -36,9 +36,9 @@ class StaticConfig(Config):
     keep, count
         See `softlms.Budget`.
     epochs, static_learning_rate
-        Of recovery; 0 epochs leave the model as it was cut.
+        Of recovery; with 0 epochs the model is only cut.
     calibration_rows : int
-        Training rows for factors that depend on data, and for sensitivity (a quarter of them there).
+        Training rows for factors that depend on data, and for sensitivity (which uses a quarter of them).
 
     Raises
     ------
@@ -67,7 +67,7 @@ class StaticConfig(Config):
 
 
 def apply(model: PreTrainedModel, config: StaticConfig, work: Work) -> dict[str, Any]:
-    """Cut a model to ranks that a rule gives, and let it recover."""
+    """Cut a model to ranks from a rule, and let it recover."""
     factors = factors_of(model, config.factors, config.calibration_rows, work)
     curves = _curves(model, factors, config, work) if config.allocation == "sensitivity" else None
     ranks = allocate(
@@ -81,13 +81,13 @@ def apply(model: PreTrainedModel, config: StaticConfig, work: Work) -> dict[str,
 def recover(
     model: PreTrainedModel, epochs: float, learning_rate: float, work: Work, *, spent: int = 0
 ) -> dict[str, Any]:
-    """Train a model that was cut, for what is left of the steps; "steps" and "history" of all."""
+    """Train a cut model for the remaining steps; return "steps" and "history" of all."""
     history: list[dict[str, float]] = []
     if epochs:
         options = work.training("recovering", learning_rate, epochs)
         args = options["args"]
         steps = math.ceil(epochs * math.ceil(len(work.rows) / args.train_batch_size))
-        if spent < steps:  # a search may take all the steps that there are
+        if spent < steps:  # a search may use up all steps
             if spent:
                 args.max_steps = steps - spent
             trainer = work.train(DistillingTrainer(model, **options))

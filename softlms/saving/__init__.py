@@ -1,1 +1,1 @@
-"""What a saved folder says, and how it is read again."""
+"""Save compressed models to folders, and load them again."""

@@ -1,11 +1,11 @@
 """Save and load compressed models through transformers itself.
 
-``import softlms`` is all it takes: ``model.save_pretrained(folder)`` writes a model with what registered methods have
-put into it, at its own size, and ``AutoModel....from_pretrained(folder)`` (or ``pipeline``) builds the same modules
-again. The weights' header says what stands where, and holds a checksum of each tensor and the configuration: damaged or
-half-written weights are refused, a configuration that has changed since is told. For each replaced module the file also
-holds an empty tensor under a dense weight's name, so that transformers without softlms stops at its shape instead of
-filling the module with random values.
+``import softlms`` is enough: ``model.save_pretrained(folder)`` writes a model with the modules of registered methods,
+at its compressed size, and ``AutoModel....from_pretrained(folder)`` (or ``pipeline``) builds the same modules again.
+The header of the weight files describes these modules. It also stores the configuration and a checksum of each tensor:
+damaged or half-written weights are refused, and later changes of the configuration are reported. For each replaced
+module the file also contains an empty tensor under a dense weight's name, so that transformers without softlms stops at
+its shape instead of filling the module with random values.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from softlms.saving.loading import SoftLMsQuantizer, digest, put_in, sha256, sha
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "describe", "save", "unmarked", "upload", "verify"]
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-REMEDY = "the folder cannot hold it. Undo it (an adapter: merge_and_unload()), or keep the model with torch.save."
+REMEDY = "the folder cannot store it. Undo it (an adapter: merge_and_unload()), or save the model with torch.save."
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Form and shape of every replacement by name, outer ones first; one that stands in several places by each name."""
+    """Form and shape of every replacement by name, outer ones first; a shared one is listed under each name."""
     named = model.named_modules(remove_duplicate=False)
     layers = [(name, module) for name, module in named if isinstance(module, Replacement)]
     return {name: {"form": _form(name, module), **module.description()} for name, module in layers}
 
 
 def _form(name: str, module: Replacement) -> str:
-    """Its form; ValueError where no registered method has this very class."""
+    """Its form; ValueError if no registered method has exactly this class."""
     kind, form = _own_class(module), getattr(module, "form", None)
     if forms().get(str(form)) is not kind:
         raise ValueError(f"{name} is a {kind.__name__}, which from_pretrained does not know: {REMEDY}")
@@ -60,7 +60,7 @@ def _form(name: str, module: Replacement) -> str:
 
 
 def _shared(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
-    """Names under which a replacement holds a tensor that is stored under another name, which is the first one."""
+    """Further names of shared tensors in replacements, each with the first name, under which it is stored."""
     inside = tuple(f"{name}." for name in layers)
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
@@ -73,7 +73,7 @@ def _shared(model: nn.Module, layers: Collection[str]) -> dict[str, str]:
 
 
 def save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """All of ``save_pretrained`` into a hidden folder beside its place, then file by file there, weights first."""
+    """Run ``save_pretrained`` into a hidden folder inside the target, then move the files, weights first."""
     target = Path(options.pop("save_directory"))
     if target.is_file():
         raise FileExistsError(f"{target} is a file: give a folder.")
@@ -88,7 +88,7 @@ def save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> None
         config.softlms = held
     target.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    # names as they are in this model: what is checked is what is read
+    # keep this model's names, so that names checked are names read
     options["save_original_format"] = False
     staging = Path(tempfile.mkdtemp(prefix=f".saving-{process_mark()}-", dir=target))
     try:
@@ -121,7 +121,7 @@ def save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> None
         for path in order:
             path.replace(target / path.name)
         for name in stale:
-            (target / name).unlink(missing_ok=True)  # another process may save the same
+            (target / name).unlink(missing_ok=True)  # another process may be saving the same model
     finally:
         model.__dict__.pop("hf_quantizer", None)
         shutil.rmtree(staging, ignore_errors=True)
@@ -131,53 +131,53 @@ def save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> None
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Hidden folders of saves that were killed on this machine; another rank's save, which goes on, is let alone."""
+    """Remove hidden folders of saves killed on this machine; running saves of other ranks are not touched."""
     for left in filter(is_orphaned, target.glob(".saving-*")):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _check(model: PreTrainedModel, options: dict[str, Any], *, pushed_state: bool) -> None:
-    """Refuse what could not be loaded again."""
+    """Refuse models that could not be loaded again."""
     if options.get("variant") is not None:
-        raise ValueError("A compressed model has no variants in one folder (config.json is one): use another.")
+        raise ValueError("A compressed model has no variants in one folder (they share config.json): use another.")
     if options.get("distributed_checkpoint"):
         raise ValueError("A compressed model has no distributed checkpoints: save it without distributed_checkpoint.")
     if model.is_remote_code():
-        raise ValueError("Models with code of their own (trust_remote_code) cannot be saved compressed yet.")
+        raise ValueError("Models with custom code (trust_remote_code) cannot be saved compressed yet.")
     if pushed_state:
-        raise ValueError("push_to_hub saves the model itself: load the state_dict into it first.")
+        raise ValueError("push_to_hub saves the model itself: load state_dict into it first.")
     for name, values in model.state_dict().items():
         if values.is_meta:
             raise ValueError("The model is offloaded: load it without device_map to save it.")
         if is_traceable_wrapper_subclass(values) and not hasattr(values, "full_tensor"):
             raise ValueError(
-                f"{name} is quantized ({type(values).__name__}): save the model before, quantize it after loading."
+                f"{name} is quantized ({type(values).__name__}): save it unquantized, and quantize after loading."
             )
     if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError("The model is quantized: save it before, and quantize it at loading or after.")
+        raise ValueError("The model is quantized: save it unquantized, and quantize at or after loading.")
 
 
 def _check_rebuilds(model: PreTrainedModel, layers: dict[str, dict[str, Any]], shared: Mapping[str, str]) -> list[str]:
-    """Refuse a model with anything in it that `from_pretrained` would not build: it would be lost.
+    """Refuse a model with anything in it that `from_pretrained` would not build, and so would lose.
 
-    Notes in `layers` which of them stand where the model's own class has nothing.
+    Marks in `layers` those for which the model's own class has nothing in their place.
 
     Returns
     -------
     list of str
-        A name of a dense tensor for each replacement that holds none of this name: the place for its marker.
+        For each replacement, the name of a dense tensor that it does not have: the name of its marker.
 
     Raises
     ------
     ValueError
-        A module is of another class, or a tensor of another name or shape, than the model's own class makes from its
+        A module's class, or a tensor's name or shape, differs from what the model's own class builds from its
         configuration with the replacements put in.
     """
     own = _own_class(model)
     try:
         with ContextManagers(own.get_init_context(model.dtype, True, False, False)):
             fresh = own(copy.deepcopy(model.config))
-    except TypeError:  # a class of the user's, with arguments that only they know
+    except TypeError:  # a user's class with unknown arguments
         _check_alone(model, layers)
         return [f"{name}.weight" for name in layers]
     held, dense = model.state_dict(), dict(fresh.named_modules())
@@ -197,7 +197,7 @@ def _check_rebuilds(model: PreTrainedModel, layers: dict[str, dict[str, Any]], s
             raise ValueError(f"{name} is {_class_path(module)}, where {own.__name__} {instead}: {REMEDY}")
     shapes = {name: tuple(values.shape) for name, values in model.state_dict().items()}
     expected = {name: tuple(values.shape) for name, values in fresh.state_dict().items()}
-    if len(inspect.signature(own).parameters) > 1:  # parts are options then, such as BertModel's pooler
+    if len(inspect.signature(own).parameters) > 1:  # parts are optional, such as BertModel's pooler
         expected = {name: shape for name, shape in expected.items() if not _is_left_out(model, name)}
     for name in [*shapes, *expected]:
         if shapes.get(name) != expected.get(name):
@@ -209,7 +209,7 @@ def _check_rebuilds(model: PreTrainedModel, layers: dict[str, dict[str, Any]], s
 
 
 def _is_left_out(model: nn.Module, name: str) -> bool:
-    """Whether the model was built without the module of this tensor: None stands there."""
+    """Whether the model was built without the module of this tensor, with None in its place."""
     part: Any = model
     for step in name.split(".")[:-1]:
         part = getattr(part, step, False)
@@ -219,23 +219,23 @@ def _is_left_out(model: nn.Module, name: str) -> bool:
 
 
 def _check_alone(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> None:
-    """Refuse a layer that holds other tensors than one that is built anew, and what is no linear layer."""
+    """Refuse a layer with other tensors than a newly built one, and anything but linear layers."""
     for name, description in layers.items():
         layer: Any = model.get_submodule(name)
         if not isinstance(layer, Ranked):
             raise ValueError(
                 f"{name} is a {type(layer).__name__} in a {type(model).__name__}, whose class takes more than a "
-                f"configuration, so that it cannot be built to compare: {REMEDY}"
+                f"configuration, so it cannot be rebuilt for comparison: {REMEDY}"
             )
         dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         fresh = forms()[description["form"]].skeleton(dense, description)
         held, expected = ({n: tuple(v.shape) for n, v in m.state_dict().items()} for m in (layer, fresh))
         if differing := [n for n in sorted(held.keys() | expected.keys()) if held.get(n) != expected.get(n)]:
-            raise ValueError(f"{name} holds other tensors than a {type(fresh).__name__}, {differing[0]}: {REMEDY}")
+            raise ValueError(f"{name} differs from a {type(fresh).__name__} in its tensors, {differing[0]}: {REMEDY}")
 
 
 def _own_class(module: nn.Module) -> type[Any]:
-    """FSDP2 puts classes of its own before a module's."""
+    """The module's class without the subclasses that FSDP2 puts in front."""
     return next(kind for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
@@ -245,7 +245,7 @@ def _class_path(module: nn.Module) -> str:
 
 @contextmanager
 def unmarked(config: PreTrainedConfig) -> Iterator[None]:
-    """A dense model made from a compressed one's configuration, or sharing it, is not compressed."""
+    """Remove the mark inside: a dense model with a compressed one's configuration is not compressed."""
     if not is_marked(config):
         yield
         return
@@ -258,7 +258,7 @@ def unmarked(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def upload(model: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-    """push_to_hub has just put the hub's card, or its template, in the place of the model card."""
+    """Write our model card again, which push_to_hub has replaced by the hub's card or its template."""
     card = Path(working_dir) / "README.md"
     if is_ours(card) and any(isinstance(module, Replacement) for module in model.modules()):
         write_card(model, card.parent, tags=ModelCard.load(card).data.tags or [])

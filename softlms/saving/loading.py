@@ -1,4 +1,4 @@
-"""transformers' hook around the loading of weights: modules are built as the folder describes them."""
+"""transformers' hook around the loading of weights: builds the modules that the folder describes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ __all__ = ["SoftLMsQuantizer", "digest", "make_quantizer", "put_in", "sha256", "
 
 logger = logging.get_logger(__name__)
 
-BY_HARDWARE = re.compile(r"paged\|.*|flash_attention_\d|flex_attention|.+/.+")  # the last: kernels of the hub
+BY_HARDWARE = re.compile(r"paged\|.*|flash_attention_\d|flex_attention|.+/.+")  # the last: hub kernels
 ALIGNMENT = 64  # bytes
 
 
 class Loading(HfQuantizer):
-    """transformers' hook around the loading of weights: builds the replacements that the folder has.
+    """transformers' hook around the loading of weights: builds the replacements that the folder describes.
 
-    Where the folder's weights are dense after all, it does nothing.
+    If the folder's weights are in fact dense, it does nothing.
     """
 
     mark: SoftLMsConfig
     layers: Mapping[str, dict[str, Any]] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what a newer version wrote."""
+        """Refuse formats of newer versions."""
         if self.mark.format > FORMAT:
             raise ValueError(
                 f"The model has softlms format {self.mark.format}, this softlms knows {FORMAT}: update softlms."
@@ -47,13 +47,13 @@ class Loading(HfQuantizer):
         super().validate_environment(*args, **kwargs)
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The saved model's attention, where nobody asks for one."""
+        """Use the saved model's attention, unless one is given."""
         saved = self.mark.attention
         if config._attn_implementation_internal is None and saved is not None:
             if BY_HARDWARE.fullmatch(saved):
                 logger.warning(
                     f"The model was saved with attn_implementation={saved!r}, which not every machine has, and is "
-                    "loaded with transformers' default: give it to from_pretrained where you want it."
+                    "loaded with transformers' default: pass it to from_pretrained to use it."
                 )
             else:
                 _check_registered(saved, self.mark.registered)
@@ -65,8 +65,8 @@ class Loading(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise ValueError(
-                "A state_dict alone does not say what layers a compressed model has: load its folder. (Is it a dense "
-                "one's? Then give a configuration without quantization_config.)"
+                "A state_dict alone does not describe the layers of a compressed model: load its folder. (If it is "
+                "dense, pass a configuration without quantization_config.)"
             )
         files = [Path(file) for file in checkpoint_files]
         if _is_described(files):
@@ -86,7 +86,7 @@ class Loading(HfQuantizer):
         _check_shapes(model, self.layers, files, changes, shared)
         if changes:
             logger.warning(
-                f"{files[0].with_name('config.json')} differs from what was saved with these weights: {changes}."
+                f"{files[0].with_name('config.json')} differs from the one saved with these weights: {changes}."
             )
         known = forms()
         precise = [f"{name}.{part}" for name, layer in self.layers.items() for part in known[layer["form"]].precise]
@@ -106,7 +106,7 @@ class Loading(HfQuantizer):
 
 
 class SoftLMsQuantizer(Loading):
-    """The hook for a model that is compressed and nothing else; also holds what is written."""
+    """The hook for a model that is only compressed; also stores what is written at saving."""
 
     def __init__(self, quantization_config: SoftLMsConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
@@ -115,7 +115,7 @@ class SoftLMsQuantizer(Loading):
         self.metadata: dict[str, str] = {}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # from here on it is a model like any other: to train, to change, and to save again
+        # from here on it is a model like any other: it can be trained, changed and saved
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -125,7 +125,7 @@ class SoftLMsQuantizer(Loading):
         return super()._process_model_after_weight_loading(model, **kwargs)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What is written: see `_save`."""
+        """The state dict and metadata to write; see `softlms.saving.checkpoint.save`."""
         return self.state, self.metadata
 
     def is_serializable(self) -> bool:
@@ -137,7 +137,7 @@ class SoftLMsQuantizer(Loading):
 
 
 def make_quantizer(config: SoftLMsConfig, **options: Any) -> HfQuantizer:
-    """The hook for a folder; where another library is to quantize it at loading, that one's hook around ours."""
+    """The hook for a folder; if another library quantizes at loading, its hook is combined with ours."""
     if config.then is None:
         return SoftLMsQuantizer(config, **options)
     other = auto.AutoHfQuantizer.from_config(config.then, pre_quantized=False)
@@ -148,7 +148,7 @@ def make_quantizer(config: SoftLMsConfig, **options: Any) -> HfQuantizer:
 
         def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
             super()._process_model_after_weight_loading(model, **kwargs)
-            self.__class__ = kind  # the model is the other library's from here on
+            self.__class__ = kind  # from here on the model belongs to the other library
             return model
 
     other.__class__ = Both
@@ -156,19 +156,19 @@ def make_quantizer(config: SoftLMsConfig, **options: Any) -> HfQuantizer:
 
 
 def verify(files: list[Path]) -> dict[str, Any]:
-    """The description in the headers of a folder's weights, after a check of every byte that matters.
+    """Check every relevant byte of a folder's weights, and return the description in their headers.
 
     Raises
     ------
     ValueError
-        Something is missing, damaged, or of another model.
+        Something is missing, damaged, or from another model.
     """
     seen: dict[str, Any] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             checksum, _, text = (tensors.metadata() or {}).get(METHOD, "").partition(" ")
             if not text or sha256(text.encode()) != checksum:
-                raise ValueError(f"{file} has no whole softlms description: it is damaged, or of another model.")
+                raise ValueError(f"{file} has no complete softlms description: it is damaged, or from another model.")
             description = json.loads(text)
             if seen and seen != description:
                 raise ValueError(f"{file} and {files[0].name} are parts of different models: save the model again.")
@@ -180,29 +180,29 @@ def verify(files: list[Path]) -> dict[str, Any]:
 
 
 def _changes(config: Path, description: dict[str, Any]) -> str:
-    """The entries of ``config.json`` that are not as they were saved with the weights; empty where there are none."""
+    """The entries of ``config.json`` that differ from those saved with the weights; empty if none do."""
     if not config.is_file() or sha256(config.read_bytes()) == description["config"]:
         return ""
     if "configuration" not in description:
-        return "its entries (older versions did not note them)"
+        return "its entries (older versions did not record them)"
     now, then = json.loads(config.read_text(encoding="utf-8")), description["configuration"]
     differing = {name for name in now.keys() | then.keys() if now.get(name) != then.get(name)}
     return ", ".join(sorted(differing - {"transformers_version"}))
 
 
 def put_in(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> None:
-    """Replacements, of values that mean nothing, in a dense model.
+    """Put replacements with arbitrary values into a dense model.
 
     Parameters
     ----------
     model : nn.Module
     layers : mapping
-        Name to form and description, outer ones first.
+        Form and description by name, outer ones first.
 
     Raises
     ------
     ValueError
-        No method that is registered has such a form.
+        No registered method has such a form.
     """
     known = forms()
     for name, layer in layers.items():
@@ -219,12 +219,12 @@ def put_in(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> None:
 
 
 def share(model: nn.Module, shared: Mapping[str, str]) -> None:
-    """One tensor under several names: each name to the one under which it is stored."""
+    """Share tensors again: each further name gets the tensor under its stored name."""
     for name, stored in shared.items():
         (place, leaf), (source, original) = (n.rpartition(".")[::2] for n in (name, stored))
         setattr(model.get_submodule(place), leaf, getattr(model.get_submodule(source), original))
     if shared and isinstance(model, PreTrainedModel):
-        # loading gives parameters anew, and ties those that it knows of
+        # loading creates new parameters, and ties only those that it knows
         model.all_tied_weights_keys = {**model.all_tied_weights_keys, **shared}
 
 
@@ -239,7 +239,7 @@ def _shared_here(model: PreTrainedModel, shared: Mapping[str, str]) -> dict[str,
 
 
 def _recall_dense(model: PreTrainedModel, description: dict[str, Any], layers: Collection[str]) -> None:
-    """What the dense model held; older folders noted all but the layers, which are here as the class makes them."""
+    """Restore the record of the dense model; older folders lack the layers, which are as the class builds them."""
     note_dense(model)
     known = vars(model)[DENSE]
     saved = description.get("dense", {"parameters": description.get("rest", {}), "linears": known["linears"]})
@@ -262,20 +262,20 @@ def _recall_dense(model: PreTrainedModel, description: dict[str, Any], layers: C
 
 
 def _names(model: PreTrainedModel, name: str) -> list[str]:
-    """What a name of the saved model may be in this class, which may have (or be) the saved one's base model."""
+    """Possible names, in this class, of a name in the saved model: one may be the other's base model."""
     prefix = f"{model.base_model_prefix}."
     return [name, name.removeprefix(prefix), prefix + name]
 
 
 def _localized(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The layers by their names in this class."""
+    """The layers under their names in this class."""
     own = {name for name, _ in model.named_modules()}
     found: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
-        # a part of a replacement is there as soon as that one is built, an addition where there is a place for it
+        # a part of a replacement exists once that is built; an addition needs only a parent
         places = own if layer.get("added") else found
         here = [c for c in _names(model, name) if c in own or c.rpartition(".")[0] in places]
-        if here:  # a head may be another one, or none
+        if here:  # a head may differ, or be missing
             found[here[0]] = layer
     if not found:
         raise ValueError(f"A {type(model).__name__} has none of the saved layers, such as {next(iter(layers))}.")
@@ -289,7 +289,7 @@ def _check_shapes(
     changes: str,
     shared: Collection[str],
 ) -> None:
-    """Refuse weights that do not fit the replacements in this configuration: they would be left out."""
+    """Refuse weights that do not fit the replacements in this configuration: they would be ignored."""
     inside = tuple(f"{name}." for name in layers)
     own = {name: values for name, values in model.state_dict().items() if name.startswith(inside)}
     missing = own.keys() - set(shared)
@@ -300,12 +300,12 @@ def _check_shapes(
                 shape = tuple(tensors.get_slice(name).get_shape())
                 if here is not None and tuple(own[here].shape) != shape:
                     raise ValueError(
-                        f"{name} is of shape {shape}, where the configuration asks for {tuple(own[here].shape)}. What "
-                        f"differs from the saved one: {changes or 'what was given to from_pretrained'}. Restore it."
+                        f"{name} is of shape {shape}, but the configuration expects {tuple(own[here].shape)}. It "
+                        f"differs from the saved one in: {changes or 'options of from_pretrained'}. Restore it."
                     )
                 missing.discard(here or "")
     if missing:
-        raise ValueError(f"The weights lack {min(missing)} of a compressed layer: it would be random. Save them again.")
+        raise ValueError(f"The weights lack {min(missing)} of a compressed layer, so it would be random: save again.")
 
 
 def _is_described(files: Sequence[Path]) -> bool:
@@ -319,7 +319,7 @@ def _is_described(files: Sequence[Path]) -> bool:
 
 
 def _check_dense(model: PreTrainedModel, files: Sequence[Path]) -> None:
-    """Refuse weights of factored layers that say nothing of them: they would be left out."""
+    """Refuse weights of factored layers without a description: they would be ignored."""
     linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     for file in files:
         for name in _tensor_names(file):
@@ -328,8 +328,8 @@ def _check_dense(model: PreTrainedModel, files: Sequence[Path]) -> None:
                 layer = next((stem for stem in stems if stem in linears), None)
                 if layer is not None and here[len(layer) + 1 :] not in ("weight", "bias"):
                     raise ValueError(
-                        f"{file} has no whole softlms description, but {name}: it is damaged, or was not written by "
-                        "save_pretrained of the compressed model. Save it so."
+                        f"{file} has {name} but no complete softlms description: it is damaged, or was not written by "
+                        "save_pretrained of the compressed model. Use that to save it."
                     )
 
 
@@ -345,7 +345,7 @@ def _check_registered(attention: str, registries: Sequence[str]) -> None:
         if attention not in REGISTRIES[registry]:
             raise ValueError(
                 f"The model was saved with the attention function {attention!r}: call "
-                f"{registry}.register({attention!r}, ...) first, or give from_pretrained another, such as "
+                f"{registry}.register({attention!r}, ...) first, or pass another to from_pretrained, such as "
                 "attn_implementation='sdpa'."
             )
 
@@ -355,7 +355,7 @@ def sha256(content: bytes) -> str:
 
 
 def digest(values: Tensor) -> str:
-    """Of type, shape and bytes."""
+    """Hash of dtype, shape and bytes."""
     digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)} ".encode())
     digest.update(values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -363,7 +363,7 @@ def digest(values: Tensor) -> str:
 
 @torch.no_grad()
 def _align(model: nn.Module) -> None:
-    """Own memory for tensors that a mapped file left at odd addresses: there products differ in the last bits."""
+    """Copy tensors that a mapped file left at unaligned addresses, where products differ in the last bits."""
     for values in (*model.parameters(), *model.buffers()):
         if values.device.type == "cpu" and values.data_ptr() % ALIGNMENT:
             values.data = values.data.clone()

@@ -1,6 +1,6 @@
-"""Telling transformers of our folders: imported as soon as transformers' models are, see `softlms.imports`.
+"""Register our folders with transformers; imported together with transformers' models, see `softlms.imports`.
 
-What is registered imports the rest when it is called, so that ``import softlms`` waits for nothing.
+The registered functions import the rest when they are called, so that ``import softlms`` stays fast.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _quantizer(config: Any, **options: Any) -> Any:
 
 
 class _Config:
-    """Stands for `softlms.origin.SoftLMsConfig` in transformers' table."""
+    """Placeholder for `softlms.origin.SoftLMsConfig` in transformers' table."""
 
     @staticmethod
     def from_dict(values: dict[str, Any], *args: Any, **options: Any) -> Any:
@@ -34,21 +34,21 @@ class _Config:
 
 
 def _register() -> None:
-    """Again after a reload of this module, as in a notebook."""
+    """Register; repeated after a reload of this module, as in a notebook."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Config
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer
     present: Any = PreTrainedModel.save_pretrained
     original = getattr(present, "before_softlms", present)
     signature = inspect.signature(original)
 
-    # transformers' own hook, a quantizer at the model, writes in place: a kill would leave half a folder. It also makes
-    # the model a quantized one for Trainer, PEFT and `to`. Hence this way around it
+    # transformers' own hook, a quantizer on the model, writes in place: a kill would leave half a folder. It also makes
+    # the model count as quantized for Trainer, PEFT and `to`. So we wrap the functions instead
     @functools.wraps(original)
     def save_pretrained(self: PreTrainedModel, *args: Any, **options: Any) -> None:
         from softlms.modules import Replacement
         from softlms.saving.checkpoint import save, unmarked
 
-        adapters = getattr(self, "_hf_peft_config_loaded", False)  # then only these are written
+        adapters = getattr(self, "_hf_peft_config_loaded", False)  # then only the adapters are written
         if adapters or not any(isinstance(module, Replacement) for module in self.modules()):
             with unmarked(self.config):
                 original(self, *args, **options)
