@@ -110,6 +110,7 @@ def test_round_trip_is_bit_equal_at_the_compressed_size(tiny_bert, tmp_path, fam
     assert again.config.quantization_config == model.config.quantization_config
 
 
+@pytest.mark.slow
 def test_bert_base_at_its_real_size(tmp_path):
     model = transformers.BertForSequenceClassification(transformers.BertConfig()).eval()
     softlms.surgery.shrink(model, {t.name: (128, 400)[i % 2] for i, t in enumerate(find_targets(model))})
@@ -360,6 +361,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_a_whole_model(tiny_bert, tmp_path):
     softlms.deploy(soft(tiny_bert())).save_pretrained(tmp_path)
     saves = set()

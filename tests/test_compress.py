@@ -158,6 +158,7 @@ def test_the_newest_checkpoint_that_is_whole(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_cost_nothing():
     """One of those that kill_compress makes many of."""
     script = Path(__file__).parent / "tools" / "kill_compress.py"

@@ -62,7 +62,7 @@ def rows(model):
 
 
 @pytest.mark.parametrize("factors", ["svd", "whitened"])
-@pytest.mark.parametrize("keep", [0.5, 0.35])
+@pytest.mark.parametrize("keep", [0.5, pytest.param(0.35, marks=pytest.mark.slow)])
 def test_the_budget_is_met_before_the_deadline(model, rows, tmp_path, keep, factors):
     with fast_scan():
         statistics = None

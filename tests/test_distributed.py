@@ -27,6 +27,7 @@ def start(folder, processes, batch, count="linear"):
     return [json.loads((folder / f"result-{i}.json").read_text("utf-8")) for i in range(processes)]
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_ranks_of_one_with_twice_the_batch(tmp_path):
     (one,) = start(tmp_path / "one", 1, 16)
     two = start(tmp_path / "two", 2, 8)
@@ -40,6 +41,7 @@ def test_two_processes_learn_the_ranks_of_one_with_twice_the_batch(tmp_path):
     assert all(close) and sum(two[0]["ranks"][n] == r for n, r in one["ranks"].items()) >= 10
 
 
+@pytest.mark.slow
 def test_rows_count_by_their_labels_whichever_process_has_them(tmp_path):
     """8 rows of differing length: 2 processes x 2 rows x 2 accumulated batches are one batch of 8."""
     gradients = []
@@ -53,12 +55,14 @@ def test_rows_count_by_their_labels_whichever_process_has_them(tmp_path):
         assert (gradients[1][name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
+@pytest.mark.slow
 def test_processes_that_measured_other_times_learn_the_same_ranks(tmp_path):
     two = start(tmp_path / "two", 2, 8, "latency")
     assert two[0]["ranks"] == two[1]["ranks"] and two[0]["sigma"] == two[1]["sigma"]
     assert two[0]["frozen_at"] == two[1]["frozen_at"]
 
 
+@pytest.mark.slow
 def test_a_deployed_model_trains_sharded_and_a_soft_one_cannot(tmp_path):
     """What README's FSDP configuration does on GPUs, by the same function on two CPU processes."""
     done = torchrun(2, "sharded_run.py", "deployed", tmp_path / "saved")

@@ -323,6 +323,7 @@ class SlowBench:
         (self.folder / method).touch()
 
 
+@pytest.mark.slow
 def test_a_failing_run_names_its_error_and_spares_the_one_beside_it(tmp_path):
     units = [[Job(SlowBench(tmp_path), method, None, 0)] for method in ("works", "fails", "comes later")]
     runs = run_jobs(units, processes=2)

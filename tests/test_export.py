@@ -83,6 +83,7 @@ def test_onnx_is_torch_at_any_batch_and_length(tiny_bert, tmp_path, family, spli
     assert path.stat().st_size < 1.6 * sum(p.nbytes for p in model.parameters()) + 400_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mamba"])
 def test_a_row_that_is_padded_on_the_left_means_what_it_means_alone(tiny_bert, tmp_path, family):
     path = export_onnx(compressed(tiny_bert, family, False), tmp_path / "model.onnx")
@@ -91,6 +92,7 @@ def test_a_row_that_is_padded_on_the_left_means_what_it_means_alone(tiny_bert, t
     torch.testing.assert_close(onnx_logits(path, padded)[:, 3:], onnx_logits(path, alone), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_int8_takes_what_the_graph_takes_of_rows_and_collator(tiny_bert, tmp_path, caplog):
     """Labels that a collator adds and a tokenizer's segments are nothing that a GPT-2 knows."""
     language = compressed(tiny_bert, "gpt2", False)
@@ -118,6 +120,7 @@ def test_segments_of_sentence_pairs_are_exported(tiny_bert, tmp_path):
     assert (onnx_logits(path, inputs) - pairs).norm() > 0.01 * pairs.norm()
 
 
+@pytest.mark.slow
 def test_int8_is_near_where_columns_differ_by_orders_of_magnitude(tiny_bert, tmp_path, caplog):
     """As learned ranks leave them: one scale a tensor would round most of a layer to nothing."""
     model = tiny_bert(hidden_size=128, intermediate_size=512, num_hidden_layers=2, initializer_range=0.05)
@@ -162,6 +165,7 @@ def test_int8_says_what_it_costs_on_the_users_rows(tiny_folder, tmp_path, caplog
             export_onnx(model, tmp_path / "small.onnx", **{"int8": True} | options)
 
 
+@pytest.mark.slow
 def test_int8_of_a_score_and_of_tokens_is_said(tiny_bert, tmp_path, caplog):
     dataset = datasets.Dataset.from_dict({"input_ids": torch.randint(300, (6, 9)).tolist()})
     score = tiny_bert(num_labels=1, vocab_size=300)
@@ -189,6 +193,7 @@ def uneven(down, up):
     return down * scales[:, None], up / scales
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_int8_keeps_the_score_of_a_compressed_minilm(tmp_path):
     """What is wanted of the export is the task's score: logits that are near may still answer otherwise."""
@@ -256,6 +261,7 @@ def test_torch_export_keeps_batch_and_length_free(tiny_bert, family):
         torch.testing.assert_close(program.module()(**inputs, **options).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, split", FAMILIES)
 def test_compiles_whole_and_trains(tiny_bert, family, split):
     """Captured by dynamo and differentiated by aot autograd; no C++ compiler is needed to see that."""
@@ -269,6 +275,7 @@ def test_compiles_whole_and_trains(tiny_bert, family, split):
     assert all(p.grad is not None for n, p in model.named_parameters() if ".down." in n or ".up." in n)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").is_file()),
     reason="torch.compile writes C++ for this Python: on Linux, with g++ and Python's headers",

@@ -282,3 +282,13 @@ def test_every_module_is_imported_where_there_is_no_posix():
     assert run.returncode == 0, run.stderr
     posix = r"\bos\.(fork|getgid|getuid|kill|killpg|sysconf)\b"  # os.kill(process, 0) ends the process on Windows
     assert not [path.name for path in (ROOT / "softlms").rglob("*.py") if re.search(posix, path.read_text("utf-8"))]
+
+
+def test_lines_of_prose_are_short():
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    generated = ("results.md", "figures.md")
+    for path in (path for path in texts if path.name not in generated and "modules" not in path.parts):
+        prose = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL).splitlines()
+        long = [line for line in prose if len(line) > 120 and not line.startswith(("|", "!", "$"))]
+        assert not long, (path.name, long)
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 170
