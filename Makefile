@@ -1,11 +1,11 @@
-# make figures | gallery | test | test-slow | test-browser | verify | lint | lab | benchmark: each makes its own environment first.
+# make figures | gallery | check | test | test-slow | test-browser | verify | lint | lab | benchmark: each makes its own environment first.
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: figures gallery test test-units test-encoders test-language test-slow test-browser lab lint verify benchmark clean
+.PHONY: figures gallery check test test-units test-encoders test-language test-slow test-browser lab lint verify benchmark clean
 
 figures: $(READY)
 	$(BIN)/softlms figures --resume --profile $(PROFILE)
@@ -17,6 +17,10 @@ gallery: $(READY)
 # two at a time: much of it runs on one core
 test: $(READY) lint verify
 	$(MAKE) --jobs=2 --output-sync=target --keep-going test-encoders test-language test-units
+
+# for the habit: two minutes
+check: $(READY) lint
+	$(BIN)/python -m pytest -q -m "not (browser or slow or long)"
 
 test-units: $(READY)
 	$(BIN)/python -m pytest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from softlms.budget import BudgetNotMet
-
-if TYPE_CHECKING:
-    from softlms.training import SoftTrainer
 
 __all__ = ["SoftSchedule"]
 
@@ -42,7 +39,7 @@ class SoftSchedule(TrainerCallback):
     # not an ExportableState: the Trainer would rebuild that without its trainer
     KEY = "softlms"
 
-    def __init__(self, trainer: SoftTrainer) -> None:
+    def __init__(self, trainer: Any) -> None:  # a SoftTrainer, which imports this
         self.trainer = trainer
         self.gamma = trainer.gamma or 0.0  # if it adapts, alpha's gradients at the first step are from the task only
         self.frozen_at: int | None = None

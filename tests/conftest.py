@@ -19,6 +19,18 @@ hypothesis.settings.load_profile("softlms")
 datasets.disable_progress_bars()
 
 
+LONG = """
+claims comparison compress costs defaults distributed experiments explorer export figures full_size gallery
+language_models methods minilm nbval_lanes report resuming scan speed training training_cost workbook
+""".split()  # files that train, export or run notebooks: minutes together
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in LONG:
+            item.add_marker("long")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

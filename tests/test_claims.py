@@ -194,8 +194,9 @@ def tree(tmp_path):
     for path in (ROOT / "results").glob("*.*"):
         shutil.copy(path, tmp_path / "results")
     (tmp_path / "results" / "laptop").symlink_to(ROOT / "results" / "laptop")
-    (tmp_path / "docs").mkdir()
-    for name in ("README.md", PAGE):
+    for folder in ("docs", "notebooks"):
+        (tmp_path / folder).mkdir()
+    for name in ("README.md", PAGE, "notebooks/notebooks.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 

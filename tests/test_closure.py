@@ -148,7 +148,7 @@ def test_what_cannot_be_followed_is_refused(package):
 
 
 def test_the_compiled_scan_is_in_the_code_of_mambas_steps():
-    steps, bench = "softlms.experiments.steps:learn_ranks", "softlms.experiments.language_models:LanguageBench"
+    steps, bench = "softlms.experiments.steps:apply_chain", "softlms.experiments.language_models:LanguageBench"
     assert {"forward", "backward", "run_units", "_exp", "CHUNK", "_COMPILED"} <= code_of(steps, bench).keys()
 
 

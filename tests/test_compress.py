@@ -354,7 +354,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_folder, data, tmp_path, c
 def test_training_that_diverges_is_one_line(headless, data, tmp_path, capsys):
     options = {"model": headless, "task": "rte", "keep": 0.5, "data": data, "out": tmp_path / "out"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softlms.compress._train", lambda trainer: trainer.model.classifier.weight.data.fill_(torch.nan))
+        spoil = lambda self, **options: self.model.classifier.weight.data.fill_(torch.nan)  # noqa: E731
+        patch.setattr("softlms.compress.DistillingTrainer.train", spoil)
         assert main(["compress", *(part for n, v in options.items() for part in (f"--{n}", str(v)))]) == 1
     assert "softlms compress: Fine-tuning diverged: lower dense_learning_rate.\n" in capsys.readouterr().err
 

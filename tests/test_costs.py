@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments, default_data_collator
 
 import softlms
-from softlms.budget import Budget, Costs, parameter_costs, refill, uniform_ranks
+from softlms.budget import Budget, Costs, ParameterCount, parameter_costs, refill, uniform_ranks
 from softlms.layers import LowRankLinear
 
 SHAPES = {"a": (96, 64), "b": (64, 64), "c": (64, 128)}
@@ -51,7 +51,7 @@ def test_layers_that_would_not_be_faster_are_dense():
         first = costs.dense_from(name)
         assert costs.keeps_dense(name, first) and not costs.keeps_dense(name, first - 1)
         assert (first - 1) * (m + n) < m * n / 2 <= first * (m + n)
-    counted = Budget(0.5, "linear").costs(SHAPES, 0, costs)  # parameters, with that rule
+    counted = Budget(0.5, "linear").costs(SHAPES, ParameterCount(0, 0, 0, 0), costs)  # parameters, with that rule
     assert counted.prices["b"](costs.dense_from("b") - 1) < 64 * 64 / 2
     assert counted.prices["b"](costs.dense_from("b")) == 64 * 64
     assert parameter_costs(SHAPES).dense_from("b") == 32

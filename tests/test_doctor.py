@@ -76,7 +76,7 @@ def test_package_that_is_missing(monkeypatch):
     assert finding.state == "problem" and finding.text.endswith("needed: no-such-package>=2 (missing)")
     output = io.StringIO()
     print_findings(Console(file=output, width=100))
-    assert '-e ".[notebooks,export,test]"' in output.getvalue()  # brackets are no markup
+    assert '-e ".[workbook,export,docs,test]"' in output.getvalue()  # brackets are no markup
 
 
 def test_outside_a_checkout(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_it_says_what_has_changed_since_a_stored_run(bench, monkeypatch):
     changed = RECIPE.changed(dense_epochs=0.5)
     assert bench.why_missing("dense", changed, 0) == "changed: recipe.dense_epochs 1 -> 0.5"
     assert bench.why_missing("dense", RECIPE, 1) == "none like it is stored"
-    monkeypatch.setattr("softlms.experiments.run_key.ALIKE", 1)
+    monkeypatch.setattr("softlms.experiments.store.ALIKE", 1)
     assert bench.why_missing("dense", changed.changed(batch_size=4), 0) == "none like it is stored"
     monkeypatch.undo()
     known = experiments.code_behind

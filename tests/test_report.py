@@ -7,12 +7,13 @@ from softlms.budget import Budget, parameter_costs, uniform_ranks
 from softlms.data.encoders import find_encoder
 from softlms.data.tasks import TASKS, TaskData
 from softlms.data.text import SPLITS
-from softlms.experiments.bench import Bench, Run
+from softlms.experiments.bench import Bench
 from softlms.experiments.jobs import Job
 from softlms.experiments.language_models import LanguageBench, SmallModel
 from softlms.experiments.profiles import PROFILES
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.report import Report
+from softlms.experiments.store import Run
 from softlms.experiments.tokenized import TokenizedText
 from softlms.workbook.book import Book
 from softlms.workbook.plots.grid_pictures import plot_quality, plot_ranks

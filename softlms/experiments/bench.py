@@ -39,39 +39,18 @@ from softlms.experiments.closure import code_behind, not_in_keys
 from softlms.experiments.jobs import Job, available_processes, run_jobs, tell_stored
 from softlms.experiments.provenance import commit
 from softlms.experiments.recipe import Recipe
-from softlms.experiments.run_key import DEPENDS, key, why_missing
 from softlms.experiments.steps import Step, apply_chain, train_dense
+from softlms.experiments.store import DEPENDS, Run, key, why_missing
 from softlms.files import lock
 from softlms.kernels.selective_scan import fast_scan
 from softlms.machine import device, hardware, use_threads, versions
 from softlms.methods.base import training_arguments
 from softlms.methods.chain import Link, full_name, parse
 
-__all__ = ["Bench", "Run"]
+__all__ = ["Bench"]
 
 # so that a run's numbers depend neither on the number of free cores nor on other runs at the same time
 _THREADS = 1
-
-
-@dataclass(frozen=True)
-class Run:
-    """The outcome of one run.
-
-    Attributes
-    ----------
-    result : dict
-        "method", "seed", "scores" (split, then metric; 0 to 1, except perplexity), "untuned" (those of dev before any
-        training after the cut), "ranks" (layer to components), "kept_linear", "kept_total", "steps", "frozen_at" (soft
-        thresholds: the step at which the budget was met), "further" (keep to scores on dev; see `Recipe`), "history"
-        (one entry per logging step), "seconds" (shared work, that is the teacher's logits, calibration and factors,
-        counts for the first method that needs it; after an interruption, only the rest), "hardware", "versions",
-        "commit", "encoder", "data".
-    model : Path or None
-        The saved model, if the run keeps one (dense runs do).
-    """
-
-    result: dict[str, Any]
-    model: Path | None = None
 
 
 @dataclass(eq=False)  # compared by identity
@@ -217,7 +196,7 @@ class Bench:
 
     @not_in_keys
     def why_missing(self, method: str, recipe: Recipe, seed: int) -> str:
-        """Why a run is not stored; see `softlms.experiments.run_key.why_missing`."""
+        """Why a run is not stored; see `softlms.experiments.store.why_missing`."""
         chain, folder = self._place(method, recipe, seed)
         return why_missing(self.folder, folder.name.rsplit("-", 1)[0], self._depends(chain, recipe, seed))
 

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from softlms.architectures import find_targets
 from softlms.data.tasks import TASKS
-from softlms.experiments.bench import Bench, Run
+from softlms.experiments.bench import Bench
 from softlms.experiments.jobs import Job, available_processes, run_jobs, tell_stored
 from softlms.experiments.recipe import Recipe
+from softlms.experiments.store import Run
 from softlms.experiments.timing import summarize_times
 from softlms.kernels.selective_scan import fast_scan
 from softlms.machine import fast_bf16, use_threads

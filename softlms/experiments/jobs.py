@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import datasets
 import psutil
@@ -21,12 +21,10 @@ import transformers
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 
+from softlms.experiments.recipe import Recipe
+from softlms.experiments.store import Run
 from softlms.methods.base import Method
 from softlms.methods.registry import methods, register
-
-if TYPE_CHECKING:
-    from softlms.experiments.bench import Bench, Run
-    from softlms.experiments.recipe import Recipe
 
 __all__ = ["Job", "available_processes", "be_quiet", "run_jobs", "tell_stored"]
 
@@ -35,7 +33,7 @@ __all__ = ["Job", "available_processes", "be_quiet", "run_jobs", "tell_stored"]
 class Job:
     """One method at one seed, on one bench."""
 
-    bench: Bench
+    bench: Any  # a Bench, which imports this
     method: str
     recipe: Recipe
     seed: int

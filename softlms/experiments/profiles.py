@@ -182,7 +182,7 @@ LANGUAGE_PROFILES = {
                     further_keeps=(0.2,),
                     bf16=fast_bf16(),
                 ),
-                dict.fromkeys(FAMILIES, Setting()) | {"mamba": Setting({"dense_epochs": 0.5, "epochs": 0.06})},
+                dict.fromkeys(FAMILIES, Setting()) | {"mamba": Setting({"dense_epochs": 0.8, "epochs": 0.1})},
                 (0, 1),
                 (Pass(LANGUAGE_METHODS, (0.35,)),),
             ),

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 from transformers import PreTrainedModel
@@ -23,17 +23,15 @@ from softlms.machine import device
 from softlms.methods.base import Work
 from softlms.methods.chain import Link, run
 
-if TYPE_CHECKING:
-    from softlms.experiments.bench import Bench
-
 __all__ = ["Step", "apply_chain", "train_dense"]
 
-Step = Callable[["Bench", Recipe, int, Path, Sequence[Link]], dict[str, Any]]
+# what a step is given first is a Bench, which imports this
+Step = Callable[[Any, Recipe, int, Path, Sequence[Link]], dict[str, Any]]
 
 SAVE_STEPS = 250  # a dense model may train for hours; training after the cut takes minutes
 
 
-def train_dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, links: Sequence[Link]) -> dict[str, Any]:
+def train_dense(bench: Any, recipe: Recipe, seed: int, folder: Path, links: Sequence[Link]) -> dict[str, Any]:
     model = bench.new_model().to(device())
     outcome: dict[str, Any] = {"steps": 0, "history": []}
     checkpoints = folder / "trainer"
@@ -52,7 +50,7 @@ def train_dense(bench: Bench, recipe: Recipe, seed: int, folder: Path, links: Se
     return {"scores": bench.scores(model), "ranks": _ranks(model)} | outcome | _counts(bench, model)
 
 
-def apply_chain(bench: Bench, recipe: Recipe, seed: int, folder: Path, links: Sequence[Link]) -> dict[str, Any]:
+def apply_chain(bench: Any, recipe: Recipe, seed: int, folder: Path, links: Sequence[Link]) -> dict[str, Any]:
     model = bench.starting_model(recipe, seed)
     work = Work(
         rows=_training_rows(bench, recipe, seed) if recipe.epochs else bench.splits["train"],
@@ -69,7 +67,7 @@ def apply_chain(bench: Bench, recipe: Recipe, seed: int, folder: Path, links: Se
     return {"scores": untuned or bench.scores(model)} | outcome | _counts(bench, model)
 
 
-def _training_rows(bench: Bench, recipe: Recipe, seed: int) -> datasets.Dataset:
+def _training_rows(bench: Any, recipe: Recipe, seed: int) -> datasets.Dataset:
     """The training split, with the dense model's logits if the recipe distils; the logits are stored with the model."""
     rows = bench.splits["train"]
     if not recipe.distillation:
@@ -86,7 +84,7 @@ def _ranks(model: PreTrainedModel) -> dict[str, int]:
     return {target.name: min(target.shape) for target in find_targets(model)}
 
 
-def _counts(bench: Bench, model: PreTrainedModel) -> dict[str, Any]:
+def _counts(bench: Any, model: PreTrainedModel) -> dict[str, Any]:
     parameters = count_parameters(model)
     return {
         "kept_linear": parameters.kept("linear"),

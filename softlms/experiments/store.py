@@ -1,4 +1,4 @@
-"""The key of a stored run, a hash of all it depends on; and which of these changed if the run is missing."""
+"""Stored runs: what one is, its key (a hash of all it depends on), and why a run is missing: what has changed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,36 @@ import glob
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ALIKE", "DEPENDS", "key", "why_missing"]
+__all__ = ["ALIKE", "DEPENDS", "Run", "key", "why_missing"]
 
 DEPENDS = "depends.json"  # beside a run's result
 ALIKE = 6  # names that may differ between runs worth comparing
 SHOWN = 4  # of the definitions that differ
+
+
+@dataclass(frozen=True)
+class Run:
+    """The outcome of one run.
+
+    Attributes
+    ----------
+    result : dict
+        "method", "seed", "scores" (split, then metric; 0 to 1, except perplexity), "untuned" (those of dev before any
+        training after the cut), "ranks" (layer to components), "kept_linear", "kept_total", "steps", "frozen_at" (soft
+        thresholds: the step at which the budget was met), "further" (keep to scores on dev; see `Recipe`), "history"
+        (one entry per logging step), "seconds" (shared work, that is the teacher's logits, calibration and factors,
+        counts for the first method that needs it; after an interruption, only the rest), "hardware", "versions",
+        "commit", "encoder", "data".
+    model : Path or None
+        The saved model, if the run keeps one (dense runs do).
+    """
+
+    result: dict[str, Any]
+    model: Path | None = None
 
 
 def key(depends: Mapping[str, Any]) -> str:
