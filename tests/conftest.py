@@ -19,10 +19,31 @@ hypothesis.settings.load_profile("softlms")
 datasets.disable_progress_bars()
 
 
-LONG = """
-claims comparison compress costs defaults distributed experiments explorer export figures full_size gallery
-language_models methods minilm nbval_lanes report resuming scan speed training training_cost workbook
-""".split()  # files that train, export or run notebooks: minutes together
+LONG = [
+    "claims",
+    "comparison",
+    "compress",
+    "costs",
+    "defaults",
+    "distributed",
+    "experiments",
+    "explorer",
+    "export",
+    "figures",
+    "full_size",
+    "gallery",
+    "language_models",
+    "methods",
+    "minilm",
+    "nbval_lanes",
+    "report",
+    "resuming",
+    "scan",
+    "speed",
+    "training",
+    "training_cost",
+    "workbook",
+]  # files that train, export or run notebooks: minutes together
 
 
 def pytest_collection_modifyitems(items):

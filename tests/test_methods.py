@@ -101,7 +101,8 @@ def test_a_toy_method_is_in_grid_table_and_plot(registered, thin, bench):
     registered(thin.METHOD)
     names = ("svd+uniform", "thin", "whitened+soft+thin", "thin+whitened+soft")
     grid = Grid(RECIPE, {"docpairs": Setting()}, (0, 1), (Pass(names, (0.6,)),))
-    report = Report(run_grid(grid, {"docpairs": bench}, note=lambda line: None))
+    benches = {"docpairs": bench}
+    report = Report(run_grid(grid, benches, note=lambda line: None), benches, (0, 1))
     rows = report.rows
     assert set(rows.method) == {"dense", *names}
     chain = rows[(rows.method == "whitened+soft+thin") & rows.recovered]
