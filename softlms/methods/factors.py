@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 from transformers import PreTrainedModel
 
+from softlms.budget import Budget
 from softlms.lowrank.calibration import LayerStatistics, calibrate
 from softlms.lowrank.factorization import FACTORIZATIONS, Factors, factorize
-from softlms.methods.base import Work
+from softlms.methods.base import Config, Work
+from softlms.ranges import check_at_least_one, check_positive
 
-__all__ = ["calibration_sample", "check_factors", "factors_of"]
+__all__ = ["FactorsConfig", "calibration_sample", "check_factors", "factors_of"]
 
 
 def check_factors(name: str) -> None:
     """Raise ValueError for an unknown factorization."""
     if name not in FACTORIZATIONS:
         raise ValueError(f"Unknown factorization {name!r}; known: {', '.join(FACTORIZATIONS)}.")
+
+
+@dataclass(frozen=True)
+class FactorsConfig(Config):
+    """Settings of every method that cuts factors to a budget.
+
+    Attributes
+    ----------
+    factors : {"svd", "fwsvd", "asvd", "whitened"}
+        See `softlms.factorize`.
+    keep, count
+        See `softlms.Budget`.
+    epochs : float
+        Of all training that the method does; 0 cuts without any.
+    calibration_rows : int
+        Training rows for factors that depend on data.
+
+    Raises
+    ------
+    ValueError
+        A setting is unknown or out of range.
+    """
+
+    factors: str = "whitened"
+    keep: float = 0.5
+    count: str = "linear"
+    epochs: float = 3
+    calibration_rows: int = 256
+
+    def __post_init__(self) -> None:
+        check_factors(self.factors)
+        Budget(self.keep, self.count)
+        if self.epochs:
+            check_positive(epochs=self.epochs)
+        check_at_least_one(calibration_rows=self.calibration_rows)
+
+    def unused(self) -> tuple[str, ...]:
+        return ("calibration_rows",) if self.factors == "svd" else ()
 
 
 def factors_of(model: PreTrainedModel, factorization: str, rows: int, work: Work) -> dict[str, Factors]:

@@ -8,29 +8,26 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from softlms.budget import Budget
 from softlms.layers import LowRankLinear
 from softlms.lowrank.factorization import Factors
 from softlms.lowrank.masks import MaskedLinear, MaskTrainer
-from softlms.methods.base import Config, Method, Work
-from softlms.methods.factors import check_factors, factors_of
-from softlms.methods.static import recover
-from softlms.ranges import check_at_least_one, check_positive
+from softlms.methods.base import Method, Work
+from softlms.methods.factors import FactorsConfig, factors_of
+from softlms.methods.static import StaticConfig, recover
+from softlms.ranges import check_positive
 from softlms.surgery import truncate
 
 __all__ = ["METHODS", "MaskConfig"]
 
 
 @dataclass(frozen=True)
-class MaskConfig(Config):
-    """Settings of learned masks.
+class MaskConfig(FactorsConfig):
+    """Settings of learned masks; see `FactorsConfig` for the others. The epochs are of search and recovery together.
 
     Attributes
     ----------
-    factors, keep, count, static_learning_rate, calibration_rows
-        See `softlms.methods.static.StaticConfig`.
-    epochs : float
-        Of search and recovery together.
+    static_learning_rate : float
+        Of recovery.
     mask_learning_rate : float
         Learning rate of the masks' scores; see `softlms.MaskTrainer`.
 
@@ -40,27 +37,15 @@ class MaskConfig(Config):
         A setting is unknown or out of range.
     """
 
-    factors: str = "whitened"
-    keep: float = 0.5
-    count: str = "linear"
-    epochs: float = 3
-    static_learning_rate: float = 2e-4
+    static_learning_rate: float = StaticConfig.static_learning_rate
     mask_learning_rate: float = 0.05
-    calibration_rows: int = 256
 
     def __post_init__(self) -> None:
-        check_factors(self.factors)
-        Budget(self.keep, self.count)
+        super().__post_init__()
         if not self.epochs:
             raise ValueError("Masks are learned in training: epochs must be above 0.")
-        check_positive(epochs=self.epochs)
-        check_positive(
-            most=1, static_learning_rate=self.static_learning_rate, mask_learning_rate=self.mask_learning_rate
-        )
-        check_at_least_one(calibration_rows=self.calibration_rows)
-
-    def unused(self) -> tuple[str, ...]:
-        return ("calibration_rows",) if self.factors == "svd" else ()
+        rates = {"static_learning_rate": self.static_learning_rate, "mask_learning_rate": self.mask_learning_rate}
+        check_positive(most=1, **rates)
 
 
 def apply(model: PreTrainedModel, config: MaskConfig, work: Work) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from softlms.architectures import find_targets
 from softlms.budget import Budget
 from softlms.layers import UNIT, UNITS, LowRankLinear, SoftLinear
 from softlms.losses import COMPRESSION_LOSSES
-from softlms.methods.base import Config, Method, Work
-from softlms.methods.factors import check_factors, factors_of
-from softlms.ranges import check_at_least_one, check_positive
+from softlms.methods.base import Method, Work
+from softlms.methods.factors import FactorsConfig, factors_of
+from softlms.ranges import check_positive
 from softlms.surgery import decompose, deploy
 from softlms.thresholds import SHARPNESS
 from softlms.training import DEADLINE, SoftTrainer
@@ -24,23 +24,17 @@ __all__ = ["METHODS", "SoftConfig"]
 
 
 @dataclass(frozen=True)
-class SoftConfig(Config):
-    """Settings of soft thresholds.
+class SoftConfig(FactorsConfig):
+    """Settings of soft thresholds; see `FactorsConfig` for the others.
 
     Attributes
     ----------
-    factors : {"svd", "fwsvd", "asvd", "whitened"}
-        See `softlms.decompose`.
-    keep, count
-        See `softlms.Budget`.
-    epochs, learning_rate
-        Of the training that learns the ranks and recovers; with 0 epochs the model is cut without training.
+    learning_rate : float
+        Of the training that learns the ranks and recovers.
     gamma, alpha_learning_rate, deadline, compression_loss, weigh_by_size
         See `softlms.SoftTrainer`.
     s, unit
         See `softlms.decompose`.
-    calibration_rows : int
-        Training rows for factors that depend on data.
     further_keeps : tuple of float
         Smaller budgets to which the trained model is also cut, without further training, to score it there.
 
@@ -50,10 +44,6 @@ class SoftConfig(Config):
         A setting is unknown or out of range.
     """
 
-    factors: str = "whitened"
-    keep: float = 0.5
-    count: str = "linear"
-    epochs: float = 3
     learning_rate: float = 5e-5
     gamma: float | None = None
     alpha_learning_rate: float | None = None
@@ -62,30 +52,23 @@ class SoftConfig(Config):
     unit: str = UNIT
     compression_loss: str = "adaptive"
     weigh_by_size: bool = False
-    calibration_rows: int = 256
     further_keeps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_factors(self.factors)
-        for keep in (self.keep, *self.further_keeps):
+        super().__post_init__()
+        for keep in self.further_keeps:
             Budget(keep, self.count)
         if self.unit not in UNITS or self.compression_loss not in COMPRESSION_LOSSES:
             raise ValueError(
                 f"unit must be one of {', '.join(UNITS)} and compression_loss one of {', '.join(COMPRESSION_LOSSES)}; "
                 f"got {self.unit!r} and {self.compression_loss!r}."
             )
-        if self.epochs:
-            check_positive(epochs=self.epochs)
         check_positive(s=self.s)
         check_positive(most=1, learning_rate=self.learning_rate, deadline=self.deadline)
         if self.gamma is not None:
             check_positive(gamma=self.gamma)
         if self.alpha_learning_rate is not None:
             check_positive(most=1, alpha_learning_rate=self.alpha_learning_rate)
-        check_at_least_one(calibration_rows=self.calibration_rows)
-
-    def unused(self) -> tuple[str, ...]:
-        return ("calibration_rows",) if self.factors == "svd" else ()
 
 
 def apply(model: PreTrainedModel, config: SoftConfig, work: Work) -> dict[str, Any]:

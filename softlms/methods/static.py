@@ -8,37 +8,30 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from softlms.budget import Budget
 from softlms.distillation import DistillingTrainer
 from softlms.evaluation import mean_loss
 from softlms.fused import SplitLinear
 from softlms.layers import LowRankLinear
 from softlms.lowrank.allocation import ALLOCATIONS, allocate, sensitivity_curves
 from softlms.lowrank.factorization import Factors
-from softlms.methods.base import Config, Method, Work
-from softlms.methods.factors import calibration_sample, check_factors, factors_of
-from softlms.ranges import check_at_least_one, check_positive
+from softlms.methods.base import Method, Work
+from softlms.methods.factors import FactorsConfig, calibration_sample, factors_of
+from softlms.ranges import check_positive
 from softlms.surgery import truncate
 
 __all__ = ["METHODS", "StaticConfig", "recover"]
 
 
 @dataclass(frozen=True)
-class StaticConfig(Config):
-    """Settings of a static allocation.
+class StaticConfig(FactorsConfig):
+    """Settings of a static allocation; see `FactorsConfig` for the others.
 
     Attributes
     ----------
-    factors : {"svd", "fwsvd", "asvd", "whitened"}
-        See `softlms.factorize`.
     allocation : {"uniform", "energy", "greedy", "sensitivity"}
-        See `softlms.allocate`.
-    keep, count
-        See `softlms.Budget`.
-    epochs, static_learning_rate
-        Of recovery; with 0 epochs the model is only cut.
-    calibration_rows : int
-        Training rows for factors that depend on data, and for sensitivity (which uses a quarter of them).
+        See `softlms.allocate`. Sensitivity uses a quarter of the calibration rows.
+    static_learning_rate : float
+        Of recovery.
 
     Raises
     ------
@@ -46,24 +39,15 @@ class StaticConfig(Config):
         A setting is unknown or out of range.
     """
 
-    factors: str = "whitened"
     allocation: str = "uniform"
-    keep: float = 0.5
-    count: str = "linear"
-    epochs: float = 3
     static_learning_rate: float = 2e-4
-    calibration_rows: int = 256
 
     def __post_init__(self) -> None:
-        check_factors(self.factors)
-        Budget(self.keep, self.count)
-        if self.epochs:
-            check_positive(epochs=self.epochs)
+        super().__post_init__()
         check_positive(most=1, static_learning_rate=self.static_learning_rate)
-        check_at_least_one(calibration_rows=self.calibration_rows)
 
     def unused(self) -> tuple[str, ...]:
-        return ("calibration_rows",) if self.factors == "svd" and self.allocation != "sensitivity" else ()
+        return () if self.allocation == "sensitivity" else super().unused()
 
 
 def apply(model: PreTrainedModel, config: StaticConfig, work: Work) -> dict[str, Any]:
