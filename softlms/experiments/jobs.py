@@ -18,7 +18,7 @@ import datasets
 import psutil
 import torch
 import transformers
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, cpu_count, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 
 from softlms.experiments.recipe import Recipe
@@ -40,8 +40,11 @@ class Job:
 
 
 def available_processes() -> int:
-    """How many runs go in parallel on this machine: one per core, at most two; one if there is an accelerator."""
-    return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+    """How many runs go in parallel: one per core, at most two; one if there is an accelerator.
+
+    joblib's variable LOKY_MAX_CPU_COUNT lowers the number of cores.
+    """
+    return 1 if torch.cuda.is_available() else min(2, cpu_count())
 
 
 def tell_stored(jobs: Iterable[Job]) -> Iterator[str]:
