@@ -62,7 +62,7 @@ def rows(model):
     return datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
 
-@pytest.mark.parametrize("factors", ["svd", "whitened"])
+@pytest.mark.parametrize("factors", [pytest.param("svd", marks=pytest.mark.slow), "whitened"])
 @pytest.mark.parametrize("keep", [0.5, pytest.param(0.35, marks=pytest.mark.slow)])
 def test_the_budget_is_met_before_the_deadline(model, rows, tmp_path, keep, factors):
     with fast_scan():

@@ -285,6 +285,7 @@ def test_the_papers_names_are_pairs(bench):
             bench.run(wrong, RECIPE, 0)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_those_of_one_process(bench):
     units = [[Job(bench, method, RECIPE, seed) for method in ("dense", "static")] for seed in (0, 1)]
     there = {(job.method, job.seed): run.result for job, run in run_jobs(units, processes=2)}

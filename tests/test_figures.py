@@ -87,6 +87,7 @@ def run(*names, command=make_figures, **options):
     return status, output.getvalue()
 
 
+@pytest.mark.slow
 def test_failures_of_every_kind_are_told_and_do_not_stop_the_others(checkout, capsys):
     for name, source in {
         "02_bad": "raise RuntimeError('on purpose\\nsecond line')",
@@ -397,6 +398,7 @@ def test_a_batch_that_was_killed_continues(tmp_path):
     assert half_files(killed) == []
 
 
+@pytest.mark.slow
 def test_processes_that_runs_use_end_with_a_killed_kernel(tmp_path):
     source = """
 import time

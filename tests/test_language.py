@@ -64,6 +64,7 @@ def test_hub(monkeypatch, tmp_path):
     assert asked == ["main", "v1"]
 
 
+@pytest.mark.slow
 def test_embedded_text_says_nothing_twice():
     text = load_text("embedded", libraries=corpus.SMALL_LIBRARIES)
     paragraphs = {split: [" ".join(p.split()) for p in part.split("\n\n")] for split, part in text.items()}

@@ -80,6 +80,7 @@ def test_every_text_file_is_opened_as_utf8():
     assert paths and wrong == []
 
 
+@pytest.mark.slow
 def test_commands_in_a_locale_without_utf8(tmp_path):
     for name in ("notebooks", "results"):
         shutil.copytree(ROOT / name, tmp_path / name)

@@ -128,6 +128,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lane", "edit", "said"), BROKEN, ids=lambda x: getattr(x, "__name__", x))
 def test_nbval_finds(checkout, capfd, lane, edit, said):
     change(checkout, edit, lane=lane)
@@ -153,6 +154,7 @@ def test_the_guard_finds_before_anything_runs(checkout, capfd, lane, edit, said)
     assert "01_small: " in out and said in out and "passed" not in out
 
 
+@pytest.mark.slow
 def test_nbval_alone_passes_a_stripped_notebook(checkout):
     """Why there is a guard."""
     change(checkout, stripped)
@@ -199,6 +201,7 @@ def test_changed_tables_that_a_notebook_reads_fail(checkout, capfd):
     assert "01_small: stale, tables changed" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_start_is_one_line(checkout, tmp_path):
     (tmp_path / "kernels" / "python3").mkdir(parents=True)
     kernel = {"argv": ["false"], "display_name": "none", "language": "python"}

@@ -17,7 +17,9 @@ from softlms.budget import Costs, count_parameters
 from softlms.surgery import decompose, ranks
 
 
-@pytest.mark.parametrize("stop_at", [3, 9, 13, 20])
+@pytest.mark.parametrize(
+    "stop_at", [pytest.param(3, marks=pytest.mark.slow), 9, pytest.param(13, marks=pytest.mark.slow), 20]
+)
 def test_resumed_run_equals_uninterrupted(tiny_bert, rows, tmp_path, stop_at):
     """Before the budget is met, and after: same phase, alphas, optimizer state, and the same numbers at the end."""
     arguments = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
@@ -39,6 +41,7 @@ def test_resumed_run_equals_uninterrupted(tiny_bert, rows, tmp_path, stop_at):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_run_resumed_after_the_cut_says_the_same_in_the_model_card(tiny_bert, rows, tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 1}
     whole = trainer(decompose(tiny_bert()), rows, tmp_path, deadline=0.5, arguments=arguments)
@@ -50,6 +53,7 @@ def test_a_run_resumed_after_the_cut_says_the_same_in_the_model_card(tiny_bert, 
     assert resumed.model.config.softlms["ranks_fixed_at_step"] == whole.schedule.frozen_at
 
 
+@pytest.mark.slow
 def test_resuming_with_a_larger_budget_is_refused_once_the_ranks_are_fixed(
     tiny_bert, rows, tmp_path, caplog, monkeypatch
 ):
@@ -104,6 +108,7 @@ def test_costs_measured_anew_leave_fixed_ranks_alone(tiny_bert, rows, tmp_path, 
     assert resumed.cost() > resumed.limit  # the case: by the new prices the old ranks are too large
 
 
+@pytest.mark.slow
 def test_a_smaller_budget_on_resuming_forgets_the_best_model_of_the_larger(tiny_bert, rows, tmp_path):
     arguments = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     arguments |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
@@ -114,6 +119,7 @@ def test_a_smaller_budget_on_resuming_forgets_the_best_model_of_the_larger(tiny_
     assert count_parameters(smaller.model).kept("linear") <= 0.2 and smaller.cost() <= smaller.limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.01, None])
 def test_the_rate_of_the_thresholds_is_taken_over_on_resuming(tiny_bert, rows, tmp_path, rate):
     arguments = {"save_strategy": "steps", "save_steps": 1}
@@ -142,6 +148,7 @@ def test_layers_decomposed_otherwise_are_refused_on_resuming(tiny_bert, rows, tm
             )
 
 
+@pytest.mark.slow
 def test_interrupted_notebook_cell_resumes_in_the_same_trainer(tiny_bert, rows, tmp_path):
     arguments = {"save_strategy": "steps", "save_steps": 1}
     run = trainer(decompose(tiny_bert()), rows, tmp_path, arguments=arguments)

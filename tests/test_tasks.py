@@ -133,6 +133,7 @@ def test_hub_splits(monkeypatch):
         load_task("mrpc", "hub@")
 
 
+@pytest.mark.slow
 def test_embedded_task_has_no_leak_between_splits():
     splits = load_task("docpairs", "embedded").splits
     sentences = {name: {*rows["sentence1"], *rows["sentence2"]} for name, rows in splits.items()}
@@ -142,6 +143,7 @@ def test_embedded_task_has_no_leak_between_splits():
     assert all(len(rows) > 200 and sum(rows["label"]) * 2 == len(rows) for rows in splits.values())
 
 
+@pytest.mark.slow
 def test_embedded_task_is_the_same_each_time():
     first = corpus.sentence_pairs()
     corpus.sentence_pairs.cache_clear()

@@ -107,6 +107,7 @@ def test_rates_while_compressing_are_constant_then_follow_the_arguments(tiny_ber
     assert recovery[0] > 0.9e-3 and recovery == sorted(recovery, reverse=True) and recovery[-1] < 1e-3 / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["linear", "adaptive"])
 @pytest.mark.parametrize("unit", ["raw", "max", "mean"])
 @pytest.mark.parametrize("weigh_by_size", [False, True])
