@@ -18,7 +18,7 @@ gallery: $(READY)
 test: $(READY) lint verify
 	$(MAKE) --jobs=2 --output-sync=target --keep-going test-units test-encoders test-language
 
-# for the habit: two minutes
+# for the habit: lint and the fast unit tests
 check: $(READY) lint
 	$(BIN)/python -m pytest -q -m "not (browser or slow or long)"
 
