@@ -5,7 +5,7 @@ PROFILE ?= quick
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: figures gallery check test test-units test-encoders test-language test-slow test-browser lab lint verify benchmark clean
+.PHONY: figures gallery check test test-slow test-browser lab lint verify benchmark clean
 
 figures: $(READY)
 	$(BIN)/softlms figures --resume --profile $(PROFILE)
@@ -14,19 +14,14 @@ figures: $(READY)
 gallery: $(READY)
 	$(BIN)/softlms gallery
 
-# two at a time, a core each
+# two processes, a core each
 test: $(READY) lint verify
-	$(MAKE) --jobs=2 --output-sync=target --keep-going test-units test-encoders test-language
+	$(BIN)/python -m pytest -n 2
+	$(BIN)/softlms check-notebooks
 
 # for the habit: lint and the fast unit tests
 check: $(READY) lint
-	$(BIN)/python -m pytest -q -m "not (browser or slow or long)"
-
-test-units: $(READY)
-	$(BIN)/python -m pytest
-
-test-encoders test-language: test-%: $(READY)
-	LOKY_MAX_CPU_COUNT=1 $(BIN)/softlms check-notebooks $*
+	$(BIN)/python -m pytest -n 2 -q -m "not (browser or slow or long)"
 
 # batches that are killed and continued, a full disk, whole benchmarks
 test-slow: $(READY)

@@ -17,6 +17,8 @@ from softlms.data.encoders import find_encoder
 hypothesis.settings.register_profile("softlms", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("softlms")
 datasets.disable_progress_bars()
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
+    torch.set_num_threads(1)
 
 
 LONG = [

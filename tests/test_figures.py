@@ -56,7 +56,7 @@ def write_notebook(folder, name, source, parameters=PARAMETERS):
 
 
 def register(folder, name, **entry):
-    lines = [f"{key} = {value}\n" for key, value in ({"job": "'small'", "lane": "'lax'"} | entry).items()]
+    lines = [f"{key} = {value}\n" for key, value in ({"lane": "'lax'"} | entry).items()]
     with (folder / "notebooks/notebooks.toml").open("a", encoding="utf-8") as file:
         file.write("".join([f"[{name}]\n", *lines]))
 

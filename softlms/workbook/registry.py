@@ -42,7 +42,6 @@ class Drawing:
 class Notebook:
     """An entry of ``notebooks.toml``, which explains each field; `figures` by their full names."""
 
-    job: str = ""
     lane: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     reads: Sequence[str] = ()

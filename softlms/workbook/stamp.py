@@ -110,13 +110,13 @@ def stamp_notebooks(names: Sequence[str] = (), *, check: bool = False) -> int:
     return status
 
 
-def check_notebooks(jobs: Sequence[str] = ()) -> int:
-    """Run the notebooks of some jobs under nbval; any that could pass without a check fails before anything runs.
+def check_notebooks(names: Sequence[str] = ()) -> int:
+    """Run notebooks under nbval, two at a time; any that could pass without a check fails before anything runs.
 
     Parameters
     ----------
-    jobs : sequence of str
-        Jobs of ``notebooks.toml``; all when empty.
+    names : sequence of str
+        Notebooks by name or its beginning (``03``); all when empty.
 
     Returns
     -------
@@ -126,36 +126,33 @@ def check_notebooks(jobs: Sequence[str] = ()) -> int:
     Raises
     ------
     ValueError, FileNotFoundError
-        Unknown job, an incomplete ``notebooks.toml``, or no checkout.
+        Unknown notebook, an incomplete ``notebooks.toml``, or no checkout.
     """
     root = project_root()
     registry = read_complete_registry(root)
-    known = list(dict.fromkeys(notebook.job for notebook in registry.values()))
-    if unknown := [job for job in jobs if job not in known]:
-        raise ValueError(f"Unknown job {unknown[0]!r}; known: {', '.join(known)}.")
-    lanes: dict[str, list[str]] = {lane: [] for lane in LANES}
+    rounds: dict[tuple[bool, str], list[str]] = {}
     faults = []
-    for name, notebook in registry.items():
-        if notebook.job in (jobs or known):
-            path = root / "notebooks" / f"{name}.ipynb"
-            lanes[notebook.lane].append(str(path))
-            book = json.loads(path.read_text("utf-8"))
-            faults += [f"{name}: {fault}" for fault in lint(book, notebook.lane)]
-            stale = stale_parts(name, book, root)
-            if OWN_PARTS & set(stale):
-                faults.append(f"{name}: stale, {describe(stale)}: run softlms stamp {name}")
-            elif stale:
-                print(f"warning: {name} is stale, {describe(stale)}", flush=True)
+    for path in choose_notebooks(root / "notebooks", names):
+        name, notebook = path.stem, registry[path.stem]
+        rounds.setdefault((notebook.follows_others, notebook.lane), []).append(str(path))
+        book = json.loads(path.read_text("utf-8"))
+        faults += [f"{name}: {fault}" for fault in lint(book, notebook.lane)]
+        stale = stale_parts(name, book, root)
+        if OWN_PARTS & set(stale):
+            faults.append(f"{name}: stale, {describe(stale)}: run softlms stamp {name}")
+        elif stale:
+            print(f"warning: {name} is stale, {describe(stale)}", flush=True)
     if faults:
         print("\n".join(faults))
         return 1
-    environment = os.environ | {"PYTHONUTF8": "1"}  # nbval opens notebooks in the locale's encoding
+    # nbval opens notebooks in the locale's encoding; two notebooks with two jobs each would share the cores badly
+    environment = {"LOKY_MAX_CPU_COUNT": "1"} | os.environ | {"PYTHONUTF8": "1"}
+    settings = ["--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT_S}", "--durations=8"]
     status = 0
-    for lane, paths in lanes.items():
-        if paths:
-            settings = [LANES[lane], "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT_S}"]
-            command = [sys.executable, "-m", "pytest", *settings, *paths]
-            status |= bool(subprocess.run(command, cwd=root, env=environment).returncode)
+    for (_, lane), paths in sorted(rounds.items()):
+        together = ["-n", str(min(2, len(paths))), "--dist", "loadfile", "--no-loadscope-reorder"]
+        command = [sys.executable, "-m", "pytest", LANES[lane], *settings, *together, *paths]
+        status |= bool(subprocess.run(command, cwd=root, env=environment).returncode)
     return status
 
 
