@@ -27,9 +27,9 @@ def keep_memory() -> Iterator[bool]:
 
     Notes
     -----
-    `softlms.experiments.timing.time_tricks` measures the gain. Requests of one size stop costing page faults after about
-    ten: aligned ones do not fit where the last one lay until small leftovers merge. Afterwards glibc's thresholds are the largest that it
-    would choose by itself: 32 MiB and twice that.
+    `softlms.experiments.timing.time_tricks` measures the gain. Requests of one size stop costing page faults after
+    about ten: aligned ones do not fit where the last one lay until small leftovers merge. Afterwards glibc's thresholds
+    are the largest that it would choose by itself: 32 MiB and twice that.
     """
     if platform.libc_ver()[0] != "glibc":
         yield False
