@@ -15,6 +15,7 @@ from softlms.layers import UNIT, UNITS, LowRankLinear, Ranked, SoftLinear, kept_
 from softlms.lowrank.factorization import Factors, Statistics, check_method, factorize_weight, linear_targets
 from softlms.modules import as_conv1d, as_linear, replace
 from softlms.origin import remember
+from softlms.sharding import check_gathered
 from softlms.thresholds import SHARPNESS, SoftThreshold
 
 __all__ = ["decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]
@@ -195,6 +196,7 @@ def deploy(
         nothing is changed.
     """
     layers = soft_layers(model)
+    check_gathered(model.parameters(), "trainer.save_model(folder), then load and deploy it in one process")
     kept = {name: layer.rank for name, layer in layers.items()}
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     if costs is not None:

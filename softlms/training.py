@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerState
@@ -32,6 +33,7 @@ from softlms.losses import COMPRESSION_LOSSES
 from softlms.model_card import notes, plain
 from softlms.ranges import check_positive
 from softlms.schedule import BUDGET, SoftSchedule
+from softlms.sharding import average_gradients, check_parallel, keep_whole, split_groups, start_alike
 from softlms.surgery import soft_layers
 
 __all__ = ["SoftTrainer"]
@@ -73,14 +75,16 @@ class SoftTrainer(DistillingTrainer):
     distillation : float
         See `DistillingTrainer`.
     **kwargs
-        As for ``transformers.Trainer``: args, train_dataset, data_collator, ... Resuming, logging, mixed precision
-        and ``accelerate launch`` are inherited.
+        As for ``transformers.Trainer``: args, train_dataset, data_collator, ... Resuming, logging, mixed precision,
+        ``accelerate launch``, DDP and FSDP2 are inherited.
 
     Raises
     ------
     ValueError
-        The model is not decomposed, the budget cannot be met, or a setting is out of range. Raised before any work.
-        From `train`: the model was deployed, or the ranks in the resumed checkpoint were fixed for a smaller budget.
+        The model is not decomposed, the budget cannot be met, a setting is out of range, or it would run under
+        DeepSpeed or a form of FSDP that cannot work (see `check_parallel`). Raised before any work.
+        From `train`: the model was deployed, the ranks in the resumed checkpoint were fixed for a smaller budget, or
+        the checkpoint is of a run without FSDP and this one is under it.
     BudgetNotMet
         From `train` with a deadline of 1, if its steps end before the budget is met. The model stays in its soft form.
 
@@ -154,8 +158,13 @@ class SoftTrainer(DistillingTrainer):
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # frozen alpha has no gradient
         super().__init__(model, distillation=distillation, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("SoftTrainer does not run under FSDP or DeepSpeed yet: use one device, or DDP.")
+        check_parallel(self.accelerator.state, fsdp=bool(self.args.fsdp))
+        self.whole: nn.ModuleList | None = None  # under FSDP: what is not sharded
+        if self.is_fsdp_enabled:
+            start_alike(self.accelerator, model)
+            layers = self.soft_layers.values()
+            sigma = nn.ParameterList(layer.sigma for layer in layers)
+            self.whole = keep_whole(self.accelerator, [sigma, *(layer.threshold for layer in layers)])
         self.schedule = SoftSchedule(self)
         self.add_callback(self.schedule)
 
@@ -183,6 +192,13 @@ class SoftTrainer(DistillingTrainer):
             loss = loss + self.schedule.gamma * self.compression_loss(alpha, self.layer_weights.to(alpha.device))
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Trainer; under FSDP also average the gradients that it leaves alone."""
+        loss = super().training_step(*args, **kwargs)
+        if self.whole is not None and self.accelerator.sync_gradients:
+            average_gradients(self.accelerator, self.whole)
+        return loss
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as in Trainer; if the thresholds are already frozen, only recover."""
         present = set(self.model.modules())
@@ -204,6 +220,8 @@ class SoftTrainer(DistillingTrainer):
             alphas = {id(alpha) for alpha in self.alphas}
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in alphas]
+            if self.whole is not None:
+                split_groups(optimizer, self.whole)
             if self.schedule.frozen_at is None:
                 # a derived rate is set with the schedule, when the number of steps is known
                 group = {"params": self.alphas, "lr": self.alpha_learning_rate or 0.0, "weight_decay": 0.0}
@@ -276,6 +294,11 @@ class SoftTrainer(DistillingTrainer):
         file = Path(folder or "", TRAINER_STATE_NAME)
         if not folder or not file.is_file():
             return
+        if self.whole is not None and not Path(folder, f"{FSDP_MODEL_NAME}.bin").is_file():
+            raise ValueError(
+                f"{folder} was not saved under FSDP: resume it without fsdp, or train the model that it holds, from "
+                "from_pretrained, as a new run."
+            )
         state = TrainerState.load_from_json(str(file))
         stored = state.stateful_callbacks.get(SoftSchedule.KEY, {})
         before, fixed = stored.get("settings", {}), stored.get("frozen_at")
