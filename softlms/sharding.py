@@ -118,7 +118,7 @@ def is_sharded(values: Tensor) -> bool:
     return hasattr(values, "full_tensor")
 
 
-def check_gathered(tensors: Iterable[Tensor], remedy: str) -> None:
-    """Raise ValueError with the remedy if any of the tensors is a shard."""
-    if any(map(is_sharded, tensors)):
+def check_gathered(model: nn.Module, remedy: str) -> None:
+    """Raise ValueError with the remedy if FSDP holds the model, also where it has all shards at hand just now."""
+    if any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules()):
         raise ValueError(f"The model is in shards, as FSDP left it: {remedy}.")

@@ -196,7 +196,7 @@ def deploy(
         nothing is changed.
     """
     layers = soft_layers(model)
-    check_gathered(model.parameters(), "trainer.save_model(folder), then load and deploy it in one process")
+    check_gathered(model, "trainer.save_model(folder), then load and deploy it in one process")
     kept = {name: layer.rank for name, layer in layers.items()}
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     if costs is not None:

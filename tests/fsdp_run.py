@@ -31,9 +31,10 @@ def trainer(folder, batch, *, shard, **options):
     ids = torch.randint(5, 200, (72, 12)).tolist()
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
     args = TrainingArguments(
-        str(folder), max_steps=24, per_device_train_batch_size=batch, learning_rate=1e-3, logging_steps=1,
-        use_cpu=True, report_to=[], disable_tqdm=True, train_sampling_strategy="sequential",
-        ddp_backend="gloo" if shard else None, **{"save_strategy": "no"} | options,
+        str(folder), max_steps=24, per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
+        learning_rate=1e-3, logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
+        train_sampling_strategy="sequential", ddp_backend="gloo" if shard else None,
+        **{"save_strategy": "no"} | options,
     )  # fmt: skip
     if shard:
         pass_for_gpus(args)
@@ -77,9 +78,10 @@ def main(folder: str, batch: int, options: str) -> None:
     run = trainer(folder, batch, shard=True, **settings)
     run.train(resume_from_checkpoint=resumed)
     model = run.model
-    found = result(run) | {
+    found = {
         "processes": run.args.world_size,
         "whole": sorted(name for name, values in model.named_parameters() if not hasattr(values, "full_tensor")),
+        **result(run),
         "refused": [refusal(softlms.deploy, model), refusal(model.save_pretrained, folder)],
     }
     run.save_model(str(Path(folder, "saved")))

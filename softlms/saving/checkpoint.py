@@ -82,7 +82,7 @@ def save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> None
     hub = {name: options.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in options}
     _check(model, options, pushed_state=push and state is not None)
     if state is None:
-        check_gathered(model.parameters(), "save it with trainer.save_model(folder), called by every process")
+        check_gathered(model, "save it with trainer.save_model(folder), called by every process")
     config, layers = model.config, describe(model)
     shared = _shared(model, layers)
     markers = _check_rebuilds(model, layers, shared)
