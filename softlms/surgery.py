@@ -15,6 +15,7 @@ from softlms.layers import UNIT, UNITS, LowRankLinear, Ranked, SoftLinear, kept_
 from softlms.lowrank.factorization import Factors, Statistics, check_method, factorize_weight, linear_targets
 from softlms.modules import as_conv1d, as_linear, replace
 from softlms.origin import left_whole, remember
+from softlms.sharding import check_gathered
 from softlms.thresholds import SHARPNESS, SoftThreshold
 
 __all__ = ["budget_shapes", "decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]
@@ -214,6 +215,7 @@ def deploy(
         nothing is changed.
     """
     layers = soft_layers(model)
+    check_gathered(model, "trainer.save_model(folder), then load and deploy it in one process")
     shapes = budget_shapes(model)
     kept = {name: layers[name].rank if name in layers else min(shape) for name, shape in shapes.items()}
     if costs is not None:

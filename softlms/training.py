@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerState
@@ -32,6 +33,7 @@ from softlms.losses import COMPRESSION_LOSSES
 from softlms.model_card import notes, plain
 from softlms.ranges import check_positive
 from softlms.schedule import BUDGET, SoftSchedule
+from softlms.sharding import average_gradients, check_parallel, keep_whole, split_groups, start_alike
 from softlms.surgery import budget_shapes, soft_layers
 
 __all__ = ["SoftTrainer"]
@@ -77,14 +79,16 @@ class SoftTrainer(DistillingTrainer):
     distillation : float
         See `DistillingTrainer`.
     **kwargs
-        As for ``transformers.Trainer``: args, train_dataset, data_collator, ... Resuming, logging, mixed precision
-        and ``accelerate launch`` are inherited.
+        As for ``transformers.Trainer``: args, train_dataset, data_collator, ... Resuming, logging, mixed precision,
+        ``accelerate launch``, DDP and FSDP2 are inherited.
 
     Raises
     ------
     ValueError
-        The model is not decomposed, the budget cannot be met, or a setting is out of range. Raised before any work.
-        From `train`: the model was deployed, or the ranks in the resumed checkpoint were fixed for a smaller budget.
+        The model is not decomposed, the budget cannot be met, a setting is out of range, or it would run under
+        DeepSpeed or a form of FSDP that cannot work (see `check_parallel`). Raised before any work.
+        From `train`: the model was deployed, the ranks in the resumed checkpoint were fixed for a smaller budget, or
+        the checkpoint is of a run without FSDP and this one is under it.
     BudgetNotMet
         From `train` with a deadline of 1, if its steps end before the budget is met. The model stays in its soft form.
 
@@ -113,7 +117,7 @@ class SoftTrainer(DistillingTrainer):
     ) -> None:
         self.soft_layers = soft_layers(model)
         self.shapes = budget_shapes(model)
-        self.whole = {name: min(shape) for name, shape in self.shapes.items() if name not in self.soft_layers}
+        self.dense_ranks = {name: min(shape) for name, shape in self.shapes.items() if name not in self.soft_layers}
         # stored in a checkpoint to describe its run
         settings = {
             "keep": keep,
@@ -134,10 +138,10 @@ class SoftTrainer(DistillingTrainer):
         self.costs = self.budget.costs(self.shapes, self.count_parameters(model), costs)
         self.limit = self.budget.limit(self.costs)
         self.settings["costs"] = costs and self.costs.digest
-        if self.costs.of(self.budget.start(self.shapes) | self.whole) > self.limit:
+        if self.costs.of(self.budget.start(self.shapes) | self.dense_ranks) > self.limit:
             raise ValueError(
-                f"keep={keep} cannot be met: the {len(self.whole)} layers that decompose(ranks=...) left whole are too "
-                "large for it. Allocate the ranks at this keep."
+                f"keep={keep} cannot be met: the {len(self.dense_ranks)} layers that decompose(ranks=...) left whole "
+                "are too large for it. Allocate the ranks at this keep."
             )
         given = {"gamma": gamma, "alpha_learning_rate": alpha_learning_rate}
         check_positive(**{name: value for name, value in given.items() if value is not None})
@@ -166,8 +170,13 @@ class SoftTrainer(DistillingTrainer):
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # frozen alpha has no gradient
         super().__init__(model, distillation=distillation, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("SoftTrainer does not run under FSDP or DeepSpeed yet: use one device, or DDP.")
+        check_parallel(self.accelerator.state, fsdp=bool(self.args.fsdp))
+        self.whole: nn.ModuleList | None = None  # under FSDP: what is not sharded
+        if self.is_fsdp_enabled:
+            start_alike(self.accelerator, model)
+            layers = self.soft_layers.values()
+            sigma = nn.ParameterList(layer.sigma for layer in layers)
+            self.whole = keep_whole(self.accelerator, [sigma, *(layer.threshold for layer in layers)])
         self.schedule = SoftSchedule(self)
         self.add_callback(self.schedule)
 
@@ -179,7 +188,7 @@ class SoftTrainer(DistillingTrainer):
     @property
     def ranks(self) -> dict[str, int]:
         """Number of live components of each layer by name; a layer left whole has all."""
-        return {name: self.whole.get(name) or self.soft_layers[name].rank for name in self.shapes}
+        return {name: self.dense_ranks.get(name) or self.soft_layers[name].rank for name in self.shapes}
 
     def count_parameters(self, model: nn.Module) -> ParameterCount:
         """Parameters with the layers that the budget counts as targets."""
@@ -210,6 +219,13 @@ class SoftTrainer(DistillingTrainer):
             weights = [price(ranks[name]) - price(max(1, ranks[name] - 1)) for name, price in prices.items()]
         return torch.tensor(weights) / max(sum(weights) / len(weights), SMALLEST_MEAN)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Trainer; under FSDP also average the gradients that it leaves alone."""
+        loss = super().training_step(*args, **kwargs)
+        if self.whole is not None and self.accelerator.sync_gradients:
+            average_gradients(self.accelerator, self.whole)
+        return loss
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as in Trainer; if the thresholds are already frozen, only recover."""
         present = set(self.model.modules())
@@ -231,6 +247,8 @@ class SoftTrainer(DistillingTrainer):
             alphas = {id(alpha) for alpha in self.alphas}
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in alphas]
+            if self.whole is not None:
+                split_groups(optimizer, self.whole)
             if self.schedule.frozen_at is None:
                 # a derived rate is set with the schedule, when the number of steps is known
                 group = {"params": self.alphas, "lr": self.alpha_learning_rate or 0.0, "weight_decay": 0.0}
@@ -279,7 +297,7 @@ class SoftTrainer(DistillingTrainer):
             pairs = zip(layers, alphas or self.alphas, strict=True)
             live = [(layer.sigma / layer.threshold.unit > alpha).sum() for layer, alpha in pairs]
             ranks = torch.stack(live).clamp(min=1).tolist()
-        return self.costs.of(self.whole | dict(zip(self.soft_layers, ranks, strict=True)))
+        return self.costs.of(self.dense_ranks | dict(zip(self.soft_layers, ranks, strict=True)))
 
     def _even_rate(self, steps: int) -> float:
         """The rate at which thresholds rising together meet the budget in 1 / PACE of the deadline."""
@@ -304,6 +322,11 @@ class SoftTrainer(DistillingTrainer):
         file = Path(folder or "", TRAINER_STATE_NAME)
         if not folder or not file.is_file():
             return
+        if self.whole is not None and not Path(folder, f"{FSDP_MODEL_NAME}.bin").is_file():
+            raise ValueError(
+                f"{folder} was not saved under FSDP: resume it without fsdp, or train the model that it holds, from "
+                "from_pretrained, as a new run."
+            )
         state = TrainerState.load_from_json(str(file))
         stored = state.stateful_callbacks.get(SoftSchedule.KEY, {})
         before, fixed = stored.get("settings", {}), stored.get("frozen_at")
@@ -342,7 +365,7 @@ class SoftTrainer(DistillingTrainer):
     def fix_ranks(self, **note: Any) -> None:
         """Cut or fill the ranks to the budget permanently; `note` has further entries for the model card."""
         met, multiple = self.cost() <= self.limit, self.budget.multiple
-        start = self.budget.start(self.shapes) | self.whole
+        start = self.budget.start(self.shapes) | self.dense_ranks
         if met:
             rounded = {name: layer.rank // multiple * multiple for name, layer in self.soft_layers.items()}
             larger = {name: max(rounded.get(name, least), least) for name, least in start.items()}
@@ -352,7 +375,7 @@ class SoftTrainer(DistillingTrainer):
             if multiple < len(scores) < min(self.shapes[name]):
                 del scores[len(scores) // multiple * multiple :]
             start[name] = min(start[name], len(scores))
-        final = refill(self.costs, start, self.limit, margins | dict.fromkeys(self.whole, []), multiple)
+        final = refill(self.costs, start, self.limit, margins | {name: [] for name in self.dense_ranks}, multiple)
         for name, layer in self.soft_layers.items():
             layer.set_rank_(final[name])
             layer.freeze_()

@@ -7,8 +7,9 @@ Every allocation here takes components one by one, best score first, until the b
     greedy        the layer with the largest next sigma^2 / (m + n): the most energy per weight
     sensitivity   the layer whose own cut hurts the loss most: ASVD's search (STRS), one cut-off for all
 
-These see only the next component. The following choose all ranks at once so that the sum of the layers' errors is least
-(`softlms.lowrank.cliff`): they know that a cut saves nothing between break-even and full rank. They differ in the error:
+These see only the next component. The following choose all ranks at once so that the sum of the layers' errors is
+least (`softlms.lowrank.cliff`): they know that a cut saves nothing between break-even and full rank. They differ in
+the error:
 
     cliff               error of the layer's outputs, times the mean squared gradient of the loss there
     cliff-kfac          the same, with the gradients' covariance in place of their mean square

@@ -11,9 +11,9 @@ each layer's lower convex hull of (cost, error); `least_error_ranks` walks along
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -96,7 +96,7 @@ def least_error_ranks(
             break
         left -= price
         layers[name].at = to
-    while best := max((layer.best(left) + (name,) for name, layer in layers.items()), default=None):
+    while best := max(((*layer.best(left), name) for name, layer in layers.items()), default=None):
         _, to, name = best
         if to < 0:
             break
@@ -125,7 +125,7 @@ class _Choices:
             while len(corners) > 1 and self._slope(corners[-2], i) >= self._slope(corners[-2], corners[-1]):
                 corners.pop()
             corners.append(i)
-        return [(self._slope(a, b), b) for a, b in zip(corners, corners[1:], strict=False)]
+        return [(self._slope(a, b), b) for a, b in pairwise(corners)]
 
     def _slope(self, a: int, b: int) -> float:
         saved, price = self.errors[a] - self.errors[b], self.costs[b] - self.costs[a]

@@ -130,9 +130,7 @@ def apply(model: PreTrainedModel, config: SoftConfig, work: Work) -> dict[str, A
     }
 
 
-def _start(
-    model: PreTrainedModel, factors: Mapping[str, Factors], config: SoftConfig, work: Work
-) -> dict[str, int]:
+def _start(model: PreTrainedModel, factors: Mapping[str, Factors], config: SoftConfig, work: Work) -> dict[str, int]:
     """Ranks at which the thresholds start: an allocation's, and part of the way to break-even."""
     ranks = static_ranks(model, factors, config, str(config.start_from), work)
     shapes = {name: (len(f.U), len(f.V)) for name, f in factors.items()}
