@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from softlms.data import corpus
 from softlms.data.encoders import load_tokenizer
-from softlms.data.hub import is_hub, split_revision, weights_hash
-from softlms.data.text import SPLITS, load_text
+from softlms.data.hub import weights_hash
+from softlms.data.text import SPLITS, load_text, source_of
 from softlms.experiments.closure import code_of
 from softlms.files import process_mark
 
@@ -38,7 +38,7 @@ class TokenizedText:
     tokenizer : Path
         Folder of the tokenizer, for ``AutoTokenizer.from_pretrained``.
     source : str
-        Where the text came from, for tables and captions.
+        Where the text came from; see `softlms.data.text.source_of`.
     """
 
     splits: Mapping[str, np.ndarray]
@@ -95,16 +95,7 @@ def tokenize_text(
             if not place.is_dir():  # else another process was faster
                 raise
             shutil.rmtree(partial)
-    return TokenizedText({split: np.load(place / f"{split}.npy") for split in SPLITS}, place, _source(data))
-
-
-def _source(data: str | Path) -> str:
-    if data == "embedded":
-        return "docstrings of installed libraries"
-    if is_hub(data):
-        _, revision = split_revision(str(data))
-        return f"hub: WikiText-2{revision and f'@{revision}'}"
-    return f"folder: {Path(data).name}"
+    return TokenizedText({split: np.load(place / f"{split}.npy") for split in SPLITS}, place, source_of(data, texts))
 
 
 def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
