@@ -305,7 +305,7 @@ class SoftTrainer(DistillingTrainer):
             alphas = torch.stack(self.alphas)
             margins = torch.cat([layer.margins() for layer in self.soft_layers.values()])
         rises = margins.sort().values.tolist()
-        met = bisect_left(range(len(rises)), True, key=lambda i: self.cost(alphas + rises[i]) <= self.limit)
+        met = bisect_left(range(len(rises)), True, key=lambda i: self.cost([*(alphas + rises[i])]) <= self.limit)
         return PACE * rises[min(met, len(rises) - 1)] / (self.deadline * steps)
 
     def layer_forms(self) -> dict[str, dict[str, Any]]:
