@@ -152,7 +152,7 @@ def _check(model: PreTrainedModel, options: dict[str, Any], *, pushed_state: boo
     for name, values in model.state_dict().items():
         if values.is_meta:
             raise ValueError("The model is offloaded: load it without device_map to save it.")
-        if is_traceable_wrapper_subclass(values) and not is_sharded(values):
+        if not is_sharded(values) and is_traceable_wrapper_subclass(values):
             raise ValueError(
                 f"{name} is quantized ({type(values).__name__}): save it unquantized, and quantize after loading."
             )
