@@ -1,7 +1,7 @@
 """`SoftTrainer` under FSDP2: factors in shards, and what chooses ranks whole on every process.
 
 A threshold is a scalar, which ``fully_shard`` does not take, and singular values in half precision, as FSDP computes,
-would let rounding decide which components live. So both stay out of it (`whole`), and processes agree on the ranks
+would let rounding decide which components live. So both stay out of it (`keep_whole`), and processes agree on the ranks
 without a word: they start from the same tensors (`start_alike`) and step by the same gradients (`average_gradients`).
 """
 
@@ -51,22 +51,25 @@ def check_parallel(state: Any, *, fsdp: bool) -> None:
         return
     from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 
-    full = StateDictType.FULL_STATE_DICT
+    kind = plugin.state_dict_type
     refused = {
-        "version 1": (plugin.fsdp_version != 2, "'version': 2"),
-        "torch before 2.7": (is_torch_version("<", "2.7.0"), "a newer torch, which can leave parameters whole"),
-        # the next three: accelerate and torch expect every parameter in shards and on one device
-        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "False: each process loads the model"),
-        "cpu_offload": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "gradient_checkpointing=True, or more GPUs"),
-        "ignored_modules": (isinstance(plugin.ignored_modules, str), "none: nothing averages their gradients"),
+        "version 1": (plugin.fsdp_version != 2, "set 'version': 2"),
+        "torch before 2.7": (is_torch_version("<", "2.7.0"), "install a newer one, which can leave parameters whole"),
+        # the next two: accelerate and torch load checkpoints only if every parameter is in shards, on one device
+        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "load the model in each process"),
+        "cpu_offload": (
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "save memory by gradient_checkpointing=True, or by more GPUs",
+        ),
+        "ignored_modules": (isinstance(plugin.ignored_modules, str), "nothing would average their gradients"),
         # it puts modules around others, which no saved folder has
-        "activation_checkpointing": (plugin.activation_checkpointing, "TrainingArguments(gradient_checkpointing=True)"),
+        "activation_checkpointing": (plugin.activation_checkpointing, "use gradient_checkpointing=True, an argument"),
         # trainer.save_model would write nothing
-        "state_dict_type": (plugin.state_dict_type != full, "'FULL_STATE_DICT'"),
+        f"state_dict_type {kind.name}": (kind != StateDictType.FULL_STATE_DICT, "use FULL_STATE_DICT"),
     }
     for name, (wrong, instead) in refused.items():
         if wrong:
-            raise ValueError(f"SoftTrainer does not run under FSDP with {name} as set: use {instead}.")
+            raise ValueError(f"SoftTrainer does not run under FSDP with {name}: {instead}.")
 
 
 def keep_whole(accelerator: Accelerator, parts: Iterable[nn.Module]) -> nn.ModuleList:

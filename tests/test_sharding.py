@@ -21,12 +21,15 @@ def plugin(**changes):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"fsdp_version": 1}, "version 1 as set: use 'version': 2"),
-        ({"cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading as set: use False"),
-        ({"cpu_offload": CPUOffloadPolicy()}, "cpu_offload as set: use gradient_checkpointing=True"),
-        ({"ignored_modules": "lm_head"}, "ignored_modules as set: use none"),
-        ({"activation_checkpointing": True}, "activation_checkpointing as set: use .*gradient_checkpointing=True"),
-        ({"state_dict_type": StateDictType.SHARDED_STATE_DICT}, "state_dict_type as set: use 'FULL_STATE_DICT'"),
+        ({"fsdp_version": 1}, "version 1: set 'version': 2"),
+        ({"cpu_ram_efficient_loading": True}, "cpu_ram_efficient_loading: load the model in each process"),
+        ({"cpu_offload": CPUOffloadPolicy()}, "cpu_offload: save memory by gradient_checkpointing=True"),
+        ({"ignored_modules": "lm_head"}, "ignored_modules: nothing would average"),
+        ({"activation_checkpointing": True}, "activation_checkpointing: use gradient_checkpointing=True"),
+        (
+            {"state_dict_type": StateDictType.SHARDED_STATE_DICT},
+            "state_dict_type SHARDED_STATE_DICT: use FULL_STATE_DICT",
+        ),
     ],
 )
 def test_settings_of_fsdp_that_cannot_work_are_refused_by_name(changes, named):
