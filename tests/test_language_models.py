@@ -6,9 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softlms.data.encoders import find_encoder
+from softlms.data.text import blocks
 from softlms.experiments.language_models import FAMILIES, LanguageBench, SmallModel
 from softlms.experiments.recipe import Recipe
-from softlms.experiments.tokenized import blocks, tokenize_text, train_tokenizer
+from softlms.experiments.tokenized import tokenize_text, train_tokenizer
 from softlms.workbook.book import open_language_book
 
 SIZE = {"hidden": 64, "layers": 1, "vocabulary": 300}

