@@ -7,8 +7,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["COMPRESSION_LOSSES", "adaptive_compression_loss", "distillation_loss", "linear_compression_loss"]
+
+CHUNK = 512  # outputs; for a vocabulary of 49152 their log-probabilities take 100 MB
 
 
 def linear_compression_loss(alpha: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -48,7 +51,9 @@ def adaptive_compression_loss(alpha: Tensor, weight: Tensor | None = None) -> Te
 COMPRESSION_LOSSES = {"adaptive": adaptive_compression_loss, "linear": linear_compression_loss}
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def distillation_loss(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, counted: Tensor | None = None
+) -> Tensor:
     """KL(teacher || student) of the softened outputs, times temperature^2.
 
     Parameters
@@ -57,11 +62,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
         Logits, shape (..., classes). A last axis of size 1 is a regression score; its loss is the mean squared error.
     temperature : float
         Positive; applied to both.
+    counted : Tensor, optional
+        Which outputs count, shape (...), bool; default: all. For a language model, those that predict a token.
 
     Returns
     -------
     Tensor
-        Scalar: mean over all leading axes, in nats.
+        Scalar: mean over the outputs that count, in nats.
 
     Raises
     ------
@@ -70,18 +77,30 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
 
     Notes
     -----
-    Hinton et al., arXiv 1503.02531. The successor uses it in place of the task loss.
+    Hinton et al., arXiv 1503.02531. The successor uses it in place of the task loss. Log-probabilities are held for
+    `CHUNK` outputs at a time, and computed again in the backward pass.
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student and teacher logits differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}.")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a positive finite number, got {temperature!r}.")
-    student, teacher = student.float(), teacher.float()
+    counted = student.new_ones(student.shape[:-1], dtype=torch.bool) if counted is None else counted
+    if counted.shape != student.shape[:-1]:
+        raise ValueError(f"counted has shape {tuple(counted.shape)}, the outputs have {tuple(student.shape[:-1])}.")
     if student.shape[-1] == 1:
-        return F.mse_loss(student, teacher)
-    log_p = F.log_softmax(teacher / temperature, dim=-1).flatten(end_dim=-2)
-    log_q = F.log_softmax(student / temperature, dim=-1).flatten(end_dim=-2)
-    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return F.mse_loss(student[counted].float(), teacher[counted].float())
+    chunks = zip(*(logits.flatten(end_dim=-2).split(CHUNK) for logits in (student, teacher)), strict=True)
+    sums = [
+        checkpoint(_divergence, *pair, mask, temperature, use_reentrant=False, preserve_rng_state=False)
+        for pair, mask in zip(chunks, counted.flatten().split(CHUNK), strict=True)
+    ]
+    return temperature**2 * torch.stack(sums).sum() / counted.sum()
+
+
+def _divergence(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
+    """Sum of KL(teacher || student) over the counted rows of (tokens, classes)."""
+    log_p, log_q = (F.log_softmax(logits[counted].float() / temperature, dim=-1) for logits in (teacher, student))
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def _weighted_sum(loss: Tensor, weight: Tensor | None) -> Tensor:
