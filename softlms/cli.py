@@ -72,7 +72,8 @@ HELP = {
     "learning_rate": "learning rate of the weights during compression",
     "max_length": "maximum number of tokens in a row (default 128); of a text, tokens in every row (default 256)",
     "method": "method or chain: soft, mask, uniform, energy, greedy, sensitivity",
-    "compress model": "classifier, encoder or causal language model: folder, hub name or name@revision, or minilm",
+    "compress model": "classifier, encoder or causal language model: folder, GGUF file, hub name or name@revision, "
+    "minilm or smollm2",
     "figures model": "folder or hub name of another encoder",
     "benchmark model": "encoder",
     "full-size model": "bert-base, gpt2, tinyllama-1.1b or mamba-130m (random weights); or a folder or hub name",
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"softlms {name}: stopped.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:  # ImportError: an extra that is not installed
         print(f"softlms {name}: {_one_line(error)}", file=sys.stderr)
         return 2
 

@@ -16,6 +16,7 @@ from softlms.cli import main
 from softlms.compress import Compression, compress
 from softlms.experiments.language_models import SmallModel
 from softlms.experiments.tokenized import train_tokenizer
+from softlms.likelihood import Protocol, measure_perplexity
 from softlms.methods.chain import run
 from softlms.subjects.language_model import LanguageModel, _passes
 from softlms.surgery import deploy
@@ -67,8 +68,8 @@ def test_the_command_leaves_a_model_that_predicts_as_it_says(text, tmp_path, cap
     model, out = save(family, text, tmp_path / "model"), tmp_path / "small"
     assert command(model=model, text=text, out=out, **OPTIONS) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "learning from the train text of folder: wiki" in printed
-    assert "validation perplexity" in printed and "in windows of 16 without overlap" in printed
+    assert "learning from the train text of folder: wiki0" in printed
+    assert "validation perplexity" in printed and "windows of 16 tokens without overlap" in printed
     for row in (r"kept │ 5\d\.\d%", r"removed │ 4\d\.\d%", r"ranks \d+ to \d+ over \d+ layers"):
         assert re.search(row, printed), row
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -77,10 +78,11 @@ def test_the_command_leaves_a_model_that_predicts_as_it_says(text, tmp_path, cap
     assert not {"task", "data", "dense_epochs"} & notes.keys()
     assert 0.59 < softlms.count_parameters(loaded).kept("linear") <= 0.6
     ids = AutoTokenizer.from_pretrained(out)((text / "valid.txt").read_text("utf-8"))["input_ids"]
-    assert f"perplexity over {len(ids):,} tokens of the validation text" in notes["protocol"]
+    protocol = Protocol(window=16)
+    assert notes["protocol"] == f"validation perplexity: {protocol}"
     with softlms.fast_scan():
         for name, of in (("dense", AutoModelForCausalLM.from_pretrained(model)), ("compressed", loaded)):
-            found = softlms.perplexity(of, ids, window=16, stride=16, batch_tokens=1024)
+            found = measure_perplexity(of, ids, protocol, batch_tokens=1024).value
             assert found == pytest.approx(notes["validation"][name]["perplexity"], rel=1e-5)
     assert not (tmp_path / "small.partial").exists()
 
@@ -148,7 +150,11 @@ def test_a_copy_without_training_text_is_used_as_it_is(llama, text, tmp_path):
         shutil.copy(text / name, tmp_path / name)
     subject = LanguageModel(settings(llama, tmp_path, test_tokens=100, train_tokens=170))
     assert (subject.learned, subject.scored) == ("validation", "test")
-    assert len(subject.train) == 10 and len(subject.ids) == 100 and "over 100 tokens of the test" in subject.protocol
+    assert (
+        len(subject.train) == 10
+        and len(subject.ids) == 100
+        and subject.protocol.startswith("test perplexity: windows of 16 tokens")
+    )
     start = subject.tokenizer((text / "valid.txt").read_text("utf-8"))["input_ids"][:16]
     assert subject.train[0]["input_ids"].tolist() == start
 

@@ -58,9 +58,10 @@ def report_of(bench, scores, metric="f1", **changes):
 def test_table_shows_means_spreads_and_missing_seeds(bench):
     table = report_of(bench, F1 | {"svd+energy": (0.5,)}).table("dev")
     assert list(table.index.get_level_values("method")) == ["dense", *list(F1)[1:], "svd+energy"]
-    assert table.loc[("mrpc", 0.5, "whitened+uniform"), ("f1", "recovered")] == "82.0 ± 2.8"
-    assert table.loc[("mrpc", 0.5, "whitened+uniform"), ("f1", "untuned")] == "27.3 ± 0.9"
-    assert table.loc[("mrpc", 0.5, "svd+energy"), ("f1", "recovered")] == "50.0 (1)"
+    assert table.loc[("mrpc", 0.5, 0.5, "whitened+uniform"), ("f1", "recovered")] == "82.0 ± 2.8"
+    assert table.loc[("mrpc", 0.5, 0.5, "whitened+uniform"), ("f1", "untuned")] == "27.3 ± 0.9"
+    assert table.loc[("mrpc", 0.5, 0.5, "svd+energy"), ("f1", "recovered")] == "50.0 (1)"
+    assert table.index.names == ["task", "keep", "removed", "method"] and table.index[0] == ("mrpc", 1.0, 0.0, "dense")
     assert report_of(bench, F1).table("other") is None
 
 

@@ -37,7 +37,7 @@ class TokenizedText:
     tokenizer : Path
         Folder of the tokenizer, for ``AutoTokenizer.from_pretrained``.
     source : str
-        Where the text came from, for tables and captions.
+        Where the text came from; see `softlms.data.text.source_of`.
     """
 
     splits: Mapping[str, np.ndarray]
@@ -94,7 +94,7 @@ def tokenize_text(
             if not place.is_dir():  # else another process was faster
                 raise
             shutil.rmtree(partial)
-    return TokenizedText({split: np.load(place / f"{split}.npy") for split in SPLITS}, place, source_of(data))
+    return TokenizedText({split: np.load(place / f"{split}.npy") for split in SPLITS}, place, source_of(data, texts))
 
 
 def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:

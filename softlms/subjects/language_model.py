@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, default_data_collator
 
 from softlms.data.encoders import find_encoder, load_language_model
 from softlms.data.text import blocks, find_splits, load_text, source_of
-from softlms.likelihood import perplexity
+from softlms.likelihood import Protocol, measure_perplexity
 from softlms.machine import device
 from softlms.subjects.base import Subject, check_tokens
 from softlms.subjects.settings import Compression
@@ -50,7 +50,8 @@ class LanguageModel(Subject):
         if find_splits(source) == ("validation", "test"):
             learned, self.scored = ("validation", "test")
         texts = load_text(source, (learned, self.scored))
-        self.settings, self.learned, self.data = settings, learned, {"text": source_of(source), "learned_from": learned}
+        self.settings, self.learned = settings, learned
+        self.data = {"text": source_of(source, texts), "learned_from": learned}
         self.content = {"words": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
         self.origin = find_encoder(settings.model)
         self.tokenizer = self.origin.tokenizer()
@@ -65,10 +66,8 @@ class LanguageModel(Subject):
         self.options = _passes(settings.batch_size, length) | {"save_strategy": "steps", "save_steps": 0.1}
         self.largest = int(max(ids.max(), self.ids.max()))
         self.train, self.longest, self.collator = blocks(ids, length), length, default_data_collator
-        self.protocol = (
-            f"perplexity over {len(self.ids):,} tokens of the {self.scored} text, in windows of {length} "
-            "without overlap: the first token of each has no context and is not scored; no special tokens are added"
-        )
+        self.measured = Protocol(window=length, tokens=settings.test_tokens)
+        self.protocol = f"{self.scored} perplexity: {self.measured}"
 
     def _ids(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
@@ -89,8 +88,7 @@ class LanguageModel(Subject):
         return model
 
     def scores(self, model: PreTrainedModel) -> dict[str, float]:
-        window = {"window": self.longest, "stride": self.longest}
-        return {"perplexity": perplexity(model, self.ids, **window, batch_tokens=PASS)}
+        return {"perplexity": measure_perplexity(model, self.ids, self.measured, batch_tokens=PASS).value}
 
     def shown(self, score: float) -> str:
         return f"{score:.2f}"

@@ -31,8 +31,8 @@ class Compression:
     Attributes
     ----------
     model : str
-        A fine-tuned classifier, an encoder to fine-tune first, or a causal language model: folder, hub name, or
-        "minilm".
+        A fine-tuned classifier, an encoder to fine-tune first, or a causal language model: see
+        `softlms.data.encoders.find_encoder`.
     task, data : str
         For a classifier; see `softlms.load_task`.
     text : str
