@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from softlms.data.gguf_files import check_gguf, is_gguf
 from softlms.data.hub import pretrained, split_revision
 from softlms.data.named import NAMED
 from softlms.data.tasks import Task
 
-__all__ = ["Encoder", "attention", "find_encoder", "load_classifier"]
+__all__ = ["Encoder", "attention", "find_encoder", "load_classifier", "load_language_model"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,25 @@ class Encoder:
             raise ValueError(f"{self.source} lacks {len(lost)} weights of the model, {lost[0]} first: fetch it again.")
         return model, not new
 
+    def language_model(self) -> PreTrainedModel:
+        """The model as a causal language model, in float32.
+
+        Raises
+        ------
+        ValueError
+            It was saved without a causal language model's head, or weights are missing.
+        """
+        saved_as = pretrained(AutoConfig, self.location).architectures or []
+        if not set(saved_as) <= {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
+            raise ValueError(
+                f"{self.source} is a {', '.join(saved_as)}, which has no head of a causal language model: give one "
+                "saved from AutoModelForCausalLM."
+            )
+        model, report = load_language_model(self.location, dtype=torch.float32, output_loading_info=True)
+        if lost := sorted(report["missing_keys"]):
+            raise ValueError(f"{self.source} lacks {len(lost)} weights of the model, {lost[0]} first: fetch it again.")
+        return model
+
 
 def load_tokenizer(location: str | Path) -> PreTrainedTokenizerBase:
     """``AutoTokenizer.from_pretrained``, but without files it raises instead of returning an empty tokenizer.
@@ -99,6 +126,11 @@ def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
         As from `softlms.data.hub.pretrained`.
     """
     return pretrained(AutoModelForSequenceClassification, location, attn_implementation=attention(), **options)
+
+
+def load_language_model(location: str | Path, **options: Any) -> PreTrainedModel:
+    """The same for ``AutoModelForCausalLM``; see `load_classifier`."""
+    return pretrained(AutoModelForCausalLM, location, attn_implementation=attention(), **options)
 
 
 def attention() -> str:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 from softlms.data import corpus
 from softlms.data.hub import at, is_hub, split_revision
 
-__all__ = ["SPLITS", "load_text", "source_of"]
+__all__ = ["SPLITS", "blocks", "find_splits", "load_text", "source_of"]
 
 WORDS = {"train": "train", "validation": "valid", "test": "test"}  # in the name of a split's file
 SPLITS = tuple(WORDS)
@@ -58,13 +59,24 @@ def load_text(
     if is_hub(data):
         hub = datasets.load_dataset(*HUB_WIKITEXT, **at(split_revision(str(data))[1]))
         return {split: "".join(hub[split]["text"]) for split in splits}
-    folder = Path(data)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"Text folder {str(folder)!r} does not exist.")
+    folder = _folder(data)
     if _is_whole(folder):
         parts = _parts(folder / WHOLE)
         return {split: parts[split] for split in splits}
     return {split: _read(_file(folder, split)) for split in splits}
+
+
+def find_splits(data: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The splits that a source has, in the order of `SPLITS`; see `load_text`.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder is missing.
+    """
+    if data == "embedded" or is_hub(data) or _is_whole(_folder(data)):
+        return SPLITS
+    return tuple(split for split in SPLITS if _files(Path(data), split))
 
 
 def source_of(data: str | os.PathLike[str], texts: Mapping[str, str]) -> str:
@@ -86,6 +98,23 @@ def source_of(data: str | os.PathLike[str], texts: Mapping[str, str]) -> str:
         return f"hub: WikiText-2 raw{revision and f'@{revision}'}{marked}"
     shares = f", {WHOLE} split 80/10/10 %" if _is_whole(Path(data)) else ""
     return f"folder: {Path(data).name}{shares}{marked}"
+
+
+def blocks(ids: np.ndarray, length: int) -> datasets.Dataset:
+    """Rows of `length` ids each, for a causal language model; the remainder at the end is not used.
+
+    Columns input_ids, attention_mask, labels (the ids, unshifted: transformers shifts them) and length.
+    """
+    rows = ids[: len(ids) // length * length].reshape(-1, length).astype(np.int64)
+    ones = np.ones_like(rows)
+    columns = {"input_ids": rows, "attention_mask": ones, "labels": rows, "length": np.full(len(rows), length)}
+    return datasets.Dataset.from_dict(columns).with_format("torch")
+
+
+def _folder(data: str | os.PathLike[str]) -> Path:
+    if not Path(data).is_dir():
+        raise FileNotFoundError(f"Text folder {str(data)!r} does not exist.")
+    return Path(data)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import datasets
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +21,7 @@ from softlms.data.text import SPLITS, load_text, source_of
 from softlms.experiments.closure import code_of
 from softlms.files import process_mark
 
-__all__ = ["TokenizedText", "blocks", "tokenize_text", "train_tokenizer"]
+__all__ = ["TokenizedText", "tokenize_text", "train_tokenizer"]
 
 END = "<|end|>"
 
@@ -111,14 +110,3 @@ def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
-
-
-def blocks(ids: np.ndarray, length: int) -> datasets.Dataset:
-    """Rows of `length` ids each, for a causal language model; the remainder at the end is not used.
-
-    Columns input_ids, attention_mask, labels (the ids, unshifted: transformers shifts them) and length.
-    """
-    rows = ids[: len(ids) // length * length].reshape(-1, length).astype(np.int64)
-    ones = np.ones_like(rows)
-    columns = {"input_ids": rows, "attention_mask": ones, "labels": rows, "length": np.full(len(rows), length)}
-    return datasets.Dataset.from_dict(columns).with_format("torch")

@@ -84,7 +84,8 @@ def recover(
     if epochs:
         options = work.training("recovering", learning_rate, epochs)
         args = options["args"]
-        steps = math.ceil(epochs * math.ceil(len(work.rows) / args.train_batch_size))
+        in_step = args.train_batch_size * args.gradient_accumulation_steps
+        steps = math.ceil(epochs * math.ceil(len(work.rows) / in_step))
         if spent < steps:  # a search may use up all steps
             if spent:
                 args.max_steps = steps - spent
