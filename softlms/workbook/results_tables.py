@@ -48,6 +48,12 @@ HEADLINE = {
 }
 
 
+def rows(results: Path, file: str, header: str, line: str, where: str = "") -> str:
+    """The rows of a file, each as a line whose fields are its columns; those that meet a condition, if there is one."""
+    table = pd.read_csv(results / file)
+    return _table(table.query(where) if where else table, header, line)
+
+
 def headline(results: Path) -> str:
     """Half of the linears' weights kept: what methods score on five tasks."""
     tasks = ("mrpc", "sst2", "gpt2", "llama", "mamba")
@@ -64,16 +70,6 @@ def static_and_adaptive(results: Path) -> str:
         kept.join(_flat(scores)).loc[["dense", "static", "adaptive"]],
         "method | linears kept | total kept | dev F1 | dev accuracy | test F1 | test accuracy",
         "{method} | {kept_linear:.1%} | {kept_total:.1%} | {dev_f1} | {dev_accuracy} | {test_f1} | {test_accuracy}",
-    )
-
-
-def differences(results: Path) -> str:
-    """Notebook 04's paired differences."""
-    rows = pd.read_csv(results / "laptop/04_static_vs_adaptive_rank_differences.csv")
-    return _table(
-        rows[rows.metric == "f1"],
-        "paired difference over seeds | points | 95 % interval",
-        "{difference}, {split} F1 | {mean:+.1f} | {low95:+.1f} to {high95:+.1f}",
     )
 
 
@@ -176,12 +172,6 @@ def full_sizes(results: Path) -> str:
     )
 
 
-def training_step(results: Path) -> str:
-    """What a training step costs."""
-    rows = pd.read_csv(results / "training_step.csv")
-    return _table(rows, "form (share of the first) | a step", "{form} | {median_ms:.0f} ms ({of_dense:.2f})")
-
-
 def scan(results: Path) -> str:
     """Mamba with each selective scan: a training step, and a forward pass."""
     step, forward = (pd.read_csv(results / f"{name}.csv") for name in ("mamba_scan", "mamba_scan_inference"))
@@ -206,26 +196,6 @@ def speed(results: Path) -> str:
         "{model} | {limit_stack_prefill_1_1:.2f} | {up_stack_prefill_1_1:.2f} | {up_stack_prefill_8_1:.2f} | "
         "{up_stack_prefill_1_2:.2f} | {up_stack_prefill_8_2:.2f} | "
         "{up_model_prefill_1_1:.2f} ({limit_model_prefill_1_1:.2f}) | {up_model_decode_1_1:.2f}",
-    )
-
-
-def speed_split(results: Path) -> str:
-    """Why blocks are not as fast as their FLOPs allow: linear layers alone, and the rest."""
-    rows = pd.read_csv(results / "laptop/09_speedup_split.csv")
-    return _table(
-        rows[rows.form != "uniform ranks"],
-        "model | form | blocks, ms | linears, ms | the rest, ms | linears' speed-up (limit) | GFLOPs a second",
-        "{model} | {form} | {blocks_ms:.0f} | {linears_ms:.0f} | {rest_ms:.0f} | "
-        "{linears_speed_up:.2f} ({linears_flop_limit:.2f}) | {gflops_per_s:.0f}",
-    )
-
-
-def onnx(results: Path) -> str:
-    """Speed under onnxruntime."""
-    return _table(
-        pd.read_csv(results / "laptop/09_speedup_onnx.csv"),
-        "model | form | ms | times as fast | file, MB",
-        "{model} | {form} | {median_ms:.0f} | {speed_up:.2f} | {file_mb:.0f}",
     )
 
 
@@ -264,8 +234,8 @@ def claims(results: Path, who: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     table.__name__: table
     for table in (
-        headline, static_and_adaptive, differences, ablation, methods, verdicts, trials, fused, defaults,
-        language_defaults, int8, full_sizes, training_step, scan, speed, speed_split, onnx, tricks, memory, claims,
+        rows, headline, static_and_adaptive, ablation, methods, verdicts, trials, fused, defaults, language_defaults,
+        int8, full_sizes, scan, speed, tricks, memory, claims,
     )
 }  # fmt: skip
 
