@@ -232,7 +232,7 @@ def imports(statements):
 def packages(modules):
     """What has to be installed for them, as a requirement names it."""
     names = {module.split(".")[0] for module in modules} - {"softlms"} - set(sys.stdlib_module_names)
-    return {canonical(packages_distributions()[name][0]) for name in names}
+    return {canonical(packages_distributions().get(name, [name])[0]) for name in names}  # gguf may not be there
 
 
 def declared(requirements):

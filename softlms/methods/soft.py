@@ -155,6 +155,6 @@ METHODS = (
         apply,
         MODULES,
         takes_factors=True,
-        fixed={"start_from": "cliff", "weigh_by_saving": True},
+        fixed={"start_from": "cliff", "weigh_by_saving": True, "weigh_by_size": False},
     ),
 )
