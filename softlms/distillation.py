@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from softlms.data.inputs import IGNORED, prepared
+from softlms.data.inputs import IGNORED, in_eval_mode, prepared
 from softlms.losses import distillation_loss
 
 __all__ = ["DistillingTrainer"]
@@ -36,20 +37,24 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
 
 class DistillingTrainer(Trainer):
-    """A Trainer that can mix the task loss with distillation from a dense model's stored logits.
+    """A Trainer that can mix the task loss with distillation from a dense model.
 
     Parameters
     ----------
     distillation : float
-        Share d of the distillation loss, 0 to 1: L_task = (1 - d) L_labels + d KL. Above 0 the data set needs a
-        column ``teacher_logits`` (see `softlms.evaluation.add_teacher_logits`).
+        Share d of the distillation loss, 0 to 1: L_task = (1 - d) L_labels + d KL. For a language model both are means
+        over the predicted tokens. Above 0 the data set needs a column ``teacher_logits`` (see
+        `softlms.evaluation.add_teacher_logits`), unless there is a `teacher`.
+    teacher : PreTrainedModel, optional
+        Computes its logits for each batch, without gradients or dropout and in the training's precision: for outputs
+        that are too large to store, a vocabulary for each token. It is moved to the training's device.
     **kwargs
         As for ``transformers.Trainer``.
 
     Raises
     ------
     ValueError
-        `distillation` is out of range, or the column is missing.
+        `distillation` is out of range, there is no teacher or more than one, or the teacher is the model itself.
     """
 
     optimizer: Any
@@ -57,14 +62,24 @@ class DistillingTrainer(Trainer):
     compute_loss_func: Any
     _signature_columns: list[str]
 
-    def __init__(self, model: nn.Module, *, distillation: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, *, distillation: float = 0.0, teacher: PreTrainedModel | None = None, **kwargs: Any
+    ) -> None:
         if not 0 <= distillation <= 1:
             raise ValueError(f"distillation is a share, 0 to 1; got {distillation!r}.")
-        columns = getattr(kwargs.get("train_dataset"), "column_names", ())
-        if distillation and "teacher_logits" not in columns:
-            raise ValueError("distillation needs a column 'teacher_logits': use softlms.add_teacher_logits first.")
+        stored = "teacher_logits" in getattr(kwargs.get("train_dataset"), "column_names", ())
+        if distillation and not (stored or teacher):
+            raise ValueError(
+                "distillation needs a column 'teacher_logits' (use softlms.add_teacher_logits first), or a teacher."
+            )
+        if teacher and (stored or not distillation):
+            given = "a column 'teacher_logits'" if stored else "distillation=0"
+            raise ValueError(f"A teacher is given, and {given}: leave one of them out.")
+        if teacher and not {*map(id, teacher.parameters())}.isdisjoint(map(id, model.parameters())):
+            raise ValueError("The teacher shares weights with the model, which will change: give copy.deepcopy(model).")
         super().__init__(model, **kwargs)
         self.distillation = distillation
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
         # the model's loss is the mean over its batch, as classifiers ignore num_items_in_batch; see `_weight`
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
@@ -106,13 +121,27 @@ class DistillingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task loss, mixed with distillation if the batch contains teacher logits."""
-        teacher = inputs.pop("teacher_logits", None)
+        """The task loss, in training mixed with distillation."""
+        taught, labels = inputs.pop("teacher_logits", None), inputs.get("labels")
         weight = self._weight(inputs) if model.training else 1.0
+        distills = self.distillation and model.training
+        if distills and self.teacher is not None:
+            taught = self._taught(self.teacher, inputs)
         loss, outputs = super().compute_loss(model, inputs, True)  # mean over this batch
-        if self.distillation and model.training:
-            loss = (1 - self.distillation) * loss + self.distillation * distillation_loss(outputs.logits, teacher)
+        if distills:
+            counted = None
+            if labels is not None and labels.ndim > 1 and labels.shape == outputs.logits.shape[:-1]:  # of tokens
+                counted = self._counted(labels)
+            divergence = distillation_loss(outputs.logits, taught, counted=counted)
+            loss = (1 - self.distillation) * loss + self.distillation * divergence
         return (weight * loss, outputs) if return_outputs else weight * loss
+
+    @torch.no_grad()
+    def _taught(self, teacher: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+        """The teacher's logits for a batch."""
+        given = {name: values for name, values in inputs.items() if name not in self.label_names}
+        with in_eval_mode(teacher), self.accelerator.autocast():
+            return teacher(**given).logits
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move to the model's device; rows padded on the left get their own positions."""
@@ -136,7 +165,12 @@ class DistillingTrainer(Trainer):
         return self._count(prepared(self.model, batch)["labels"])
 
     def _count(self, labels: Tensor) -> Tensor:
-        return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(IGNORED).sum()
+        return self._counted(labels).sum()
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        """Which outputs have a label that counts, in the shape of `labels`."""
+        counted = labels.ne(IGNORED)
+        return F.pad(counted[..., 1:], (0, 1)) if self._loss_shifts_labels else counted
 
     def _weight(self, batch: Mapping[str, Tensor]) -> Tensor | float:
         """Weight of a batch's mean loss in the accumulated step: its labels, over their mean number per batch.

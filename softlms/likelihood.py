@@ -1,19 +1,21 @@
-"""Perplexity of language models, and of a 3-gram model for comparison."""
+"""Perplexity of language models, by a protocol that goes with the number; and of a 3-gram model for comparison."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softlms.data.inputs import in_eval_mode
+from softlms.ranges import check_at_least_one
 
-__all__ = ["Trigram", "perplexity"]
+__all__ = ["Perplexity", "Protocol", "Trigram", "measure_perplexity", "perplexity"]
 
 LARGEST = math.log(sys.float_info.max)
 
@@ -74,7 +76,150 @@ def perplexity(
             logits = model(ids, use_cache=False).logits[:, :-1].float()
             losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu().double()
             total += sum(losses[row, first - start - 1 :].sum().item() for row, (start, first, _) in enumerate(batch))
-    mean = total / sum(end - first for _, first, end in spans)
+    return _exp(total / sum(end - first for _, first, end in spans))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How perplexity is measured in papers: in windows without overlap. Only numbers of one protocol compare.
+
+    The text, tokenized as one piece, is cut from its start into windows of `window` tokens, and each is read on its
+    own. The rest at the end is a shorter window; it is left out only if nothing in it can be predicted.
+
+    Attributes
+    ----------
+    window : int
+        Tokens of text in a window, 2 or more. The model never reads more: the last is only predicted.
+    bos : bool
+        Put the tokenizer's beginning-of-sequence token before each window, and predict all tokens of the text. Without
+        it the first token of a window has no context, and is not predicted.
+    tokens : int, optional
+        Only the first tokens of the text; by default all.
+    bf16 : bool
+        Under bfloat16 autocast; else in the model's own precision. The losses are float32 either way.
+
+    Raises
+    ------
+    ValueError
+        A window below 2, or longer than `tokens`.
+    """
+
+    window: int = 1024
+    bos: bool = False
+    tokens: int | None = None
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least_one(window=self.window, tokens=1 if self.tokens is None else self.tokens)
+        if self.window < 2:
+            raise ValueError(f"window must be 2 or more, got {self.window}: a token needs one before it.")
+        if self.tokens is not None and self.window > self.tokens:
+            raise ValueError(f"A window of {self.window} tokens is longer than the text's first {self.tokens}.")
+
+    def __str__(self) -> str:
+        first = "each after BOS, every token predicted" if self.bos else "no BOS, first token of each not predicted"
+        text = "whole text" if self.tokens is None else f"first {self.tokens:,} tokens of the text"
+        return f"windows of {self.window} tokens without overlap, {first}, {text}" + ", bfloat16 autocast" * self.bf16
+
+    def check(self, tokens: int, longest: int | None = None, bos: int | None = None) -> None:
+        """Check that a text can be measured, before any work.
+
+        Parameters
+        ----------
+        tokens : int
+            Tokens in the text.
+        longest : int, optional
+            Tokens that the model reads at most; None if it has no limit.
+        bos : int, optional
+            Id of the tokenizer's BOS token; None if it has none.
+
+        Raises
+        ------
+        ValueError
+            The text is empty, shorter than a window or than the tokens asked for; the window is too long for the model;
+            or there is no BOS token to put before it.
+        """
+        if not tokens:
+            raise ValueError("The text has no tokens: there is nothing to predict.")
+        if self.tokens is not None and self.tokens > tokens:
+            raise ValueError(f"The text has {tokens} tokens, not {self.tokens}: ask for fewer, or for all (None).")
+        if self.window > tokens:
+            raise ValueError(f"A window of {self.window} tokens is longer than the text, which has {tokens}.")
+        if longest is not None and self.window > longest:
+            raise ValueError(f"A window of {self.window} tokens is longer than the {longest} that the model reads.")
+        if self.bos and bos is None:
+            raise ValueError("The tokenizer has no BOS token: set bos=False, or give the model's own tokenizer.")
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity with the protocol that it was measured by.
+
+    Attributes
+    ----------
+    value : float
+        exp of the mean negative log-likelihood of the predicted tokens; infinity as from `perplexity`.
+    protocol : Protocol
+    tokens, predicted : int
+        Tokens of the text that was cut into windows, and how many of them were predicted.
+    """
+
+    value: float
+    protocol: Protocol
+    tokens: int
+    predicted: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.protocol}: {self.predicted:,} of {self.tokens:,} predicted)"
+
+
+@torch.inference_mode()
+def measure_perplexity(
+    model: PreTrainedModel,
+    tokens: Sequence[int] | np.ndarray,
+    protocol: Protocol,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch_tokens: int = 4096,
+) -> Perplexity:
+    """Perplexity of a text by a protocol.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model in any form; evaluated without dropout.
+    tokens : sequence of int
+        The text, tokenized as one piece without special tokens.
+    protocol : Protocol
+    tokenizer : PreTrainedTokenizerBase, optional
+        The model's own; it gives BOS, and is needed only for that.
+    batch_tokens : int
+        As for `perplexity`.
+
+    Raises
+    ------
+    ValueError
+        As from `Protocol.check`.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    protocol.check(len(tokens), getattr(model.config, "max_position_embeddings", None), bos)
+    text, window = torch.as_tensor(tokens[: protocol.tokens]).long(), protocol.window
+    whole = len(text) // window * window
+    pieces = [*text[:whole].view(-1, window).split(max(1, batch_tokens // window)), text[None, whole:]]
+    total, predicted = 0.0, 0
+    with in_eval_mode(model), torch.autocast(model.device.type, torch.bfloat16, enabled=protocol.bf16):
+        for piece in pieces:
+            ids = (F.pad(piece, (1, 0), value=bos) if protocol.bos and piece.numel() else piece).to(model.device)
+            if ids.shape[1] < 2:  # the rest: nothing, or one token without context
+                continue
+            logits = model(ids[:, :-1], use_cache=False).logits.float()
+            losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            total += losses.double().sum().item()
+            predicted += losses.numel()
+    return Perplexity(_exp(total / predicted), protocol, len(text), predicted)
+
+
+def _exp(mean: float) -> float:
     return math.exp(mean) if mean < LARGEST else math.inf  # NaN compares false
 
 

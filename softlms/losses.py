@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["COMPRESSION_LOSSES", "adaptive_compression_loss", "distillation_loss", "linear_compression_loss"]
+
+CHUNK = 64  # outputs; for a vocabulary of 49152 each of their arrays takes 13 MB
 
 
 def linear_compression_loss(alpha: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -48,7 +51,9 @@ def adaptive_compression_loss(alpha: Tensor, weight: Tensor | None = None) -> Te
 COMPRESSION_LOSSES = {"adaptive": adaptive_compression_loss, "linear": linear_compression_loss}
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def distillation_loss(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, *, counted: Tensor | None = None
+) -> Tensor:
     """KL(teacher || student) of the softened outputs, times temperature^2.
 
     Parameters
@@ -57,11 +62,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
         Logits, shape (..., classes). A last axis of size 1 is a regression score; its loss is the mean squared error.
     temperature : float
         Positive; applied to both.
+    counted : Tensor, optional
+        Which outputs count, shape (...), bool; default: all. For a language model, those that predict a token.
 
     Returns
     -------
     Tensor
-        Scalar: mean over all leading axes, in nats.
+        Scalar: mean over the outputs that count, in nats.
 
     Raises
     ------
@@ -76,12 +83,41 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
         raise ValueError(f"student and teacher logits differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}.")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a positive finite number, got {temperature!r}.")
-    student, teacher = student.float(), teacher.float()
+    counted = student.new_ones(student.shape[:-1], dtype=torch.bool) if counted is None else counted
+    if counted.shape != student.shape[:-1]:
+        raise ValueError(f"counted has shape {tuple(counted.shape)}, the outputs have {tuple(student.shape[:-1])}.")
     if student.shape[-1] == 1:
-        return F.mse_loss(student, teacher)
-    log_p = F.log_softmax(teacher / temperature, dim=-1).flatten(end_dim=-2)
-    log_q = F.log_softmax(student / temperature, dim=-1).flatten(end_dim=-2)
-    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return F.mse_loss(student[counted].float(), teacher[counted].float())
+    student, teacher = student.flatten(end_dim=-2), teacher.flatten(end_dim=-2)
+    return _Divergence.apply(student, teacher, counted.flatten(), temperature)
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean of T^2 KL(teacher || student) over the counted rows of (outputs, classes).
+
+    Its gradient in a row of the student is T (q - p) / outputs. Both are computed together, for `CHUNK` rows at a time:
+    autograd would keep the log-probabilities of all, several times the memory of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
+        number = counted.sum()
+        total = torch.zeros((), device=student.device)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(student), CHUNK):
+            part = slice(start, start + CHUNK)
+            log_p, log_q = (F.log_softmax(of[part].float() / temperature, dim=-1) for of in (teacher, student))
+            p, counts = log_p.exp(), counted[part]
+            total += (p * (log_p - log_q)).sum(-1)[counts].sum()
+            if gradient is not None:
+                gradient[part] = ((log_q.exp() - p) * (temperature / number)).masked_fill(~counts[:, None], 0)
+        ctx.save_for_backward(gradient)
+        return temperature**2 * total / number
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return above * gradient, None, None, None
 
 
 def _weighted_sum(loss: Tensor, weight: Tensor | None) -> Tensor:

@@ -23,9 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-import softlms.compress
 import softlms.methods.factors
 import softlms.methods.soft
+import softlms.subjects.classifier
 from softlms.architectures import find_targets
 from softlms.budget import Costs
 from softlms.cli import main
@@ -255,7 +255,7 @@ def test_time_as_a_budget_is_measured_once(tiny_folder, data, tmp_path, monkeypa
 
 def test_all_before_the_training_happens_where_it_will_be(headless, data, tmp_path, monkeypatch):
     place, to, seen = torch.device("cpu"), PreTrainedModel.to, []
-    monkeypatch.setattr("softlms.compress.device", lambda: place)
+    monkeypatch.setattr("softlms.subjects.classifier.device", lambda: place)
 
     def move(model, *args):
         model.moved = getattr(model, "moved", False) or args[0] is place
@@ -271,8 +271,8 @@ def test_all_before_the_training_happens_where_it_will_be(headless, data, tmp_pa
         monkeypatch.setattr(module, name, step)
 
     monkeypatch.setattr(PreTrainedModel, "to", move)
-    watch(softlms.compress, "evaluate", 0)
-    watch(softlms.compress, "add_teacher_logits", 1)
+    watch(softlms.subjects.classifier, "evaluate", 0)
+    watch(softlms.subjects.classifier, "add_teacher_logits", 1)
     watch(softlms.methods.factors, "calibrate", 0)
     watch(softlms.methods.soft, "decompose", 0)
     compress(settings(headless, data, epochs=1), tmp_path / "out", console=quiet())
@@ -282,10 +282,10 @@ def test_all_before_the_training_happens_where_it_will_be(headless, data, tmp_pa
 
 def test_a_fine_tuned_model_is_taken_as_it_is(tiny_folder, data, tmp_path, monkeypatch):
     """The tiny folder has a head of two labels: nothing is fine-tuned, unless it is of another task."""
-    monkeypatch.setattr("softlms.compress.DistillingTrainer", None)
-    monkeypatch.setattr("softlms.compress.evaluate", lambda *_: {"accuracy": 0.49})
+    monkeypatch.setattr("softlms.subjects.classifier.DistillingTrainer", None)
+    monkeypatch.setattr("softlms.subjects.classifier.evaluate", lambda *_: {"accuracy": 0.49})
     compress(settings(tiny_folder, data), tmp_path / "out", console=quiet())
-    monkeypatch.setattr("softlms.compress.evaluate", lambda *_: {"accuracy": 0.1})
+    monkeypatch.setattr("softlms.subjects.classifier.evaluate", lambda *_: {"accuracy": 0.1})
     with pytest.raises(ValueError, match=r"right on 10.0% of rte's dev rows, and the commonest answer .* 50.0%"):
         compress(settings(tiny_folder, data), tmp_path / "other", console=quiet())
     assert not list(tmp_path.glob("other*"))
@@ -355,7 +355,7 @@ def test_training_that_diverges_is_one_line(headless, data, tmp_path, capsys):
     options = {"model": headless, "task": "rte", "keep": 0.5, "data": data, "out": tmp_path / "out"}
     with pytest.MonkeyPatch.context() as patch:
         spoil = lambda self, **options: self.model.classifier.weight.data.fill_(torch.nan)  # noqa: E731
-        patch.setattr("softlms.compress.DistillingTrainer.train", spoil)
+        patch.setattr("softlms.subjects.classifier.DistillingTrainer.train", spoil)
         assert main(["compress", *(part for n, v in options.items() for part in (f"--{n}", str(v)))]) == 1
     assert "softlms compress: Fine-tuning diverged: lower dense_learning_rate.\n" in capsys.readouterr().err
 
@@ -367,8 +367,8 @@ def test_slow_thresholds_still_end_within_the_budget(tiny_folder, data, tmp_path
 
 
 def test_settings_of_numpy_and_paths_are_plain(tmp_path):
-    plain = Compression(str(tmp_path), "mrpc", 0.5, seed=1, batch_size=8)
-    given = Compression(tmp_path, "mrpc", np.float64(0.5), seed=np.int64(1), batch_size=8.0)
+    plain = Compression(str(tmp_path), task="mrpc", keep=0.5, seed=1, batch_size=8)
+    given = Compression(tmp_path, task="mrpc", keep=np.float64(0.5), seed=np.int64(1), batch_size=8.0)
     assert given == plain and json.dumps(asdict(given)) == json.dumps(asdict(plain))
     with pytest.raises(ValueError, match="seed must be a whole number"):
-        Compression("minilm", "mrpc", 0.5, seed=0.5)
+        Compression("minilm", task="mrpc", keep=0.5, seed=0.5)

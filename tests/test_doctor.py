@@ -1,6 +1,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
@@ -8,7 +9,7 @@ from rich.console import Console
 from test_project import ROOT
 
 from softlms import cli
-from softlms.data import encoders as zoo
+from softlms.data.named import NAMED
 from softlms.workbook.doctor import examine, print_findings
 from softlms.workbook.process import check_kernel
 
@@ -60,8 +61,8 @@ def test_kernel_where_path_has_no_python(tmp_path, monkeypatch):
 def test_encoder_that_is_nowhere(monkeypatch):
     """Neither package nor cache nor hub (conftest keeps tests offline)."""
     assert found("encoder").state == "ok" and found("hub").state == "note"
-    monkeypatch.setattr(zoo, "MINILM_PACKAGE", "no_such_package")
-    monkeypatch.setattr(zoo, "MINILM_HUB", "nobody/no-such-encoder")
+    nowhere = replace(NAMED["minilm"], package="no_such_package", hub="nobody/no-such-encoder")
+    monkeypatch.setitem(NAMED, "minilm", nowhere)
     assert found("encoder").state == "problem"
     output = io.StringIO()
     assert print_findings(Console(file=output, width=100)) == 1
@@ -70,7 +71,7 @@ def test_encoder_that_is_nowhere(monkeypatch):
 
 def test_package_that_is_missing(monkeypatch):
     """The rest is not asked: it stands on the packages."""
-    needed = [*metadata.requires("softlms"), 'no-such-package>=2; extra == "notebooks"', 'other; extra == "test"']
+    needed = [*metadata.requires("softlms"), 'no-such-package>=2; extra == "workbook"', 'other; extra == "test"']
     monkeypatch.setattr(metadata, "requires", lambda name: needed)
     (finding,) = examine()
     assert finding.state == "problem" and finding.text.endswith("needed: no-such-package>=2 (missing)")

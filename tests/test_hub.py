@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
-from softlms.data.encoders import MINILM_HUB, Encoder, find_encoder
+from softlms.data.encoders import Encoder, find_encoder
 from softlms.data.hub import _found_commit, commit_of, is_hub, pretrained, split_revision, weights_hash
+from softlms.data.named import NAMED
 from softlms.data.tasks import TASKS, TaskData
 from softlms.experiments.bench import Bench
 from softlms.experiments.full_size import find_full_size
@@ -84,5 +85,5 @@ def test_names():
             find_encoder(wrong)
     assert is_hub("hub") and is_hub("hub@v1") and not is_hub("hubs") and not is_hub("embedded")
     assert _resolve("--data", "hub@v1") == "hub@v1"
-    encoder = find_encoder("minilm@v1")  # the package is of one revision, which it does not name
-    assert encoder == Encoder(f"{MINILM_HUB}@v1", f"hub: {MINILM_HUB}@v1")
+    for name, known in NAMED.items():  # the package is of one revision, which it does not name
+        assert find_encoder(f"{name}@v1") == Encoder(f"{known.hub}@v1", f"hub: {known.hub}@v1")

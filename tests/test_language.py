@@ -1,7 +1,7 @@
 import pytest
 
 from softlms.data import corpus
-from softlms.data.text import load_text
+from softlms.data.text import load_text, source_of
 from softlms.experiments.tokenized import tokenize_text
 
 
@@ -49,6 +49,32 @@ def test_two_files_of_one_split(tmp_path):
         load_text(tmp_path)
 
 
+def test_a_text_in_one_file_is_split_as_its_source_says(tmp_path):
+    lines = [f"{i:03d} {'x' * (i % 7)}\n" for i in range(200)]
+    write(tmp_path, input="".join(lines), SOURCE="where it is from")
+    text = load_text(tmp_path)
+    assert "".join(text[split] for split in ("train", "validation", "test")) == "".join(lines)
+    assert all(part.endswith("\n") for part in text.values())
+    sizes = [len(part) / len("".join(lines)) for part in text.values()]
+    assert sizes == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
+    assert load_text(tmp_path, splits=("test",)) == {"test": text["test"]}
+    assert source_of(tmp_path, text) == f"folder: {tmp_path.name}, input.txt split 80/10/10 %"
+    write(tmp_path, input="one line without an end")
+    with pytest.raises(ValueError, match=r"input\.txt is too short to be split: its validation part"):
+        load_text(tmp_path)
+    write(tmp_path, train="a split file counts")
+    with pytest.raises(FileNotFoundError, match="no file of the validation split"):
+        load_text(tmp_path)
+
+
+def test_source_says_what_the_words_are(tmp_path):
+    """Perplexity on WikiText-2 with <unk> is another number than on the raw text."""
+    for text, marked in (("raw words", ""), ("the <unk> words", ", tokenised with <unk>")):
+        write(tmp_path, train=text, valid="v", test="t")
+        assert tokenize_text(tmp_path, 257, tmp_path / "runs").source == f"folder: {tmp_path.name}{marked}"
+    assert source_of("embedded", {}) == "docstrings of installed libraries"
+
+
 def test_hub(monkeypatch, tmp_path):
     from datasets import Dataset, DatasetDict
 
@@ -60,7 +86,7 @@ def test_hub(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr("datasets.load_dataset", hub)
     assert load_text("hub")["validation"] == "validation\n"
-    assert tokenize_text("hub@v1", 257, tmp_path).source == "hub: WikiText-2@v1"
+    assert tokenize_text("hub@v1", 257, tmp_path).source == "hub: WikiText-2 raw@v1"
     assert asked == ["main", "v1"]
 
 

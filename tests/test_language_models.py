@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,9 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softlms.data.encoders import find_encoder
+from softlms.data.text import blocks
 from softlms.experiments.language_models import FAMILIES, LanguageBench, SmallModel
+from softlms.experiments.profiles import LANGUAGE_PROFILES, SMOLLM2
 from softlms.experiments.recipe import Recipe
-from softlms.experiments.tokenized import blocks, tokenize_text, train_tokenizer
+from softlms.experiments.tokenized import tokenize_text, train_tokenizer
+from softlms.likelihood import Protocol, measure_perplexity
 from softlms.workbook.book import open_language_book
 
 SIZE = {"hidden": 64, "layers": 1, "vocabulary": 300}
@@ -20,7 +24,8 @@ RECIPE = Recipe(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wiki")
+    folder = tmp_path_factory.mktemp("texts") / "wiki"
+    folder.mkdir()
     sentence = "The {} river runs to the {} sea, and the {} sea is wide.\n"
     colours = ["red", "blue", "green", "white", "black"]
     for i, split in enumerate(("train", "valid", "test")):
@@ -41,7 +46,7 @@ def test_text_is_tokenized_once(folder, tmp_path, monkeypatch):
     text = tokenize_text(folder, 300, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(text.tokenizer)
     assert tokenizer.decode(text.splits["test"]) == (folder / "test.txt").read_text("utf-8")
-    assert text.source == "folder: wiki0" and [p.name for p in tmp_path.iterdir()] == [text.tokenizer.name]
+    assert text.source == "folder: wiki" and [p.name for p in tmp_path.iterdir()] == [text.tokenizer.name]
     monkeypatch.setattr("softlms.experiments.tokenized.train_tokenizer", None)
     again = tokenize_text(folder, 300, tmp_path)
     assert all(np.array_equal(ids, again.splits[split]) for split, ids in text.splits.items())
@@ -72,7 +77,7 @@ def test_every_family_learns_and_is_compressed(folder, tmp_path, family):
         assert all(0.45 < result["kept_linear"] <= 0.5 for result in runs)
         tuned, untuned = (result["scores"]["dev"]["perplexity"] for result in runs)
         assert tuned < untuned
-        assert runs[0]["encoder"].startswith(family) and runs[0]["data"] == "folder: wiki0"
+        assert runs[0]["encoder"].startswith(family) and runs[0]["data"] == "folder: wiki"
         assert len(runs[0]["sample"]) > 20 and runs[0]["prompt"] == dense.result["prompt"]
     assert set(bench.targets()) == set(dense.result["ranks"])
     with pytest.raises(ValueError, match="set distillation=0"):
@@ -97,6 +102,26 @@ def test_a_checkpoint_is_taken_as_it_is(folder, tmp_path):
     again = bench.run("dense", RECIPE.changed(dense_epochs=0), 0).result
     assert again["scores"] == trained.result["scores"] and again["steps"] == 0
     assert bench.run("svd+uniform", RECIPE.changed(dense_epochs=0), 0).result["kept_linear"] <= 0.5
+
+
+def test_a_protocol_is_measured_and_goes_with_the_numbers(folder, tmp_path):
+    small = SmallModel("llama", **SIZE)
+    plain = bench_of(small, folder, tmp_path)
+    bench = bench_of(small, folder, tmp_path, protocol=Protocol(32, tokens=70))
+    run = bench.run("dense", RECIPE, 0)
+    model, ids = AutoModelForCausalLM.from_pretrained(run.model), bench.text.splits["test"]
+    found = measure_perplexity(model, ids, bench.protocol)
+    assert run.result["scores"]["test"]["perplexity"] == pytest.approx(found.value, rel=1e-6)
+    assert found.predicted == 67 and run.result["data"] == f"folder: wiki; {bench.protocol}"
+    assert plain.data.source == "folder: wiki" and plain.stored("dense", RECIPE, 0) is None
+    for options, message in (
+        ({"protocol": Protocol(16, bos=True)}, "The tokenizer has no BOS token"),
+        ({"protocol": Protocol(16, tokens=10**6)}, "not 1000000: ask for fewer"),
+        ({"protocol": Protocol(513)}, "513 tokens is longer than the 512 that the model reads"),
+        ({"protocol": Protocol(16), "test_tokens": 64}, r"test_tokens \(64\) and protocol both say"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bench_of(small, folder, tmp_path, **options)
 
 
 def test_a_bench_travels_to_another_process(folder, tmp_path):
@@ -132,6 +157,27 @@ def test_a_notebook_is_about_its_family(folder, tmp_path, monkeypatch):
         )
     with pytest.raises(ValueError, match="Unknown family 'bert'; known: gpt2"):
         open_language_book("09", "bert", profile="quick")
+
+
+def test_a_real_model_stands_beside_the_profiles_own(folder, tmp_path, monkeypatch):
+    """With its own text, grid and protocol, under its own name; here a tiny Llama is in the place of SmolLM2."""
+    small = SmallModel("llama", **SIZE)
+    place = bench_of(small, folder, tmp_path).run("dense", RECIPE, 0).model
+    AutoTokenizer.from_pretrained(tokenize_text(folder, SIZE["vocabulary"], tmp_path).tokenizer).save_pretrained(place)
+    tiny = replace(SMOLLM2, window=16, train_tokens=2000, protocol=Protocol(16, tokens=64))
+    monkeypatch.setitem(LANGUAGE_PROFILES["laptop"].beside, "smollm2", tiny)
+    monkeypatch.setattr("softlms.workbook.book.project_root", lambda: tmp_path)
+    options = {"profile": "laptop", "model": "smollm2", "text": str(folder), "checkpoint": str(place)}
+    book = open_language_book("07", "llama", **options)
+    assert book.bench.data.task.name == "smollm2" and "smollm2" in book.profile.grid.tasks
+    assert book.bench.data.source == f"folder: wiki; {tiny.protocol}" and book.results == tmp_path / "results/laptop"
+    dense, cut = (book.bench.run(m, book.profile.grid.recipe, 0).result for m in ("dense", "whitened+uniform"))
+    assert dense["steps"] == 0 and cut["kept_linear"] <= 0.5 and cut["steps"] > 0
+    for changes, known in (({"profile": "quick"}, "none"), ({"model": "other"}, "smollm2")):
+        with pytest.raises(ValueError, match=rf"has no llama model .* beside its own; it has: {known}\."):
+            open_language_book("07", "llama", **options | changes)
+    with pytest.raises(ValueError, match=r"has no gpt2 model 'smollm2' beside its own; it has: none\."):
+        open_language_book("06", "gpt2", **options)
 
 
 def test_unknown_family():

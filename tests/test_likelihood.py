@@ -1,5 +1,7 @@
 import math
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from softlms.likelihood import Trigram, perplexity
+from softlms.likelihood import Protocol, Trigram, measure_perplexity, perplexity
 
 
 @pytest.fixture
@@ -67,6 +69,77 @@ def test_what_is_not_finite_is_infinite(model):
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(math.nan)
     assert perplexity(model, range(20)) == math.inf
+
+
+MARKED, UNMARKED = SimpleNamespace(bos_token_id=7), SimpleNamespace(bos_token_id=None)  # tokenizers
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(
+    "length, window, tokens", [(32, 8, None), (33, 8, None), (34, 8, 33), (40, 8, 16), (9, 9, None)]
+)
+def test_a_protocol_is_the_loop_that_it_says(tiny_llama, bos, length, window, tokens):
+    """Window by window and token by token; batches of windows change nothing."""
+    model, text = tiny_llama(), torch.randint(200, (length,))
+    expected, cut = [], text[:tokens]
+    for begin in range(0, len(cut), window):
+        piece = [7] * bos + cut[begin : begin + window].tolist()
+        for t in range(1, len(piece)):
+            with torch.no_grad():
+                expected.append(-model(torch.tensor([piece[:t]])).logits[0, -1].log_softmax(-1)[piece[t]].item())
+    protocol = Protocol(window, bos, tokens)
+    for batch_tokens in (1, 3 * window):
+        found = measure_perplexity(model.train(), text.numpy(), protocol, MARKED, batch_tokens=batch_tokens)
+        assert found.value == pytest.approx(math.exp(np.mean(expected)), rel=1e-5)
+        assert found.predicted == len(expected) == len(cut) - (0 if bos else math.ceil(len(cut) / window))
+        assert found.tokens == len(cut) and found.protocol == protocol and model.training
+        assert str(found) == f"{found.value:.2f} ({protocol}: {found.predicted} of {found.tokens} predicted)"
+
+
+def test_a_protocol_says_what_it_does(tiny_llama):
+    standard = Protocol()
+    assert str(standard) == (
+        "windows of 1024 tokens without overlap, no BOS, first token of each not predicted, whole text"
+    )
+    assert str(replace(standard, bos=True, tokens=8192, bf16=True)) == (
+        "windows of 1024 tokens without overlap, each after BOS, every token predicted, "
+        "first 8,192 tokens of the text, bfloat16 autocast"
+    )
+    text = torch.randint(200, (64,))
+    exact, rounded = (measure_perplexity(tiny_llama(), text, Protocol(16, bf16=bf16)).value for bf16 in (False, True))
+    assert exact != rounded and exact == pytest.approx(rounded, rel=0.2)
+
+
+def test_without_overlap_it_is_perplexity_with_a_stride_of_a_window(tiny_llama):
+    """Where windows fit the text; `perplexity` scores the rest in a whole window."""
+    model, text = tiny_llama(), torch.randint(200, (64,))
+    found = measure_perplexity(model, text, Protocol(16))
+    assert found.value == pytest.approx(perplexity(model, text, window=16, stride=16), rel=1e-6)
+
+
+def test_what_cannot_be_measured_is_said_before_any_work(model):
+    with pytest.raises(ValueError, match="window must be 2 or more, got 1: a token needs one before it"):
+        Protocol(1)
+    with pytest.raises(ValueError, match=r"window of 16 tokens is longer than the text's first 8\."):
+        Protocol(16, tokens=8)
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        Protocol(16, tokens=0)
+    for protocol, length, message in (
+        (Protocol(8), 0, "The text has no tokens"),
+        (Protocol(8), 7, "window of 8 tokens is longer than the text, which has 7"),
+        (Protocol(8, tokens=20), 19, r"The text has 19 tokens, not 20: ask for fewer, or for all \(None\)"),
+        (Protocol(33), 40, "window of 33 tokens is longer than the 32 that the model reads"),
+        (Protocol(8, bos=True), 8, "The tokenizer has no BOS token: set bos=False"),
+    ):
+        for tokenizer in (None, UNMARKED):
+            with pytest.raises(ValueError, match=message):
+                measure_perplexity(model, [1] * length, protocol, tokenizer)
+    assert (
+        measure_perplexity(model, [1] * 64, Protocol(32, bos=True), MARKED).predicted == 64
+    )  # all that the model reads
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(math.nan)
+    assert measure_perplexity(model, range(20), Protocol(8)).value == math.inf
 
 
 def kneser_ney(text, vocabulary, d):

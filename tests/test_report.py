@@ -58,9 +58,10 @@ def report_of(bench, scores, metric="f1", **changes):
 def test_table_shows_means_spreads_and_missing_seeds(bench):
     table = report_of(bench, F1 | {"svd+energy": (0.5,)}).table("dev")
     assert list(table.index.get_level_values("method")) == ["dense", *list(F1)[1:], "svd+energy"]
-    assert table.loc[("mrpc", 0.5, "whitened+uniform"), ("f1", "recovered")] == "82.0 ± 2.8"
-    assert table.loc[("mrpc", 0.5, "whitened+uniform"), ("f1", "untuned")] == "27.3 ± 0.9"
-    assert table.loc[("mrpc", 0.5, "svd+energy"), ("f1", "recovered")] == "50.0 (1)"
+    assert table.loc[("mrpc", 0.5, 0.5, "whitened+uniform"), ("f1", "recovered")] == "82.0 ± 2.8"
+    assert table.loc[("mrpc", 0.5, 0.5, "whitened+uniform"), ("f1", "untuned")] == "27.3 ± 0.9"
+    assert table.loc[("mrpc", 0.5, 0.5, "svd+energy"), ("f1", "recovered")] == "50.0 (1)"
+    assert table.index.names == ["task", "keep", "removed", "method"] and table.index[0] == ("mrpc", 1.0, 0.0, "dense")
     assert report_of(bench, F1).table("other") is None
 
 
@@ -88,6 +89,13 @@ def test_a_model_cut_further_stands_beside_the_one_trained_for_it(bench):
     line = Report([*cells, *smaller], {"mrpc": bench}, (0, 1)).cut_further().iloc[0]
     assert (line["cut further"], line["trained for it"]) == ("42.5 ± 0.7", "60.0 ± 0.0")
     assert report_of(bench, F1).cut_further()["trained for it"].tolist() == ["not run"]
+
+
+def test_rows_say_how_long_they_were_trained_and_on_what_length(bench):
+    rows = report_of(bench, F1).rows
+    trained = rows.recovered & rows.method.ne("dense")
+    assert set(rows[trained].epochs) == {RECIPE.epochs} and set(rows[~trained].epochs) == {0}
+    assert set(rows.max_length) == {bench.max_length}
 
 
 def test_hardware_is_not_mixed_and_budgets_are_filled(bench):

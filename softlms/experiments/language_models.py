@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     default_data_collator,
 )
 
@@ -24,13 +25,14 @@ from softlms.data.encoders import Encoder, attention, load_tokenizer
 from softlms.data.hub import pretrained, weights_hash
 from softlms.data.inputs import in_eval_mode
 from softlms.data.tasks import Task, TaskData
+from softlms.data.text import blocks
 from softlms.experiments.bench import Bench
 from softlms.experiments.closure import not_in_keys
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.store import Run
-from softlms.experiments.tokenized import TokenizedText, blocks
+from softlms.experiments.tokenized import TokenizedText
 from softlms.fused import split_fused
-from softlms.likelihood import Trigram, perplexity
+from softlms.likelihood import Protocol, Trigram, measure_perplexity, perplexity
 
 __all__ = ["FAMILIES", "LanguageBench", "SmallModel"]
 
@@ -108,9 +110,11 @@ class LanguageBench(Bench):
     folder : Path
         Holds a subfolder for each run.
     window : int
-        Tokens per row; perplexity's stride is half of it.
+        Tokens per row. Without a protocol perplexity is measured in windows of as many, which overlap by half.
     train_tokens, test_tokens : int, optional
         Use only the first tokens of the training split, or of the other two.
+    protocol : Protocol, optional
+        How perplexity is measured. The data's source in tables then names it, so that it goes with every number.
     split : bool
         Split GPT-2's fused projections before they are factored (`softlms.split_fused`).
     note : callable
@@ -119,7 +123,8 @@ class LanguageBench(Bench):
     Raises
     ------
     ValueError
-        A window that is too long for the model or longer than a split.
+        A window that is too long for the model or longer than a split; or a protocol that does not fit the model and
+        its text, or comes with `test_tokens`.
     """
 
     def __init__(
@@ -132,27 +137,39 @@ class LanguageBench(Bench):
         window: int = 128,
         train_tokens: int | None = None,
         test_tokens: int | None = None,
+        protocol: Protocol | None = None,
         split: bool = False,
         note: Callable[[str], None] = print,
     ) -> None:
         self.model, self.text, self.window, self.split = model, text, window, split
-        self.train_tokens, self.test_tokens = train_tokens, test_tokens
+        self.train_tokens, self.test_tokens, self.protocol = train_tokens, test_tokens, protocol
         encoder = model if isinstance(model, Encoder) else Encoder(str(text.tokenizer), model.source)
-        data = TaskData(dataclasses.replace(LANGUAGE_MODELLING, name=name), {}, text.source)
+        source = text.source if protocol is None else f"{text.source}; {protocol}"
+        data = TaskData(dataclasses.replace(LANGUAGE_MODELLING, name=name), {}, source)
         super().__init__(encoder, data, folder, max_length=window, note=note)
-        longest = getattr(self.config, "max_position_embeddings", None) or window  # a state space has no limit
+        read = getattr(self.config, "max_position_embeddings", None)  # a state space has no limit
+        longest = read or window
         shortest = min(map(len, (text.splits["train"][:train_tokens], *self._held_out.values())))
         if not 2 <= window <= min(longest, shortest):
             raise ValueError(
                 f"window must be 2 to {min(longest, shortest)} tokens (the model reads {longest}, the shortest split "
                 f"has {shortest}), got {window}."
             )
+        if protocol is not None:
+            if test_tokens is not None:
+                raise ValueError(f"test_tokens ({test_tokens}) and protocol both say what is scored: give one.")
+            for ids in self._held_out.values():
+                protocol.check(len(ids), read, self._tokenizer.bos_token_id)
 
     @cached_property
     def config(self) -> PretrainedConfig:
         if isinstance(self.model, SmallModel):
             return self.model.config
         return pretrained(AutoConfig, self.model.location, dtype=torch.float32)
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.text.tokenizer)
 
     @property
     def _held_out(self) -> dict[str, Any]:
@@ -184,7 +201,13 @@ class LanguageBench(Bench):
         return split_fused(model) if self.split else model
 
     def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
-        """Perplexity in windows that overlap by half."""
+        """Perplexity by the protocol, or in windows that overlap by half."""
+        if self.protocol is not None:
+            tokenizer = self._tokenizer
+            return {
+                split: {"perplexity": measure_perplexity(model, self.splits[split], self.protocol, tokenizer).value}
+                for split in splits
+            }
         stride = self.window // 2
         return {
             split: {"perplexity": perplexity(model, self.splits[split], window=self.window, stride=stride)}
@@ -199,7 +222,7 @@ class LanguageBench(Bench):
 
     def extras(self, model: PreTrainedModel) -> dict[str, Any]:
         """ "sample": the model's greedy continuation of the first tokens of the test split."""
-        tokenizer = load_tokenizer(self.text.tokenizer)
+        tokenizer = self._tokenizer
         start = torch.as_tensor(self.splits["test"][None, :PROMPT]).long().to(model.device)
         with in_eval_mode(model):
             ids = model.generate(
@@ -222,10 +245,13 @@ class LanguageBench(Bench):
     def _inputs(self, pair: str) -> dict[str, Any]:
         ids = hashlib.sha256(b"".join(self.text.splits[split].tobytes() for split in sorted(self.text.splits)))
         known = weights_hash(self.model.location) if isinstance(self.model, Encoder) else self.model.config.to_dict()
-        return {
+        inputs: dict[str, Any] = {
             "model": known,
             "ids": ids.hexdigest(),
             "window": self.window,
             "train_tokens": self.train_tokens,
             "test_tokens": self.test_tokens,
-        } | ({} if pair == "dense" else {"split": self.split})
+        }
+        if self.protocol is not None:
+            inputs["protocol"] = str(self.protocol)
+        return inputs | ({} if pair == "dense" else {"split": self.split})

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from softlms.data import corpus
 from softlms.experiments.full_size import FULL_SIZE
 from softlms.experiments.grid import SVD_SOFT, TUNED, Grid, Pass, Setting
 from softlms.experiments.language_models import FAMILIES, SmallModel
 from softlms.experiments.recipe import Recipe
+from softlms.likelihood import Protocol
 from softlms.machine import fast_bf16
 
 __all__ = [
     "ABLATION", "LANGUAGE_PROFILES", "PROFILES", "SPEED_PROFILES", "LanguageProfile", "Profile", "SpeedProfile",
+    "find_profile",
 ]  # fmt: skip
+
+P = TypeVar("P")
+
+
+def find_profile(name: str, profiles: Mapping[str, P]) -> P:
+    """A profile by its name; ValueError for an unknown one."""
+    if name not in profiles:
+        raise ValueError(f"Unknown profile {name!r}; known: {', '.join(profiles)}.")
+    return profiles[name]
 
 
 @dataclass(frozen=True)
@@ -113,13 +124,15 @@ class LanguageProfile:
     text : str
         See `softlms.data.text.load_text`.
     models : mapping
-        Family to a model trained from scratch, or to the folder or hub name of a checkpoint.
+        Family to a model trained from scratch, or to a checkpoint; see `softlms.data.encoders.find_encoder`.
     grid : Grid
         Its tasks are the families.
-    window, train_tokens, test_tokens
+    window, train_tokens, test_tokens, protocol
         See `softlms.experiments.language_models.LanguageBench`.
     libraries : tuple of str
         Of the embedded corpus.
+    beside : mapping
+        Real models by name, each with a text, a grid and a window of its own; its family is in its `models`.
     """
 
     name: str
@@ -129,7 +142,9 @@ class LanguageProfile:
     window: int = 128
     train_tokens: int | None = None
     test_tokens: int | None = None
+    protocol: Protocol | None = None
     libraries: tuple[str, ...] = corpus.LIBRARIES
+    beside: Mapping[str, LanguageProfile] = field(default_factory=dict)
 
 
 LANGUAGE_METHODS = ("svd+uniform", "whitened+uniform", "whitened+mask", "svd+soft", "whitened+soft")
@@ -159,6 +174,39 @@ LANGUAGE_LAPTOP = Grid(
     (0, 1, 2),
     (Pass(LANGUAGE_METHODS, (0.5,)), Pass(LANGUAGE_METHODS, (0.35, 0.75))),
     {**TUNED, "whitened+mask": {"static_learning_rate": 1e-4}},
+)
+
+# 100 steps of four rows; its tokens are of the training text, which calibrates too
+SMOLLM2 = LanguageProfile(
+    "laptop",
+    "hub",
+    {"llama": "smollm2"},
+    Grid(
+        Recipe(
+            dense_epochs=0,
+            distillation=0.0,
+            batch_size=4,
+            epochs=1,
+            learning_rate=1e-4,
+            static_learning_rate=1e-4,
+            calibration_rows=32,
+            weigh_by_size=True,
+            bf16=fast_bf16(),
+        ),
+        {"smollm2": Setting()},
+        (0, 1, 2),
+        (
+            Pass(
+                ("svd+uniform", "asvd+uniform", "whitened+uniform", "whitened+sensitivity"),
+                (0.9, 0.8, 0.7, 0.5),
+                recover=False,
+            ),
+            Pass(LANGUAGE_METHODS, (0.8, 0.5)),
+        ),
+    ),
+    window=256,
+    train_tokens=102_400,
+    protocol=Protocol(512, tokens=8192, bf16=fast_bf16()),
 )
 
 LANGUAGE_PROFILES = {
@@ -198,6 +246,7 @@ LANGUAGE_PROFILES = {
             LANGUAGE_LAPTOP,
             train_tokens=4_000_000,
             test_tokens=16384,
+            beside={"smollm2": SMOLLM2},
         ),
         LanguageProfile(
             "paper",

@@ -67,12 +67,17 @@ class Report:
             return None
         part["cell"] = part.apply(self._entry, axis=1)
         part["column"] = np.where(part.recovered, "recovered", "untuned")
+        part["removed"] = _removed(part.keep)
         done = [job.method for job, _ in self.cells if job.method != "dense"]
         order = ["dense", *dict.fromkeys(done)]
         table = part.pivot_table(
-            index=["task", "keep", "method"], columns=["metric", "column"], values="cell", aggfunc="first", sort=False
+            index=["task", "keep", "removed", "method"],
+            columns=["metric", "column"],
+            values="cell",
+            aggfunc="first",
+            sort=False,
         )
-        places = {"task": list(self.benches).index, "keep": lambda keep: -keep, "method": order.index}
+        places = {"task": list(self.benches).index, "keep": lambda keep: -keep, "removed": float, "method": order.index}
         table = table.sort_index(key=lambda index: index.map(places[index.name]))
         return table.sort_index(axis=1).fillna("")
 
@@ -97,7 +102,8 @@ class Report:
             trained.get((row.task, row.keep, row.metric, row.method.split(CUT_FROM)[0]), "not run")
             for _, row in further.iterrows()
         ]
-        return further[["task", "metric", "method", "keep", "cut further", "trained for it"]]
+        further["removed"] = _removed(further.keep)
+        return further[["task", "metric", "method", "keep", "removed", "cut further", "trained for it"]]
 
     def costs(self, **options: int) -> pd.DataFrame:
         """FLOPs and time at the middle budget with the first seed's ranks; see `softlms.experiments.grid.costs`.
@@ -187,6 +193,11 @@ def adaptive_differences(scores: pd.DataFrame) -> pd.DataFrame:
             line = {"split": split, "metric": metric, "difference": f"{a} - {b}"}
             lines.append(line | {"mean": mean, "low95": low, "high95": high, "seeds": len(by_seed)})
     return pd.DataFrame(lines)
+
+
+def _removed(keep: pd.Series) -> pd.Series:
+    """Papers name one or the other, and 0.2 may be either: tables show both."""
+    return (1 - keep).round(4)
 
 
 def _has_budget(method: str) -> bool:

@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import datasets
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from softlms.data import corpus
 from softlms.data.encoders import load_tokenizer
-from softlms.data.hub import is_hub, split_revision, weights_hash
-from softlms.data.text import SPLITS, load_text
+from softlms.data.hub import weights_hash
+from softlms.data.text import SPLITS, load_text, source_of
 from softlms.experiments.closure import code_of
 from softlms.files import process_mark
 
-__all__ = ["TokenizedText", "blocks", "tokenize_text", "train_tokenizer"]
+__all__ = ["TokenizedText", "tokenize_text", "train_tokenizer"]
 
 END = "<|end|>"
 
@@ -38,7 +37,7 @@ class TokenizedText:
     tokenizer : Path
         Folder of the tokenizer, for ``AutoTokenizer.from_pretrained``.
     source : str
-        Where the text came from, for tables and captions.
+        Where the text came from; see `softlms.data.text.source_of`.
     """
 
     splits: Mapping[str, np.ndarray]
@@ -95,16 +94,7 @@ def tokenize_text(
             if not place.is_dir():  # else another process was faster
                 raise
             shutil.rmtree(partial)
-    return TokenizedText({split: np.load(place / f"{split}.npy") for split in SPLITS}, place, _source(data))
-
-
-def _source(data: str | Path) -> str:
-    if data == "embedded":
-        return "docstrings of installed libraries"
-    if is_hub(data):
-        _, revision = split_revision(str(data))
-        return f"hub: WikiText-2{revision and f'@{revision}'}"
-    return f"folder: {Path(data).name}"
+    return TokenizedText({split: np.load(place / f"{split}.npy") for split in SPLITS}, place, source_of(data, texts))
 
 
 def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -120,14 +110,3 @@ def train_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
-
-
-def blocks(ids: np.ndarray, length: int) -> datasets.Dataset:
-    """Rows of `length` ids each, for a causal language model; the remainder at the end is not used.
-
-    Columns input_ids, attention_mask, labels (the ids, unshifted: transformers shifts them) and length.
-    """
-    rows = ids[: len(ids) // length * length].reshape(-1, length).astype(np.int64)
-    ones = np.ones_like(rows)
-    columns = {"input_ids": rows, "attention_mask": ones, "labels": rows, "length": np.full(len(rows), length)}
-    return datasets.Dataset.from_dict(columns).with_format("torch")

@@ -43,14 +43,14 @@ class Work:
     Attributes
     ----------
     rows : Dataset
-        Training rows, with a column ``teacher_logits`` if `distillation` is above 0.
+        Training rows, with a column ``teacher_logits`` if `distillation` is above 0 and there is no `teacher`.
     collator : callable
     seed : int
     folder : Path
         For checkpoints; interrupted training resumes from them.
     arguments : callable
         ``arguments(folder, learning_rate, epochs)`` returns training arguments.
-    distillation : float
+    distillation, teacher
         See `softlms.DistillingTrainer`.
     costs : Costs, optional
         Costs of the dense model, if they were measured.
@@ -68,18 +68,20 @@ class Work:
     folder: Path
     arguments: Callable[[Path, float, float], TrainingArguments]
     distillation: float = 0.0
+    teacher: PreTrainedModel | None = None
     costs: Costs | None = None
     score: Callable[[PreTrainedModel], dict[str, Any]] | None = None
     note: Callable[[str], None] = lambda line: None
     shared: dict[str, Any] = field(default_factory=dict)
 
     def training(self, name: str, learning_rate: float, epochs: float) -> dict[str, Any]:
-        """Keyword arguments of every trainer of a method: arguments, rows, collator, distillation."""
+        """Keyword arguments of every trainer of a method: arguments, rows, collator, distillation, teacher."""
         return {
             "args": self.arguments(self.folder / name, learning_rate, epochs),
             "train_dataset": self.rows,
             "data_collator": self.collator,
             "distillation": self.distillation,
+            "teacher": self.teacher,
         }
 
     def scores(self, model: Callable[[], PreTrainedModel]) -> dict[str, Any]:

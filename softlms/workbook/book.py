@@ -19,7 +19,7 @@ from softlms.experiments.bench import Bench
 from softlms.experiments.grid import Setting
 from softlms.experiments.jobs import be_quiet
 from softlms.experiments.language_models import FAMILIES, LanguageBench
-from softlms.experiments.profiles import LANGUAGE_PROFILES, PROFILES, SPEED_PROFILES
+from softlms.experiments.profiles import LANGUAGE_PROFILES, PROFILES, SPEED_PROFILES, find_profile
 from softlms.experiments.provenance import commit
 from softlms.experiments.report import Report
 from softlms.experiments.tokenized import tokenize_text
@@ -156,9 +156,7 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
     -----
     It changes settings of the whole kernel; see `make_book`.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
-    chosen = PROFILES[profile]
+    chosen = find_profile(profile, PROFILES)
     source = data or (os.environ.get(DATA_VARIABLE, "") if chosen.data == "hub" else "") or chosen.data
     runs = project_root() / "runs"
     task = load_task(chosen.task, source)
@@ -183,7 +181,14 @@ def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book
 
 
 def open_language_book(
-    name: str, family: str, *, profile: str, text: str = "", checkpoint: str = "", split: bool = False
+    name: str,
+    family: str,
+    *,
+    profile: str,
+    text: str = "",
+    checkpoint: str = "",
+    model: str = "",
+    split: bool = False,
 ) -> Book:
     """Open a language-model notebook for a profile; its bench is a `LanguageBench`.
 
@@ -197,44 +202,50 @@ def open_language_book(
     text : str
         Replaces the profile's text: a folder, "hub" or "embedded"; see `softlms.data.text.load_text`.
     checkpoint : str
-        Replaces the profile's model: folder or hub name of a causal language model of this family.
+        Replaces the profile's model by another causal language model of this family; see `find_encoder`.
+    model : str
+        A real model that the profile has beside its own, such as "smollm2". It brings its own text, grid and window,
+        and tables show its name instead of the family's.
     split : bool
         See `LanguageBench`.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        Unknown profile or family, a model of another family, or as from `tokenize_text` and `find_encoder`; before any
-        work.
+        Unknown profile, family or model, a model of another family, or as from `tokenize_text`, `find_encoder` and
+        `LanguageBench`; before any work.
 
     Notes
     -----
     It changes settings of the whole kernel; see `make_book`.
     """
-    if profile not in LANGUAGE_PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(LANGUAGE_PROFILES)}.")
-    chosen = LANGUAGE_PROFILES[profile]
+    chosen = find_profile(profile, LANGUAGE_PROFILES)
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}; known: {', '.join(FAMILIES)}.")
-    known = checkpoint or chosen.models[family]
-    model = find_encoder(known) if isinstance(known, str) else known
-    if isinstance(model, Encoder):
-        found = pretrained(AutoConfig, model.location).model_type
-        if found != family:
-            raise ValueError(f"{known} is a {found} model; this notebook is about {family}.")
+    if model and (model not in chosen.beside or family not in chosen.beside[model].models):
+        known = ", ".join(name for name, other in chosen.beside.items() if family in other.models) or "none"
+        raise ValueError(f"Profile {profile} has no {family} model {model!r} beside its own; it has: {known}.")
+    chosen = chosen.beside[model] if model else chosen
+    asked = checkpoint or chosen.models[family]
+    found = find_encoder(asked) if isinstance(asked, str) else asked
+    if isinstance(found, Encoder):
+        kind = pretrained(AutoConfig, found.location).model_type
+        if kind != family:
+            raise ValueError(f"{asked} is a {kind} model; this notebook is about {family}.")
     runs = project_root() / "runs"
-    tokenizer = model.location if isinstance(model, Encoder) else model.vocabulary
+    tokenizer = found.location if isinstance(found, Encoder) else found.vocabulary
     source = text or chosen.text
     if source != "embedded" and not is_hub(source):
         source = str(Path(source).expanduser())
     bench = LanguageBench(
-        model,
-        family,
+        found,
+        model or family,
         tokenize_text(source, tokenizer, runs, libraries=chosen.libraries),
         runs,
         window=chosen.window,
         train_tokens=chosen.train_tokens,
         test_tokens=chosen.test_tokens,
+        protocol=chosen.protocol,
         split=split,
     )
     return make_book(name, chosen, bench, source)
@@ -248,6 +259,4 @@ def open_speed_book(name: str, *, profile: str) -> Book:
     ValueError
         Unknown profile.
     """
-    if profile not in SPEED_PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(SPEED_PROFILES)}.")
-    return make_book(name, SPEED_PROFILES[profile], None, "")
+    return make_book(name, find_profile(profile, SPEED_PROFILES), None, "")

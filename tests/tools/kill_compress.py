@@ -48,8 +48,9 @@ def make_inputs(folder):
         rows = [f"{i}\tthe house {i}\tit is red\t{'not_' * (i % 2)}entailment\n" for i in range(number)]
         (data / f"{split}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(rows), "utf-8")
     return Compression(
-        str(folder / "model"), "rte", 0.5, str(folder / "glue"), epochs=2, dense_epochs=2, alpha_learning_rate=0.1,
-        learning_rate=1e-3, dense_learning_rate=1e-3, batch_size=8, calibration_rows=16, max_length=32,
+        str(folder / "model"), task="rte", keep=0.5, data=str(folder / "glue"), epochs=2, dense_epochs=2,
+        alpha_learning_rate=0.1, learning_rate=1e-3, dense_learning_rate=1e-3, batch_size=8, calibration_rows=16,
+        max_length=32,
     )  # fmt: skip
 
 
