@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from softlms.data.encoders import Encoder, find_encoder
 from softlms.data.hub import pretrained, weights_hash
@@ -91,14 +91,14 @@ def test_a_file_is_the_model_that_was_written(model, tokenizer, tmp_path, kind, 
     encoder = find_encoder(str(file))
     assert encoder == Encoder(str(file), "file: tiny.gguf")
     assert pretrained(AutoConfig, encoder.location).model_type == "llama"
-    read = pretrained(AutoModelForCausalLM, encoder.location).eval()
+    read = encoder.language_model().eval()
     assert type(read) is type(model) and read.dtype == torch.float32
     ids = torch.tensor([encoder.tokenizer()(TEXT)["input_ids"]])
     assert ids.tolist() == [tokenizer(TEXT)["input_ids"]] and encoder.tokenizer().decode(ids[0]) == TEXT
     for (name, found), expected in zip(read.named_parameters(), model.parameters(), strict=True):
         assert (found - expected).norm() <= off * expected.norm(), name
     read.save_pretrained(tmp_path / "plain")  # an ordinary model from here on
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    again = find_encoder(str(tmp_path / "plain")).language_model().eval()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, read(ids).logits)
 

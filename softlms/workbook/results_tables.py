@@ -65,11 +65,13 @@ def static_and_adaptive(results: Path) -> str:
     """Notebook 04's scores."""
     rows = pd.read_csv(results / "laptop/04_static_vs_adaptive_rank.csv")
     kept = rows.groupby("method")[["kept_linear", "kept_total"]].mean()
+    removed = (1 - kept).rename(columns={"kept_linear": "removed_linear", "kept_total": "removed_total"})
     scores = rows.pivot_table("value", "method", ["split", "metric"], lambda values: _cell(100 * values, 1))
     return _table(
-        kept.join(_flat(scores)).loc[["dense", "static", "adaptive"]],
-        "method | linears kept | total kept | dev F1 | dev accuracy | test F1 | test accuracy",
-        "{method} | {kept_linear:.1%} | {kept_total:.1%} | {dev_f1} | {dev_accuracy} | {test_f1} | {test_accuracy}",
+        kept.join(removed).join(_flat(scores)).loc[["dense", "static", "adaptive"]],
+        "method | linears kept | removed | total kept | removed | dev F1 | dev accuracy | test F1 | test accuracy",
+        "{method} | {kept_linear:.1%} | {removed_linear:.1%} | {kept_total:.1%} | {removed_total:.1%} | "
+        "{dev_f1} | {dev_accuracy} | {test_f1} | {test_accuracy}",
     )
 
 
@@ -92,7 +94,7 @@ def methods(results: Path, task: str) -> str:
     rows = _recovered(results, task)
     budgets = sorted(rows[rows.method != "dense"].keep.unique(), reverse=True)
     scores = _scores(results, [(task, keep) for keep in budgets])
-    return _markdown(["method", *(f"{keep:.0%} kept" for keep in budgets)], scores.itertuples())
+    return _markdown(["method", *(f"{keep:.0%} kept, {1 - keep:.0%} removed" for keep in budgets)], scores.itertuples())
 
 
 def verdicts(results: Path, *tasks: str) -> str:
@@ -102,8 +104,8 @@ def verdicts(results: Path, *tasks: str) -> str:
     rows = rows.assign(digits=[_unit(task)[1] for task in rows.task])
     return _table(
         rows.sort_values(["task", "keep"], ascending=[True, False], kind="stable"),
-        "task | kept | SoftLMs | rival | better by | 95 % interval",
-        "{task} | {keep:.0%} | {soft} | {rival} | {difference:+.{digits}f} | "
+        "task | kept | removed | SoftLMs | rival | better by | 95 % interval",
+        "{task} | {keep:.0%} | {removed:.0%} | {soft} | {rival} | {difference:+.{digits}f} | "
         "{low95:+.{digits}f} to {high95:+.{digits}f}",
     )
 
@@ -136,8 +138,8 @@ def defaults(results: Path) -> str:
     scores = {name: (name, lambda values: _cell(values, 1, SEEDS)) for name in ("defaults", "tuned")}
     return _table(
         both.groupby(["factors", "keep"], sort=False).agg(**scores, lost=("lost", "mean")),
-        "factors | kept | defaults | tuned by hand | points lost",
-        "{factors} | {keep:.0%} | {defaults} | {tuned} | {lost:.1f}",
+        "factors | kept | removed | defaults | tuned by hand | points lost",
+        "{factors} | {keep:.0%} | {removed:.0%} | {defaults} | {tuned} | {lost:.1f}",
     )
 
 
@@ -147,8 +149,8 @@ def language_defaults(results: Path) -> str:
     table = rows.pivot_table("test_perplexity", ["model", "method", "keep"], "settings")
     return _table(
         table.sort_values(["model", "keep"], ascending=[True, False], kind="stable"),
-        "model | method | kept | defaults | tuned for profile laptop",
-        "{model} | {method} | {keep:.0%} | {defaults:.2f} | {tuned:.2f}",
+        "model | method | kept | removed | defaults | tuned for profile laptop",
+        "{model} | {method} | {keep:.0%} | {removed:.0%} | {defaults:.2f} | {tuned:.2f}",
     )
 
 
@@ -166,9 +168,10 @@ def full_sizes(results: Path) -> str:
     """The paper's models at their real size."""
     rows = pd.read_csv(results / "full_size.csv")
     return _table(
-        rows[~rows.split].assign(millions=rows.parameters_total / 1e6),
-        "model | parameters | linears kept | decompose | peak memory | difference",
-        "{model} | {millions:.1f} M | {kept_linear:.1%} | {decompose_s:.0f} s | {peak_gb:.1f} GB | {error:.1e}",
+        rows[~rows.split].assign(millions=rows.parameters_total / 1e6, removed=1 - rows.kept_linear),
+        "model | parameters | linears kept | removed | decompose | peak memory | difference",
+        "{model} | {millions:.1f} M | {kept_linear:.1%} | {removed:.1%} | {decompose_s:.0f} s | "
+        "{peak_gb:.1f} GB | {error:.1e}",
     )
 
 
@@ -290,7 +293,10 @@ def _cell(values: pd.Series, digits: int, seeds: int = 0) -> str:
 
 def _table(rows: pd.DataFrame, header: str, line: str) -> str:
     """A line for each row, filled in with its columns and its index; a cell that lacks a number is empty."""
-    lines = [line.format_map(row).split(" | ") for row in rows.reset_index().to_dict("records")]
+    rows = rows.reset_index()
+    if "keep" in rows:  # papers name one or the other, and 20 % may be either
+        rows["removed"] = 1 - rows.keep
+    lines = [line.format_map(row).split(" | ") for row in rows.to_dict("records")]
     return _markdown(header.split(" | "), [[re.sub(r".*\bnan\b.*", "", cell) for cell in cells] for cells in lines])
 
 
