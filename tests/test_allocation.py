@@ -137,7 +137,7 @@ def test_bad_input_is_refused(tiny_bert):
         allocate(model, factors, "best", keep=0.5, count="linear")
     with pytest.raises(ValueError, match="needs curves"):
         allocate(model, factors, "sensitivity", keep=0.5, count="linear")
-    for method in ("cliff", "cliff-kfac"):
+    for method in ("cliff", "cliff-gradient"):
         with pytest.raises(ValueError, match=r"needs statistics=softlms.calibrate\(.*gradient_rows"):
             allocate(model, factors, method, keep=0.5)
     for method in ALLOCATIONS:

@@ -83,11 +83,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Pass:
-    """Methods at budgets, on all of the grid's tasks; untuned if not `recover`."""
+    """Methods at budgets, on all of the grid's tasks; untuned if not `recover`; at all of the grid's seeds or these."""
 
     methods: tuple[str, ...]
     keeps: tuple[float, ...]
     recover: bool = True
+    seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Grid:
         for one in self.passes:
             for keep in one.keeps:
                 for task in self.tasks:
-                    for seed in self.seeds:
+                    for seed in one.seeds or self.seeds:
                         setting = self.tasks[task]
                         recipe = self.recipe.changed(**setting.changes, keep=keep)
                         recipe = recipe if one.recover else recipe.changed(epochs=0, distillation=0.0)

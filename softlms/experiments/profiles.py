@@ -176,6 +176,9 @@ LANGUAGE_LAPTOP = Grid(
     {**TUNED, "whitened+mask": {"static_learning_rate": 1e-4}},
 )
 
+CLIFF = ("whitened+cliff", "whitened+cliff-gradient", "whitened+cliff-energy", "whitened+cliff-greedy")
+SMOLLM2_METHODS = ("whitened+uniform", "whitened+cliff", "whitened+cliff-soft", "whitened+mask", "svd+soft")
+
 # 100 steps of four rows; its tokens are of the training text, which calibrates too
 SMOLLM2 = LanguageProfile(
     "laptop",
@@ -196,12 +199,11 @@ SMOLLM2 = LanguageProfile(
         {"smollm2": Setting()},
         (0, 1, 2),
         (
-            Pass(
-                ("svd+uniform", "asvd+uniform", "whitened+uniform", "whitened+sensitivity"),
-                (0.9, 0.8, 0.7, 0.5),
-                recover=False,
-            ),
-            Pass(LANGUAGE_METHODS, (0.8, 0.5)),
+            Pass(("svd+uniform", "asvd+uniform", "whitened+uniform", *CLIFF), (0.9, 0.8, 0.7, 0.5), recover=False),
+            Pass(("whitened+uniform",), (1.0,)),  # the dense model after the same steps
+            Pass(SMOLLM2_METHODS, (0.8, 0.5)),
+            Pass(SMOLLM2_METHODS, (0.9, 0.7), seeds=(0,)),
+            Pass(("whitened+sensitivity",), (0.9, 0.8, 0.7, 0.5), recover=False, seeds=(0,)),
         ),
     ),
     window=256,

@@ -11,8 +11,8 @@ These see only the next component. The following choose all ranks at once so tha
 least (`softlms.lowrank.cliff`): they know that a cut saves nothing between break-even and full rank. They differ in
 the error:
 
-    cliff               error of the layer's outputs, times the mean squared gradient of the loss there
-    cliff-kfac          the same, with the gradients' covariance in place of their mean square
+    cliff               error of the layer's outputs, weighed by the covariance of the loss's gradients there (K-FAC)
+    cliff-gradient      the same, weighed by the mean square of these gradients alone
     cliff-sensitivity   the loss measured with that layer alone cut
     cliff-energy        share of the layer's sum of sigma^2 that is cut
     cliff-greedy        the sum of sigma^2 that is cut
@@ -42,7 +42,7 @@ from softlms.modules import replace
 __all__ = ["ALLOCATIONS", "SEARCHED", "WEIGHTED", "allocate", "sensitivity_curves"]
 
 PUBLISHED = ("uniform", "energy", "greedy", "sensitivity")
-WEIGHTED = ("cliff", "cliff-kfac")  # need statistics
+WEIGHTED = ("cliff", "cliff-gradient")  # need statistics
 SEARCHED = ("sensitivity", "cliff-sensitivity")  # need curves
 ALLOCATIONS = (*PUBLISHED, *WEIGHTED, "cliff-sensitivity", "cliff-energy", "cliff-greedy")
 RATIOS = (0.2, 0.4, 0.6, 0.8)  # kept shares at which a layer's sensitivity is measured, besides one component
@@ -78,7 +78,7 @@ def allocate(
     curves : mapping, optional
         From `sensitivity_curves`; needed by "sensitivity" and "cliff-sensitivity".
     statistics : mapping, optional
-        From `softlms.calibrate` with `gradient_rows`; needed by "cliff" and "cliff-kfac".
+        From `softlms.calibrate` with `gradient_rows`; needed by "cliff" and "cliff-gradient".
     costs : Costs, optional
         Of the dense model, from `softlms.count_flops` or `softlms.measure_latency`. Needed if `count` is "flops" or
         "latency". If it counts parameters, layers that would not be faster count as dense.
@@ -183,7 +183,7 @@ def _errors(
     known = (statistics or {}).get(name)
     if known is None or known.gradient is None:
         raise ValueError(f"{method!r} needs statistics=softlms.calibrate(model, rows, collator, gradient_rows=...).")
-    return loss_increase(factors, known, kfac=method == "cliff-kfac")
+    return loss_increase(factors, known, kfac=method == "cliff")
 
 
 def _harm(curve: Sequence[tuple[int, float]], components: int) -> Tensor:
