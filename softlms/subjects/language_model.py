@@ -22,7 +22,7 @@ from softlms.subjects.settings import Compression
 
 __all__ = ["LanguageModel"]
 
-PASS = 1024  # tokens in a forward pass of training, unless a row is longer: logits of 49152 words take 200 MB
+PASS = 512  # tokens in a forward pass of training, unless a row is longer: logits of 49152 words take 100 MB
 
 
 class LanguageModel(Subject):
