@@ -138,6 +138,7 @@ class SoftLinear(Ranked):
         s: float = SHARPNESS,
         unit: str = UNIT,
         transposed: bool = False,
+        rank: int | None = None,
     ) -> SoftLinear:
         """Decompose `linear` so that the output does not change.
 
@@ -157,16 +158,21 @@ class SoftLinear(Ranked):
             Unit of alpha (and 1 / s): raw sigma, the layer's largest sigma, or its mean.
         transposed : bool
             As above; `linear` itself is always an nn.Linear.
+        rank : int, optional
+            Start with this many live components instead, which do not change: alpha is halfway to the next one.
         """
         weight = linear.weight
         U, sigma, V = svd(weight) if factors is None else factors
         # a zero matrix has no scale
         scale = UNITS[unit](sigma) if sigma[0] > 0 else 1.0
         frozen = not weight.requires_grad
-        if frozen:
+        live = torch.arange(len(sigma), device=sigma.device) < (len(sigma) if rank is None else rank)
+        if rank is not None and rank < len(sigma):
+            alpha = (sigma[rank - 1] + sigma[rank]).item() / 2 / scale
+        elif frozen:
             alpha = min(alpha, sigma.min().item() / scale * (1 - 1e-3))
-        else:
-            sigma = inverse_soft_threshold(sigma / scale, alpha, s) * scale
+        if not frozen:
+            sigma = torch.where(live, inverse_soft_threshold(sigma / scale, alpha, s) * scale, sigma)
         threshold = SoftThreshold(alpha, s, scale, hard=frozen).to(weight.device)
         dtype = weight.dtype
         bias = None if linear.bias is None else linear.bias.detach().clone()

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from softlms.architectures import named_targets
 from softlms.modules import Replacement
 
-__all__ = ["DenseModel", "SoftLMsConfig", "is_marked", "mark", "note_dense", "remember"]
+__all__ = ["DenseModel", "SoftLMsConfig", "is_marked", "left_whole", "mark", "note_dense", "remember"]
 
 FORMAT = 2
 METHOD = "softlms"
@@ -81,7 +81,7 @@ def mark(model: nn.Module) -> None:
         config.quantization_config = SoftLMsConfig(attention=attention, registered=registered).to_dict()
 
 
-def remember(model: nn.Module, layers: Iterable[str] = ()) -> None:
+def remember(model: nn.Module, layers: Iterable[str] = (), whole: Iterable[str] = ()) -> None:
     """Mark a model before its first change, and record the parameters of the dense model.
 
     Parameters
@@ -91,17 +91,26 @@ def remember(model: nn.Module, layers: Iterable[str] = ()) -> None:
         them are weights of target linears.
     layers : iterable of str
         Target linears that are not in the family's table.
+    whole : iterable of str
+        Those that stay as they are, and count in a budget all the same.
     """
     mark(model)
     note_dense(model)
     linears = vars(model)[DENSE]["linears"]
     linears += sorted(set(layers) - set(linears))
+    vars(model)[DENSE]["whole"] = [*whole]
 
 
 def note_dense(model: nn.Module) -> None:
     """Record a model's parameters, unless recorded before."""
     if DENSE not in vars(model):
-        vars(model)[DENSE] = {"parameters": _parameters(model), "linears": named_targets(model)}
+        vars(model)[DENSE] = {"parameters": _parameters(model), "linears": named_targets(model), "whole": []}
+
+
+def left_whole(model: nn.Module) -> list[str]:
+    """Names of the target linears that were left as they are, and count in a budget all the same."""
+    known: list[str] = vars(model).get(DENSE, {}).get("whole", [])
+    return known
 
 
 class DenseModel:

@@ -80,6 +80,7 @@ class SoftSchedule(TrainerCallback):
     ) -> None:
         """Apply settings that differ from those of the resumed checkpoint."""
         trainer = self.trainer
+        self._start_afresh(state)
         changed = set(self.changed(state))
         if self.frozen_at is None and "alpha_learning_rate" in changed:
             trainer.set_alpha_rate(state.max_steps)
@@ -87,6 +88,14 @@ class SoftSchedule(TrainerCallback):
             trainer.fix_ranks()
             trainer.optimizer.state.clear()  # the loaded moments would move cut sigma away from zero
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None  # of the larger model
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._start_afresh(state)
+
+    def _start_afresh(self, state: TrainerState) -> None:
+        """At the cut the optimizer is new; to save it, and to load it, FSDP lets it take a step of zero."""
+        if self.frozen_at == state.global_step:
+            self.trainer.optimizer.state.clear()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._before = [alpha.detach().clone() for alpha in self.trainer.alphas]

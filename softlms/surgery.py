@@ -14,10 +14,11 @@ from softlms.budget import Budget, Costs, count_parameters, parameter_costs, ref
 from softlms.layers import UNIT, UNITS, LowRankLinear, Ranked, SoftLinear, kept_parameters
 from softlms.lowrank.factorization import Factors, Statistics, check_method, factorize_weight, linear_targets
 from softlms.modules import as_conv1d, as_linear, replace
-from softlms.origin import remember
+from softlms.origin import left_whole, remember
+from softlms.sharding import check_gathered
 from softlms.thresholds import SHARPNESS, SoftThreshold
 
-__all__ = ["decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]
+__all__ = ["budget_shapes", "decompose", "deploy", "ranks", "shrink", "soft_layers", "truncate"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,6 +32,7 @@ def decompose(
     s: float = SHARPNESS,
     unit: str = UNIT,
     targets: Predicate | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> M:
     """Replace every target linear by its factors with a learnable threshold; the outputs do not change.
 
@@ -51,6 +53,9 @@ def decompose(
         `SoftLinear.from_linear`.
     targets : callable, optional
         Selects the layers; see `find_targets`.
+    ranks : mapping, optional
+        Where each threshold starts instead, as from `softlms.allocate`: the outputs become those of the factors cut to
+        these ranks. A layer at full rank stays dense; it is not learned, and counts in the budget.
 
     Returns
     -------
@@ -62,18 +67,33 @@ def decompose(
     ValueError
         The model is decomposed already, its family is unknown, a weight is NaN, infinite, all zeros, shared,
         quantized, offloaded or parametrized, a layer has an adapter or a custom forward, factors or statistics do not
-        fit, or alpha, s or unit is out of range. In that case nothing is changed.
+        fit, alpha, s or unit is out of range, or ranks do not fit or leave all layers whole. In that case nothing is
+        changed.
     """
     linears = linear_targets(model, targets)
     make = _maker(linears, factors, statistics)
     SoftThreshold(alpha, s)  # rejects values out of range
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}.")
-    remember(model, linears)
-    for name, linear in linears.items():
+    whole: list[str] = []
+    if ranks is not None:
+        _check_ranks(linears, ranks)
+        whole = [name for name, linear in linears.items() if ranks[name] == min(linear.weight.shape)]
+        if len(whole) == len(linears):
+            raise ValueError("These ranks leave every layer whole, with no threshold to learn: lower keep.")
+    remember(model, linears, whole)
+    for name in linears.keys() - set(whole):
         f = make(name)
         transposed = isinstance(model.get_submodule(name), Conv1D)
-        soft = SoftLinear.from_linear(linear, (f.U, f.sigma, f.V), alpha=alpha, s=s, unit=unit, transposed=transposed)
+        soft = SoftLinear.from_linear(
+            linears[name],
+            (f.U, f.sigma, f.V),
+            alpha=alpha,
+            s=s,
+            unit=unit,
+            transposed=transposed,
+            rank=None if ranks is None else ranks[name],
+        )
         replace(model, name, soft)
     return model
 
@@ -195,8 +215,9 @@ def deploy(
         nothing is changed.
     """
     layers = soft_layers(model)
-    kept = {name: layer.rank for name, layer in layers.items()}
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    check_gathered(model, "trainer.save_model(folder), then load and deploy it in one process")
+    shapes = budget_shapes(model)
+    kept = {name: layers[name].rank if name in layers else min(shape) for name, shape in shapes.items()}
     if costs is not None:
         costs.check(shapes)
     if keep is None and (count is not None or multiple != 1):
@@ -211,11 +232,11 @@ def deploy(
             raise ValueError(
                 f"keep={keep} of {budget.count} is more than this model keeps ({share:.3f}): it can only be cut."
             )
-        margins = {name: layer.margins().tolist() for name, layer in layers.items()}
+        margins = {name: layers[name].margins().tolist() if name in layers else [] for name in shapes}
         for name, rank in kept.items():
             if multiple < rank < min(shapes[name]):
                 del margins[name][rank // multiple * multiple :]
-        least = {name: min(multiple, rank) for name, rank in kept.items()}
+        least = {name: min(multiple, rank) if name in layers else rank for name, rank in kept.items()}
         kept = refill(costs, least, limit, margins, multiple)
     for name, layer in layers.items():
         dense = costs is not None and costs.keeps_dense(name, kept[name])
@@ -237,6 +258,12 @@ def soft_layers(model: nn.Module) -> dict[str, SoftLinear]:
     if not layers:
         raise ValueError("This model has no soft layers: call softlms.decompose(model) first.")
     return layers
+
+
+def budget_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(m, n) of the layers that a soft model's budget counts: the soft ones, and those left whole."""
+    names = {*soft_layers(model), *left_whole(model)}
+    return {target.name: target.shape for target in find_targets(model, lambda name, module: name in names)}
 
 
 def ranks(model: nn.Module) -> dict[str, int]:

@@ -10,6 +10,7 @@ The schedule follows the paper's successor (STAR-KV, arXiv 2606.08382):
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerState
@@ -25,20 +27,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from softlms.budget import Budget, Costs, count_parameters, refill
+from softlms.budget import Budget, Costs, ParameterCount, count_parameters, refill
 from softlms.distillation import DistillingTrainer
-from softlms.layers import SoftLinear
 from softlms.losses import COMPRESSION_LOSSES
 from softlms.model_card import notes, plain
 from softlms.ranges import check_positive
 from softlms.schedule import BUDGET, SoftSchedule
-from softlms.surgery import soft_layers
+from softlms.sharding import average_gradients, check_parallel, keep_whole, split_groups, start_alike
+from softlms.surgery import budget_shapes, soft_layers
 
 __all__ = ["SoftTrainer"]
 
 logger = logging.get_logger(__name__)
 
 DEADLINE = 0.6  # of the steps
+SMALLEST_MEAN = 1e-30  # no layer may have anything to save
 PACE = 4.0  # thresholds rising together at their rate would meet the budget in 1 / PACE of the time to the deadline
 
 
@@ -66,6 +69,9 @@ class SoftTrainer(DistillingTrainer):
         L_acmp or L_cmp.
     weigh_by_size : bool
         Weight each layer's compression loss by its number of parameters (mean weight 1) instead of equally.
+    weigh_by_saving : bool
+        Weight it by what cutting the layer's next component saves now (mean weight 1): nothing above break-even. Such
+        layers only come down if they start below it, as after ``decompose(model, factors, ranks=...)``.
     deadline : float
         Share of the training steps, above 0 and at most 1. If the budget is not met by then, all thresholds are raised
         together until it is, with a warning, so that the remaining steps can recover. With 1 nothing is forced, and a
@@ -73,14 +79,16 @@ class SoftTrainer(DistillingTrainer):
     distillation : float
         See `DistillingTrainer`.
     **kwargs
-        As for ``transformers.Trainer``: args, train_dataset, data_collator, ... Resuming, logging, mixed precision
-        and ``accelerate launch`` are inherited.
+        As for ``transformers.Trainer``: args, train_dataset, data_collator, ... Resuming, logging, mixed precision,
+        ``accelerate launch``, DDP and FSDP2 are inherited.
 
     Raises
     ------
     ValueError
-        The model is not decomposed, the budget cannot be met, or a setting is out of range. Raised before any work.
-        From `train`: the model was deployed, or the ranks in the resumed checkpoint were fixed for a smaller budget.
+        The model is not decomposed, the budget cannot be met, a setting is out of range, or it would run under
+        DeepSpeed or a form of FSDP that cannot work (see `check_parallel`). Raised before any work.
+        From `train`: the model was deployed, the ranks in the resumed checkpoint were fixed for a smaller budget, or
+        the checkpoint is of a run without FSDP and this one is under it.
     BudgetNotMet
         From `train` with a deadline of 1, if its steps end before the budget is met. The model stays in its soft form.
 
@@ -102,12 +110,14 @@ class SoftTrainer(DistillingTrainer):
         alpha_learning_rate: float | None = None,
         compression_loss: str = "adaptive",
         weigh_by_size: bool = False,
+        weigh_by_saving: bool = False,
         deadline: float = DEADLINE,
         distillation: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.soft_layers = soft_layers(model)
-        self.shapes = {n: (layer.out_features, layer.in_features) for n, layer in self.soft_layers.items()}
+        self.shapes = budget_shapes(model)
+        self.dense_ranks = {name: min(shape) for name, shape in self.shapes.items() if name not in self.soft_layers}
         # stored in a checkpoint to describe its run
         settings = {
             "keep": keep,
@@ -117,6 +127,7 @@ class SoftTrainer(DistillingTrainer):
             "alpha_learning_rate": alpha_learning_rate,
             "compression_loss": compression_loss,
             "weigh_by_size": weigh_by_size,
+            "weigh_by_saving": weigh_by_saving,
             "deadline": deadline,
             "distillation": distillation,
         }
@@ -124,9 +135,14 @@ class SoftTrainer(DistillingTrainer):
         self.budget = Budget(*(self.settings[name] for name in ("keep", "count", "multiple")))
         if costs is not None and PartialState().num_processes > 1:  # each process has measured different costs
             (costs,) = broadcast_object_list([costs])
-        self.costs = self.budget.costs(self.shapes, count_parameters(model, _is_soft), costs)
+        self.costs = self.budget.costs(self.shapes, self.count_parameters(model), costs)
         self.limit = self.budget.limit(self.costs)
         self.settings["costs"] = costs and self.costs.digest
+        if self.costs.of(self.budget.start(self.shapes) | self.dense_ranks) > self.limit:
+            raise ValueError(
+                f"keep={keep} cannot be met: the {len(self.dense_ranks)} layers that decompose(ranks=...) left whole "
+                "are too large for it. Allocate the ranks at this keep."
+            )
         given = {"gamma": gamma, "alpha_learning_rate": alpha_learning_rate}
         check_positive(**{name: value for name, value in given.items() if value is not None})
         if not 0 < deadline <= 1:
@@ -138,8 +154,8 @@ class SoftTrainer(DistillingTrainer):
         self.alpha_learning_rate: float | None = self.settings["alpha_learning_rate"]
         self.deadline: float = self.settings["deadline"]
         self.compression_loss = COMPRESSION_LOSSES[compression_loss]
-        sizes = torch.tensor([float(m * n) for m, n in self.shapes.values()], dtype=torch.float32)
-        self.layer_weights = sizes / sizes.mean() if weigh_by_size else torch.ones_like(sizes)
+        if weigh_by_size and weigh_by_saving:
+            raise ValueError("weigh_by_size and weigh_by_saving are two ways to weigh a layer: choose one.")
         for option in ("optimizers", "model_init"):
             if option in kwargs:
                 raise ValueError(f"{option} cannot be given: SoftTrainer rebuilds its optimizer when alpha is frozen.")
@@ -154,8 +170,13 @@ class SoftTrainer(DistillingTrainer):
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # frozen alpha has no gradient
         super().__init__(model, distillation=distillation, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("SoftTrainer does not run under FSDP or DeepSpeed yet: use one device, or DDP.")
+        check_parallel(self.accelerator.state, fsdp=bool(self.args.fsdp))
+        self.whole: nn.ModuleList | None = None  # under FSDP: what is not sharded
+        if self.is_fsdp_enabled:
+            start_alike(self.accelerator, model)
+            layers = self.soft_layers.values()
+            sigma = nn.ParameterList(layer.sigma for layer in layers)
+            self.whole = keep_whole(self.accelerator, [sigma, *(layer.threshold for layer in layers)])
         self.schedule = SoftSchedule(self)
         self.add_callback(self.schedule)
 
@@ -166,8 +187,12 @@ class SoftTrainer(DistillingTrainer):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Number of live components of each layer by name."""
-        return {name: layer.rank for name, layer in self.soft_layers.items()}
+        """Number of live components of each layer by name; a layer left whole has all."""
+        return {name: self.dense_ranks.get(name) or self.soft_layers[name].rank for name in self.shapes}
+
+    def count_parameters(self, model: nn.Module) -> ParameterCount:
+        """Parameters with the layers that the budget counts as targets."""
+        return count_parameters(model, lambda name, module: name in self.shapes)
 
     def compute_loss(
         self,
@@ -180,8 +205,26 @@ class SoftTrainer(DistillingTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.schedule.frozen_at is None:
             alpha = torch.stack(self.alphas)
-            loss = loss + self.schedule.gamma * self.compression_loss(alpha, self.layer_weights.to(alpha.device))
+            loss = loss + self.schedule.gamma * self.compression_loss(alpha, self.layer_weights().to(alpha))
         return (loss, outputs) if return_outputs else loss
+
+    def layer_weights(self) -> Tensor:
+        """Weights of the soft layers' compression losses, shape (layers,), mean 1 (or all 0)."""
+        weights = [1.0] * len(self.soft_layers)
+        if self.settings["weigh_by_size"]:
+            weights = [float(math.prod(self.shapes[name])) for name in self.soft_layers]
+        if self.settings["weigh_by_saving"]:
+            prices = {name: self.costs.prices[name] for name in self.soft_layers}
+            ranks = self.ranks
+            weights = [price(ranks[name]) - price(max(1, ranks[name] - 1)) for name, price in prices.items()]
+        return torch.tensor(weights) / max(sum(weights) / len(weights), SMALLEST_MEAN)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Trainer; under FSDP also average the gradients that it leaves alone."""
+        loss = super().training_step(*args, **kwargs)
+        if self.whole is not None and self.accelerator.sync_gradients:
+            average_gradients(self.accelerator, self.whole)
+        return loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as in Trainer; if the thresholds are already frozen, only recover."""
@@ -204,6 +247,8 @@ class SoftTrainer(DistillingTrainer):
             alphas = {id(alpha) for alpha in self.alphas}
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in alphas]
+            if self.whole is not None:
+                split_groups(optimizer, self.whole)
             if self.schedule.frozen_at is None:
                 # a derived rate is set with the schedule, when the number of steps is known
                 group = {"params": self.alphas, "lr": self.alpha_learning_rate or 0.0, "weight_decay": 0.0}
@@ -252,15 +297,16 @@ class SoftTrainer(DistillingTrainer):
             pairs = zip(layers, alphas or self.alphas, strict=True)
             live = [(layer.sigma / layer.threshold.unit > alpha).sum() for layer, alpha in pairs]
             ranks = torch.stack(live).clamp(min=1).tolist()
-        return self.costs.of(dict(zip(self.soft_layers, ranks, strict=True)))
+        return self.costs.of(self.dense_ranks | dict(zip(self.soft_layers, ranks, strict=True)))
 
     def _even_rate(self, steps: int) -> float:
-        """The rate at which thresholds rising together from 0 meet the budget in 1 / PACE of the deadline."""
+        """The rate at which thresholds rising together meet the budget in 1 / PACE of the deadline."""
         with torch.no_grad():
-            sigma = torch.cat([layer.sigma / layer.threshold.unit for layer in self.soft_layers.values()])
-        levels, layers = sigma.sort().values.tolist(), len(self.soft_layers)
-        met = bisect_left(range(len(levels)), True, key=lambda i: self.cost([levels[i]] * layers) <= self.limit)
-        return PACE * levels[min(met, len(levels) - 1)] / (self.deadline * steps)
+            alphas = torch.stack(self.alphas)
+            margins = torch.cat([layer.margins() for layer in self.soft_layers.values()])
+        rises = margins.sort().values.tolist()
+        met = bisect_left(range(len(rises)), True, key=lambda i: self.cost([*(alphas + rises[i])]) <= self.limit)
+        return PACE * rises[min(met, len(rises) - 1)] / (self.deadline * steps)
 
     def layer_forms(self) -> dict[str, dict[str, Any]]:
         """Properties of each layer that no tensor stores; a resumed run must match them."""
@@ -276,6 +322,11 @@ class SoftTrainer(DistillingTrainer):
         file = Path(folder or "", TRAINER_STATE_NAME)
         if not folder or not file.is_file():
             return
+        if self.whole is not None and not Path(folder, f"{FSDP_MODEL_NAME}.bin").is_file():
+            raise ValueError(
+                f"{folder} was not saved under FSDP: resume it without fsdp, or train the model that it holds, from "
+                "from_pretrained, as a new run."
+            )
         state = TrainerState.load_from_json(str(file))
         stored = state.stateful_callbacks.get(SoftSchedule.KEY, {})
         before, fixed = stored.get("settings", {}), stored.get("frozen_at")
@@ -314,19 +365,20 @@ class SoftTrainer(DistillingTrainer):
     def fix_ranks(self, **note: Any) -> None:
         """Cut or fill the ranks to the budget permanently; `note` has further entries for the model card."""
         met, multiple = self.cost() <= self.limit, self.budget.multiple
-        start = self.budget.start(self.shapes)
+        start = self.budget.start(self.shapes) | self.dense_ranks
         if met:
             rounded = {name: layer.rank // multiple * multiple for name, layer in self.soft_layers.items()}
-            larger = {name: max(rounded[name], least) for name, least in start.items()}
+            larger = {name: max(rounded.get(name, least), least) for name, least in start.items()}
             start = larger if self.costs.of(larger) <= self.limit else start
         margins = {name: layer.margins(dead=True).tolist() for name, layer in self.soft_layers.items()}
         for name, scores in margins.items():  # sigma that were cut permanently do not come back
             if multiple < len(scores) < min(self.shapes[name]):
                 del scores[len(scores) // multiple * multiple :]
             start[name] = min(start[name], len(scores))
-        for name, rank in refill(self.costs, start, self.limit, margins, multiple).items():
-            self.soft_layers[name].set_rank_(rank)
-            self.soft_layers[name].freeze_()
+        final = refill(self.costs, start, self.limit, margins | {name: [] for name in self.dense_ranks}, multiple)
+        for name, layer in self.soft_layers.items():
+            layer.set_rank_(final[name])
+            layer.freeze_()
         self.schedule.note |= note | {
             "keep": self.budget.keep,
             "count": self.budget.count,
@@ -344,7 +396,7 @@ class SoftTrainer(DistillingTrainer):
         """Log as in Trainer, with the kept share of parameters, the thresholds and gamma besides the loss."""
         if "loss" in logs:
             self.schedule.check_finite(self.state)
-            parameters = count_parameters(self.model, _is_soft)
+            parameters = self.count_parameters(self.model)
             alpha = torch.stack(self.alphas).detach()
             logs |= {
                 "kept_linear": parameters.kept("linear"),
@@ -355,7 +407,3 @@ class SoftTrainer(DistillingTrainer):
             if self.schedule.frozen_at is None:
                 logs["gamma"] = self.schedule.gamma
         super().log(logs, start_time)
-
-
-def _is_soft(name: str, module: nn.Module) -> bool:
-    return isinstance(module, SoftLinear)

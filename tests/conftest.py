@@ -9,8 +9,10 @@ import datasets
 import hypothesis
 import pytest
 import torch
+from folders import soft
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+import softlms
 from softlms.data.encoders import find_encoder
 
 # timings on a shared machine say nothing about the code
@@ -39,11 +41,14 @@ LONG = [
     "export",
     "factorization",
     "figures",
+    "folder_files",
+    "folder_refusals",
     "full_size",
     "gallery",
     "hub",
     "language",
     "language_models",
+    "loading",
     "locale",
     "masks",
     "methods",
@@ -74,43 +79,42 @@ def _seed():
     torch.manual_seed(0)
 
 
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 200,
+    "initializer_range": 0.2,  # singular values of the size that real models have
+}
+
+
 @pytest.fixture
 def tiny_bert():
     """Factory of random BERTs: 2 blocks, hidden 32, in eval mode."""
-
-    def build(**changes):
-        config = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-            "vocab_size": 200,
-            "max_position_embeddings": 64,
-            "num_labels": 2,
-            "initializer_range": 0.2,  # singular values of the size that real models have
-        }
-        return BertForSequenceClassification(BertConfig(**(config | changes))).eval()
-
-    return build
+    return lambda **changes: BertForSequenceClassification(
+        BertConfig(**TINY | {"max_position_embeddings": 64} | changes)
+    ).eval()
 
 
 @pytest.fixture
 def tiny_llama():
     """Factory of random Llamas with a language model's head: 2 blocks, hidden 32, in eval mode."""
+    config = TINY | {"num_key_value_heads": 2}
+    return lambda **changes: LlamaForCausalLM(LlamaConfig(**config | changes)).eval()
 
-    def build(**changes):
-        config = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "vocab_size": 200,
-            "initializer_range": 0.2,
-        }
-        return LlamaForCausalLM(LlamaConfig(**(config | changes))).eval()
 
-    return build
+@pytest.fixture
+def deployed(tiny_bert):
+    """A deployed BERT: other ranks in each layer, the last dense."""
+    return softlms.deploy(soft(tiny_bert()))
+
+
+@pytest.fixture
+def saved(deployed, tmp_path):
+    """The same, saved in the test's folder."""
+    deployed.save_pretrained(tmp_path)
+    return deployed
 
 
 @pytest.fixture
@@ -123,12 +127,21 @@ def tiny_folder(tmp_path_factory):
     """A tiny BERT with MiniLM's tokenizer, saved as a user would have it."""
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("tiny")
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, initializer_range=0.2
-    )
+    config = BertConfig(**TINY | {"vocab_size": 30522})
     BertForSequenceClassification(config).save_pretrained(place)
     find_encoder("minilm").tokenizer().save_pretrained(place)
     return place
+
+
+@pytest.fixture
+def bench(tiny_folder, tmp_path):
+    """The tiny BERT on 48 sentence pairs of each split."""
+    from softlms.data.tasks import TaskData, load_task
+    from softlms.experiments.bench import Bench
+
+    data = load_task("docpairs", "embedded")
+    small = TaskData(data.task, {name: rows.select(range(48)) for name, rows in data.splits.items()}, data.source)
+    return Bench(find_encoder(str(tiny_folder)), small, tmp_path / "runs", max_length=32, note=lambda line: None)
 
 
 @pytest.fixture

@@ -10,8 +10,18 @@ from softlms.architectures import find_targets
 from softlms.budget import Budget, count_parameters, parameter_costs
 from softlms.layers import kept_parameters
 from softlms.lowrank.allocation import ALLOCATIONS, allocate, sensitivity_curves
+from softlms.lowrank.calibration import LayerStatistics
 from softlms.lowrank.factorization import factorize
 from softlms.surgery import truncate
+
+
+def statistics_of(factors):
+    """Random inputs and gradients of each layer."""
+    found = {}
+    for name, f in factors.items():
+        x, g = torch.randn(200, len(f.V)), torch.randn(200, len(f.U))
+        found[name] = LayerStatistics(x.T @ x / 200, x.abs().mean(0), None, g.T @ g / 200)
+    return found
 
 
 def assert_exact(model, ranks, keep, count):
@@ -31,7 +41,8 @@ def test_every_allocation_meets_the_budget_exactly_from_below(tiny_bert, method,
     model = tiny_bert()
     factors = factorize(model)
     curves = {name: [(1, 5 - i / 9), (4, 2.0), (9, 1 + i / 20), (32, 0.5)] for i, name in enumerate(factors)}
-    assert_exact(model, allocate(model, factors, method, keep=keep, count=count, curves=curves), keep, count)
+    known = {"curves": curves, "statistics": statistics_of(factors)}
+    assert_exact(model, allocate(model, factors, method, keep=keep, count=count, **known), keep, count)
 
 
 def cut_offs(method, factors):
@@ -126,6 +137,9 @@ def test_bad_input_is_refused(tiny_bert):
         allocate(model, factors, "best", keep=0.5, count="linear")
     with pytest.raises(ValueError, match="needs curves"):
         allocate(model, factors, "sensitivity", keep=0.5, count="linear")
+    for method in ("cliff", "cliff-kfac"):
+        with pytest.raises(ValueError, match=r"needs statistics=softlms.calibrate\(.*gradient_rows"):
+            allocate(model, factors, method, keep=0.5)
     for method in ALLOCATIONS:
         with pytest.raises(ValueError, match="one component per layer needs"):
             allocate(model, factors, method, keep=0.01, count="linear", curves={})

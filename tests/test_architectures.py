@@ -109,6 +109,7 @@ def test_decomposed_is_dense_and_deployed_is_soft(model, tokens):
     assert_same(logits(model, tokens), soft)
     assert count_parameters(model) == counted
     assert sum(p.numel() for p in model.parameters()) == counted.total  # tied tensors once
+    assert not any(isinstance(m, SoftLinear) for m in model.modules())
     for target in find_targets(model):  # what stays dense is what it was
         if not isinstance(target.module, Ranked):
             assert type(target.module) is kinds[target.name]

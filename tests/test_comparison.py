@@ -5,21 +5,13 @@ import pytest
 import torch
 
 from softlms.data.encoders import find_encoder
-from softlms.data.tasks import TASKS, TaskData, load_task
+from softlms.data.tasks import TASKS, load_task
 from softlms.experiments.bench import Bench
 from softlms.experiments.grid import GRIDS, Grid, Pass, Setting, costs, grid_rows, rank_rows, run_grid, summarize
 from softlms.experiments.profiles import PROFILES
 from softlms.experiments.recipe import Recipe
 from softlms.methods.chain import parse
 from softlms.surgery import truncate
-
-
-@pytest.fixture
-def bench(tiny_folder, tmp_path):
-    data = load_task("docpairs", "embedded")
-    small = TaskData(data.task, {name: rows.select(range(48)) for name, rows in data.splits.items()}, data.source)
-    return Bench(find_encoder(str(tiny_folder)), small, tmp_path / "runs", max_length=32)
-
 
 RECIPE = Recipe(
     dense_epochs=1, epochs=4, batch_size=8, learning_rate=1e-3, alpha_learning_rate=0.1, further_keeps=(0.3,),

@@ -71,7 +71,7 @@ def test_encoder_that_is_nowhere(monkeypatch):
 
 def test_package_that_is_missing(monkeypatch):
     """The rest is not asked: it stands on the packages."""
-    needed = [*metadata.requires("softlms"), 'no-such-package>=2; extra == "notebooks"', 'other; extra == "test"']
+    needed = [*metadata.requires("softlms"), 'no-such-package>=2; extra == "workbook"', 'other; extra == "test"']
     monkeypatch.setattr(metadata, "requires", lambda name: needed)
     (finding,) = examine()
     assert finding.state == "problem" and finding.text.endswith("needed: no-such-package>=2 (missing)")

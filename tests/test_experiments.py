@@ -12,21 +12,12 @@ from safetensors.torch import load_file
 
 from softlms.budget import BudgetNotMet
 from softlms.data.encoders import Encoder, find_encoder
-from softlms.data.tasks import TaskData, load_task
 from softlms.distillation import DistillingTrainer
 from softlms.experiments import bench as experiments
 from softlms.experiments.bench import Bench
 from softlms.experiments.jobs import Job, run_jobs
 from softlms.experiments.recipe import ABSENT, Recipe
 from softlms.machine import use_threads
-
-
-@pytest.fixture
-def bench(tiny_folder, tmp_path):
-    data = load_task("docpairs", "embedded")
-    small = TaskData(data.task, {name: rows.select(range(48)) for name, rows in data.splits.items()}, data.source)
-    return Bench(find_encoder(str(tiny_folder)), small, tmp_path / "runs", max_length=32, note=lambda line: None)
-
 
 RECIPE = Recipe(
     bf16=True,

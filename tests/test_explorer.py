@@ -84,13 +84,7 @@ def test_rank_bars_are_the_mean_ranks():
 def test_speed_explorer_shows_the_runs():
     table = pd.read_csv(LAPTOP / "09_speedup.csv")
     model, batch, threads, text, picture = speed_explorer(table).children
-    shown = table[
-        (table.model == "bert-base")
-        & (table.part == "stack")
-        & (table.phase == "prefill")
-        & (table.batch == 1)
-        & (table.threads == 1)
-    ]
+    shown = table.query("model == 'bert-base' and part == 'stack' and phase == 'prefill' and batch == threads == 1")
     fast = {row.form: f"{row.form} {row.speed_up:.2f} of {row.flop_limit:.2f}" for row in shown.itertuples()}
     assert text.value == (
         f"<b>bert-base, blocks, times as fast as dense: {fast['uniform ranks']}; {fast['trained ranks']}</b>"

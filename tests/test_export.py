@@ -12,10 +12,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from folders import FAMILIES, dense
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
@@ -30,7 +30,6 @@ from softlms.data.encoders import find_encoder
 from softlms.data.inputs import prepared
 from softlms.data.tasks import TASKS
 from softlms.evaluation import METRICS
-from softlms.experiments.language_models import SmallModel
 from softlms.export import export_onnx, onnx_logits
 from softlms.lowrank.basis import change_basis_
 from softlms.lowrank.factorization import factorize_weight
@@ -38,17 +37,11 @@ from softlms.lowrank.masks import MaskedLinear
 from softlms.measure import random_rows
 
 pytest.importorskip("onnxruntime")
-FAMILIES = [("bert", False), ("gpt2", False), ("gpt2", True), ("llama", False), ("mamba", False)]
 
 
 def compressed(tiny_bert, family, split):
     """Some layers thin, some dense."""
-    if family == "bert":
-        model = tiny_bert()
-    else:
-        model = AutoModelForCausalLM.from_config(SmallModel(family, hidden=64, layers=2, vocabulary=300).config).eval()
-    if split:
-        softlms.split_fused(model)
+    model = dense(tiny_bert, family, split)
     return softlms.truncate(model, {t.name: (5, min(t.shape))[i % 2] for i, t in enumerate(find_targets(model))})
 
 
@@ -171,7 +164,7 @@ def test_int8_of_a_score_and_of_tokens_is_said(tiny_bert, tmp_path, caplog):
     score = tiny_bert(num_labels=1, vocab_size=300)
     export_onnx(score, tmp_path / "score.onnx", int8=True, rows=dataset, data_collator=default_data_collator)
     assert re.search(r"int8: logits are \S+% off torch's on 6 rows", said(caplog))
-    language = AutoModelForCausalLM.from_config(SmallModel("gpt2", hidden=64, layers=2, vocabulary=300).config).eval()
+    language = dense(tiny_bert, "gpt2")
     export_onnx(language, tmp_path / "lm.onnx", int8=True, rows=dataset, data_collator=default_data_collator)
     assert "% of 54 cases" in said(caplog)
 

@@ -24,7 +24,8 @@ RECIPE = Recipe(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wiki")
+    folder = tmp_path_factory.mktemp("texts") / "wiki"
+    folder.mkdir()
     sentence = "The {} river runs to the {} sea, and the {} sea is wide.\n"
     colours = ["red", "blue", "green", "white", "black"]
     for i, split in enumerate(("train", "valid", "test")):
@@ -45,7 +46,7 @@ def test_text_is_tokenized_once(folder, tmp_path, monkeypatch):
     text = tokenize_text(folder, 300, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(text.tokenizer)
     assert tokenizer.decode(text.splits["test"]) == (folder / "test.txt").read_text("utf-8")
-    assert text.source == "folder: wiki0" and [p.name for p in tmp_path.iterdir()] == [text.tokenizer.name]
+    assert text.source == "folder: wiki" and [p.name for p in tmp_path.iterdir()] == [text.tokenizer.name]
     monkeypatch.setattr("softlms.experiments.tokenized.train_tokenizer", None)
     again = tokenize_text(folder, 300, tmp_path)
     assert all(np.array_equal(ids, again.splits[split]) for split, ids in text.splits.items())
@@ -76,7 +77,7 @@ def test_every_family_learns_and_is_compressed(folder, tmp_path, family):
         assert all(0.45 < result["kept_linear"] <= 0.5 for result in runs)
         tuned, untuned = (result["scores"]["dev"]["perplexity"] for result in runs)
         assert tuned < untuned
-        assert runs[0]["encoder"].startswith(family) and runs[0]["data"] == "folder: wiki0"
+        assert runs[0]["encoder"].startswith(family) and runs[0]["data"] == "folder: wiki"
         assert len(runs[0]["sample"]) > 20 and runs[0]["prompt"] == dense.result["prompt"]
     assert set(bench.targets()) == set(dense.result["ranks"])
     with pytest.raises(ValueError, match="set distillation=0"):
@@ -111,8 +112,8 @@ def test_a_protocol_is_measured_and_goes_with_the_numbers(folder, tmp_path):
     model, ids = AutoModelForCausalLM.from_pretrained(run.model), bench.text.splits["test"]
     found = measure_perplexity(model, ids, bench.protocol)
     assert run.result["scores"]["test"]["perplexity"] == pytest.approx(found.value, rel=1e-6)
-    assert found.predicted == 67 and run.result["data"] == f"folder: wiki0; {bench.protocol}"
-    assert plain.data.source == "folder: wiki0" and plain.stored("dense", RECIPE, 0) is None
+    assert found.predicted == 67 and run.result["data"] == f"folder: wiki; {bench.protocol}"
+    assert plain.data.source == "folder: wiki" and plain.stored("dense", RECIPE, 0) is None
     for options, message in (
         ({"protocol": Protocol(16, bos=True)}, "The tokenizer has no BOS token"),
         ({"protocol": Protocol(16, tokens=10**6)}, "not 1000000: ask for fewer"),
@@ -169,7 +170,7 @@ def test_a_real_model_stands_beside_the_profiles_own(folder, tmp_path, monkeypat
     options = {"profile": "laptop", "model": "smollm2", "text": str(folder), "checkpoint": str(place)}
     book = open_language_book("07", "llama", **options)
     assert book.bench.data.task.name == "smollm2" and "smollm2" in book.profile.grid.tasks
-    assert book.bench.data.source == f"folder: wiki0; {tiny.protocol}" and book.results == tmp_path / "results/laptop"
+    assert book.bench.data.source == f"folder: wiki; {tiny.protocol}" and book.results == tmp_path / "results/laptop"
     dense, cut = (book.bench.run(m, book.profile.grid.recipe, 0).result for m in ("dense", "whitened+uniform"))
     assert dense["steps"] == 0 and cut["kept_linear"] <= 0.5 and cut["steps"] > 0
     for changes, known in (({"profile": "quick"}, "none"), ({"model": "other"}, "smollm2")):

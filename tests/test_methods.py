@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import IDS, load, outputs
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModel, BertConfig
 
 import softlms
 from softlms.budget import count_parameters
-from softlms.data.encoders import find_encoder
-from softlms.data.tasks import TaskData, load_task
-from softlms.experiments.bench import Bench
 from softlms.experiments.grid import Grid, Pass, Setting, run_grid
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.report import Report
@@ -48,13 +46,6 @@ def registered(monkeypatch, thin):
     registry.methods()
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     return registry.register
-
-
-@pytest.fixture
-def bench(tiny_folder, tmp_path):
-    data = load_task("docpairs", "embedded")
-    small = TaskData(data.task, {name: rows.select(range(48)) for name, rows in data.splits.items()}, data.source)
-    return Bench(find_encoder(str(tiny_folder)), small, tmp_path / "runs", max_length=32, note=lambda line: None)
 
 
 RECIPE = Recipe(
@@ -247,15 +238,6 @@ def with_shared(model):
     return model
 
 
-def ids():
-    return torch.arange(1, 25).reshape(2, 12)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(ids()).logits
-
-
 @pytest.mark.parametrize("change", [with_embedding, with_exits, with_stack, with_shared])
 @pytest.mark.parametrize("linears", [False, True])
 def test_every_kind_of_replacement_comes_back_bit_for_bit(registered, thin, tiny_bert, tmp_path, change, linears):
@@ -267,25 +249,24 @@ def test_every_kind_of_replacement_comes_back_bit_for_bit(registered, thin, tiny
     if linears:
         left = [target.name for target in softlms.find_targets(model)]
         softlms.truncate(model, dict.fromkeys(left, 4))
-    expected, counted = logits(model), count_parameters(model)
+    expected, counted = outputs(model), count_parameters(model)
     model.save_pretrained(tmp_path / "a")
-    again, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a", output_loading_info=True)
+    again, report = load(tmp_path / "a", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert torch.equal(logits(again), expected)
+    assert torch.equal(outputs(again), expected)
     kinds = [[(name, type(module)) for name, module in m.named_modules(remove_duplicate=False)] for m in (again, model)]
     assert kinds[0] == kinds[1]
     assert count_parameters(again) == counted and counted.total_dense == dense.total
     again.save_pretrained(tmp_path / "b")
-    once_more = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
-    assert torch.equal(logits(once_more), expected)
+    once_more = load(tmp_path / "b")
+    assert torch.equal(outputs(once_more), expected)
     state = model.state_dict()
     assert all(torch.equal(values, state[name]) for name, values in once_more.state_dict().items())
     # in the base model alone
     base = AutoModel.from_pretrained(tmp_path / "a")
     assert count_parameters(base).linear == counted.linear
     with torch.no_grad():
-        pooled = [part(ids()).pooler_output for part in (base.eval(), model.bert)]
-    assert torch.equal(*pooled)
+        assert torch.equal(base(IDS).pooler_output, model.bert(IDS).pooler_output)
 
 
 def test_what_several_layers_share_is_stored_once(registered, tiny_bert, tmp_path):
@@ -299,10 +280,10 @@ def test_what_several_layers_share_is_stored_once(registered, tiny_bert, tmp_pat
     single.save_pretrained(tmp_path / "single")
     more = sum(path.stat().st_size for path in (tmp_path / "single").glob("*.safetensors"))
     assert more - stored > 2 * 3 * 32 * 4
-    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    again = load(tmp_path)
     decoders = {id(m.decoder.weight) for m in again.modules() if isinstance(m, Shared)}
     assert len(decoders) == 1
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "single")
+    loaded = load(tmp_path / "single")
     assert len({id(m.decoder.weight) for m in loaded.modules() if isinstance(m, Shared)}) == 3
 
 
@@ -315,7 +296,7 @@ def test_what_no_method_has_registered_is_refused_by_name(registered, tiny_bert,
         patch.setitem(registry._registered, "kinds", Method("kinds", Config, None, (Stack,)))
         model.save_pretrained(tmp_path / "b")
     with pytest.raises(ValueError, match=r"bert\.encoder has the form 'stack', which no registered method knows"):
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
+        load(tmp_path / "b")
 
 
 def test_transformers_without_softlms_stops(registered, thin, tiny_bert, tmp_path):
@@ -341,5 +322,5 @@ def test_configuration_of_a_smaller_model_keeps_the_dense_counts(registered, tin
     model.bert.encoder.layer[0].output.dense.up.bias = nn.Parameter(torch.zeros(32))
     counted = count_parameters(model)
     model.save_pretrained(tmp_path)
-    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    again = load(tmp_path)
     assert count_parameters(again) == counted and isinstance(again.config, BertConfig)

@@ -85,19 +85,6 @@ def stripped(book):
         cell.outputs, cell.execution_count = [], None
 
 
-def stripped_of_outputs(book):
-    for cell in book.cells:
-        cell.outputs = []
-
-
-def reordered(book):
-    book.cells[2].execution_count, book.cells[3].execution_count = 4, 3
-
-
-def a_cell_not_run(book):
-    book.cells[2].execution_count = None
-
-
 def an_exception(book):
     book.cells[2].source += "\nraise RuntimeError('on purpose')"
 
@@ -137,17 +124,12 @@ def test_nbval_finds(checkout, capfd, lane, edit, said):
     assert said in out and " failed" in out  # pytest ran
 
 
-VACUOUS = [
-    ("strict", stripped, "counts are [None, None, None, None, None, None]"),
-    ("strict", stripped_of_outputs, "0 text outputs to compare"),
-    ("strict", reordered, "counts are [1, 2, 4, 3, 5, 6]"),
-    ("lax", a_cell_not_run, "counts are [1, 2, None, 4, 5, 6]"),
-    ("lax", nothing_asserted, "nothing is asserted"),
-]
-
-
-@pytest.mark.parametrize(("lane", "edit", "said"), VACUOUS, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("lane", "edit", "said"),
+    [("strict", stripped, "0 text outputs to compare"), ("lax", nothing_asserted, "nothing is asserted")],
+)
 def test_the_guard_finds_before_anything_runs(checkout, capfd, lane, edit, said):
+    """Each of its rules: test_notebook_lint."""
     change(checkout, edit, lane=lane)
     assert check_notebooks() == 1
     out = capfd.readouterr().out

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import nbformat
@@ -20,6 +21,7 @@ from softlms.workbook.results_page import check_results
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+CORE, EXTRAS = PYPROJECT["project"]["dependencies"], PYPROJECT["project"]["optional-dependencies"]
 PINS = dict(
     line.split("==") for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if line and line[0] != "#"
 )
@@ -29,35 +31,13 @@ def canonical(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def needed():
-    extras = PYPROJECT["project"]["optional-dependencies"]
-    return [
-        *PYPROJECT["project"]["dependencies"],
-        *extras["workbook"],
-        *extras["export"],
-        *extras["mamba"],
-        *extras["smollm2"],
-        *extras["docs"],
-        *extras["browser"],
-        *extras["test"],
-    ]
-
-
 def test_environment_installs_what_pyproject_names():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
     python, pip, pip_section = environment["dependencies"]
     # repo2docker reads "python=3.11", not "python>=3.11", and no pin says that the newest Python has a wheel
     assert f">={python.removeprefix('python=')}" == PYPROJECT["project"]["requires-python"] and pip == "pip"
     assert pip_section["pip"] == ["-c requirements.txt", "-e .[workbook,export,docs,test]"]
-    assert set(PYPROJECT["project"]["optional-dependencies"]) == {
-        "workbook",
-        "export",
-        "mamba",
-        "smollm2",
-        "docs",
-        "browser",
-        "test",
-    }
+    assert set(EXTRAS) == {"workbook", "export", "mamba", "smollm2", "docs", "browser", "test"}
 
 
 def test_binder_gets_the_encoder_that_make_installs():
@@ -90,7 +70,7 @@ def test_every_dependency_is_pinned_within_its_range():
     from packaging.requirements import Requirement
 
     pins = {canonical(name): version for name, version in PINS.items()}
-    for line in needed():
+    for line in chain(CORE, *EXTRAS.values()):
         requirement = Requirement(line)
         assert requirement.specifier.contains(pins[canonical(requirement.name)]), line
     assert pins["torch"] == "2.13.0"
@@ -232,7 +212,7 @@ def imports(statements):
 def packages(modules):
     """What has to be installed for them, as a requirement names it."""
     names = {module.split(".")[0] for module in modules} - {"softlms"} - set(sys.stdlib_module_names)
-    return {canonical(packages_distributions()[name][0]) for name in names}
+    return {canonical(packages_distributions().get(name, [name])[0]) for name in names}  # gguf may not be there
 
 
 def declared(requirements):
@@ -246,15 +226,14 @@ def test_every_import_is_declared():
         ".".join(path.relative_to(folder).with_suffix("").parts): ast.parse(path.read_text("utf-8"))
         for path in folder.rglob("*.py")
     }
-    extras = PYPROJECT["project"]["optional-dependencies"]
-    core, mamba = declared(PYPROJECT["project"]["dependencies"]), declared(extras["mamba"])
+    core, mamba = declared(CORE), declared(EXTRAS["mamba"])
     outer = ("experiments", "workbook")
     library = {name: tree for name, tree in trees.items() if not name.startswith(outer)}
     used = packages(name for tree in trees.values() for name in imports(ast.walk(tree)))
-    beside = {"peft"} & declared(extras["test"])  # imported when a user imports it
-    workbook = core | declared(extras["workbook"])
-    lazily = mamba | declared(extras["export"]) | declared(extras["smollm2"])  # inside the functions that need them
-    assert used <= workbook | lazily | declared(extras["docs"]) | beside
+    beside = {"peft"} & declared(EXTRAS["test"])  # imported when a user imports it
+    workbook = core | declared(EXTRAS["workbook"])
+    lazily = mamba | declared(EXTRAS["export"]) | declared(EXTRAS["smollm2"])  # inside the functions that need them
+    assert used <= workbook | lazily | declared(EXTRAS["docs"]) | beside
     kernel = library.pop("kernels.selective_scan_numba")
     assert packages(imports(ast.walk(kernel))) <= core | mamba
     assert packages(name for tree in library.values() for name in imports(tree.body)) <= core | beside

@@ -91,6 +91,13 @@ def test_a_model_cut_further_stands_beside_the_one_trained_for_it(bench):
     assert report_of(bench, F1).cut_further()["trained for it"].tolist() == ["not run"]
 
 
+def test_rows_say_how_long_they_were_trained_and_on_what_length(bench):
+    rows = report_of(bench, F1).rows
+    trained = rows.recovered & rows.method.ne("dense")
+    assert set(rows[trained].epochs) == {RECIPE.epochs} and set(rows[~trained].epochs) == {0}
+    assert set(rows.max_length) == {bench.max_length}
+
+
 def test_hardware_is_not_mixed_and_budgets_are_filled(bench):
     cells = report_of(bench, F1).cells
     other = cell(bench, "svd+energy", 0, 0.5, hardware="another machine")

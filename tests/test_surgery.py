@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import Trainer, TrainingArguments
 
-from softlms.architectures import ARCHITECTURES, find_targets
+from softlms.architectures import find_targets
 from softlms.budget import count_parameters
 from softlms.fused import split_fused
 from softlms.layers import LowRankLinear, Ranked, SoftLinear
@@ -32,11 +32,6 @@ def test_targets_of_bert_are_the_papers():
         (1, "W_Q"),
     ]
     assert len(found) == 18
-    # every other linear of the model has its reason in the table
-    chosen = {t.name for t in found}
-    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in chosen]
-    reasons = ARCHITECTURES["bert"].left_alone
-    assert all(any(name.endswith(key) for key in reasons) for name in others)
 
 
 @pytest.mark.parametrize("unit", ["raw", "max", "mean"])
@@ -46,18 +41,6 @@ def test_decomposed_model_equals_dense(tiny_bert, tokens, unit, s):
     dense = outputs(model, tokens)
     assert decompose(model, s=s, unit=unit) is model
     torch.testing.assert_close(outputs(model, tokens), dense, rtol=0, atol=1e-5)
-
-
-def test_deployed_model_equals_soft_and_counts_the_same(tiny_bert, tokens):
-    model = decompose(tiny_bert())
-    for i, layer in enumerate(soft_layers(model).values()):
-        layer.set_rank_(1 + 3 * i % 32)
-    soft, counted = outputs(model, tokens), count_parameters(model)
-    deploy(model)
-    torch.testing.assert_close(outputs(model, tokens), soft, rtol=0, atol=1e-5)
-    assert count_parameters(model) == counted
-    assert sum(p.numel() for p in model.parameters()) == counted.total
-    assert not any(isinstance(m, SoftLinear) for m in model.modules())
 
 
 def test_surgery_keeps_training_mode_and_dtype(tiny_bert):
@@ -151,16 +134,6 @@ def test_shared_and_quantized_layers_are_refused(tiny_bert):
     packed = nn.Parameter(torch.ones(32, 32, dtype=torch.int8), requires_grad=False)
     model.get_submodule(name).weight = packed
     with pytest.raises(ValueError, match="is quantized"):
-        decompose(model)
-
-
-def test_a_layer_inside_an_adapter_is_refused(tiny_bert):
-    """PEFT keeps the dense layer as base_layer of its own; left out, the budget would be that of fewer layers."""
-    model = tiny_bert()
-    adapter = torch.nn.Module()
-    adapter.base_layer = model.get_submodule("bert.encoder.layer.0.attention.self.query")
-    model.set_submodule("bert.encoder.layer.0.attention.self.query", adapter)
-    with pytest.raises(ValueError, match=r"layer.0.attention.self.query is wrapped by an adapter.* merge_and_unload"):
         decompose(model)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 __all__ = ["code_behind", "code_of", "library_hash", "not_in_keys"]
 
 PACKAGE = Path(__file__).parents[1]
+PARSING = threading.Lock()  # CPython 3.11 fails if two threads parse at once (python/cpython issue 106905)
 EFFECTS = "on import"  # the name of statements that define no name
 Thing = TypeVar("Thing")
 
@@ -81,7 +83,7 @@ def _is_ours(module: str) -> bool:
 @cache
 def library_hash(package: Path = PACKAGE) -> str:
     """Hash of all code that runs in a package and its subfolders, regardless of the files that hold it."""
-    trees = [_Running().visit(ast.parse(path.read_text("utf-8"))) for path in package.rglob("*.py")]
+    trees = [_Running().visit(_parsed(path)) for path in package.rglob("*.py")]
     return _hash(sorted({ast.dump(statement) for tree in trees for statement in tree.body}))
 
 
@@ -121,12 +123,17 @@ def _is_marked(node: ast.AST) -> bool:
     return any(isinstance(mark, ast.Name) and mark.id == not_in_keys.__name__ for mark in marks)
 
 
+def _parsed(path: Path) -> ast.Module:
+    with PARSING:
+        return ast.parse(path.read_text("utf-8"))
+
+
 class _Module:
     """A module's definitions and its imports from the package, also inside functions and for type checking."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
-        tree = ast.parse(path.read_text("utf-8"))
+        tree = _parsed(path)
         self.imports = self._imports(tree)
         self.definitions = self._definitions(tree)
 

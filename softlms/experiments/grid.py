@@ -207,12 +207,13 @@ GRIDS = {
         TUNED,
     ),
 }
+# at one half of the linears these are the budget, length and epochs of results/public.csv
 GRIDS["paper"] = Grid(
     GRIDS["laptop"].recipe.changed(epochs=3, bf16=False),
     {
         "mrpc": Setting(),
         "rte": Setting(),
-        "sst2": Setting({"epochs": 1}),
+        "sst2": Setting(),
         "cola": Setting(),
         "stsb": Setting(),
     },
@@ -294,8 +295,9 @@ def grid_rows(cells: Iterable[Cell]) -> pd.DataFrame:
     """One tidy row for each score.
 
     Columns: task, method, factorize, allocate, keep, seed (that of the run: one dense model may serve all), recovered,
-    split, metric, value (0 to 1, except perplexity), kept_linear, kept_total, parameters_linear, parameters_total,
-    steps, frozen_at, seconds, hardware, versions, commit, data, encoder.
+    split, metric, value (0 to 1, except perplexity), max_length (tokens per row), epochs (of learning ranks and
+    recovery), kept_linear, kept_total, parameters_linear, parameters_total, steps, frozen_at, seconds, hardware,
+    versions, commit, data, encoder.
     """
     keys = ["task", "keep", "method", "recovered", "seed", "split", "metric"]
     rows = pd.concat(_cell_rows(job, run) for job, run in cells)
@@ -342,14 +344,16 @@ def _cell_rows(job: Job, run: Run) -> pd.DataFrame:
         "allocate": "+".join(link.method.name for link in links),
         "keep": 1.0 if job.method == "dense" else job.recipe.keep,
         "seed": result["seed"],
+        "max_length": job.bench.max_length,
     }
     counts = ("kept_linear", "kept_total", "parameters_linear", "parameters_total", "steps")
     origin = ("seconds", "hardware", "versions", "commit", "data", "encoder")
     facts = {key: result[key] for key in (*counts, *origin)} | {"frozen_at": result.get("frozen_at")}
+    facts["epochs"] = 0 if job.method == "dense" else job.recipe.epochs
     scores = [(bool(job.recipe.epochs) or job.method == "dense", split, s) for split, s in result["scores"].items()]
     if job.recipe.epochs and "untuned" in result:
         scores += [(False, split, values) for split, values in result["untuned"].items()]
-    no_training = {"steps": 0, "seconds": None, "frozen_at": None}
+    no_training = {"epochs": 0, "steps": 0, "seconds": None, "frozen_at": None}
     rows = [
         cell | {"recovered": recovered, "split": split, "metric": metric, "value": value}
         | (facts if recovered else facts | no_training)

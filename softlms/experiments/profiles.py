@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from softlms.data import corpus
 from softlms.experiments.full_size import FULL_SIZE
@@ -16,7 +16,17 @@ from softlms.machine import fast_bf16
 
 __all__ = [
     "ABLATION", "LANGUAGE_PROFILES", "PROFILES", "SPEED_PROFILES", "LanguageProfile", "Profile", "SpeedProfile",
+    "find_profile",
 ]  # fmt: skip
+
+P = TypeVar("P")
+
+
+def find_profile(name: str, profiles: Mapping[str, P]) -> P:
+    """A profile by its name; ValueError for an unknown one."""
+    if name not in profiles:
+        raise ValueError(f"Unknown profile {name!r}; known: {', '.join(profiles)}.")
+    return profiles[name]
 
 
 @dataclass(frozen=True)

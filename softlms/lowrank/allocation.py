@@ -7,6 +7,16 @@ Every allocation here takes components one by one, best score first, until the b
     greedy        the layer with the largest next sigma^2 / (m + n): the most energy per weight
     sensitivity   the layer whose own cut hurts the loss most: ASVD's search (STRS), one cut-off for all
 
+These see only the next component. The following choose all ranks at once so that the sum of the layers' errors is
+least (`softlms.lowrank.cliff`): they know that a cut saves nothing between break-even and full rank. They differ in
+the error:
+
+    cliff               error of the layer's outputs, times the mean squared gradient of the loss there
+    cliff-kfac          the same, with the gradients' covariance in place of their mean square
+    cliff-sensitivity   the loss measured with that layer alone cut
+    cliff-energy        share of the layer's sum of sigma^2 that is cut
+    cliff-greedy        the sum of sigma^2 that is cut
+
 The learned allocations are trainers: `softlms.SoftTrainer` (soft thresholds) and `softlms.MaskTrainer` (masks).
 """
 
@@ -18,20 +28,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor, nn
 
 from softlms.budget import Budget, Costs, count_parameters, refill, uniform_ranks
 from softlms.layers import LowRankLinear
+from softlms.lowrank.calibration import LayerStatistics
+from softlms.lowrank.cliff import least_error_ranks, loss_increase, tail_sums
 from softlms.lowrank.factorization import Factors
 from softlms.modules import replace
 
-__all__ = ["ALLOCATIONS", "allocate", "sensitivity_curves"]
+__all__ = ["ALLOCATIONS", "SEARCHED", "WEIGHTED", "allocate", "sensitivity_curves"]
 
-ALLOCATIONS = ("uniform", "energy", "greedy", "sensitivity")
+PUBLISHED = ("uniform", "energy", "greedy", "sensitivity")
+WEIGHTED = ("cliff", "cliff-kfac")  # need statistics
+SEARCHED = ("sensitivity", "cliff-sensitivity")  # need curves
+ALLOCATIONS = (*PUBLISHED, *WEIGHTED, "cliff-sensitivity", "cliff-energy", "cliff-greedy")
 RATIOS = (0.2, 0.4, 0.6, 0.8)  # kept shares at which a layer's sensitivity is measured, besides one component
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
+Statistics = Mapping[str, LayerStatistics]
 
 
 def allocate(
@@ -42,6 +59,7 @@ def allocate(
     keep: float,
     count: str = "linear",
     curves: Curves | None = None,
+    statistics: Statistics | None = None,
     multiple: int = 1,
     costs: Costs | None = None,
 ) -> dict[str, int]:
@@ -53,11 +71,14 @@ def allocate(
         The dense model. Parameters outside the factored layers count if `count` is "total".
     factors : mapping
         From `softlms.factorize`.
-    method : {"uniform", "energy", "greedy", "sensitivity"}
+    method : str
+        One of `ALLOCATIONS`, listed at the top of this module.
     keep, count, multiple
         See `softlms.Budget`.
     curves : mapping, optional
-        From `sensitivity_curves`; needed by "sensitivity".
+        From `sensitivity_curves`; needed by "sensitivity" and "cliff-sensitivity".
+    statistics : mapping, optional
+        From `softlms.calibrate` with `gradient_rows`; needed by "cliff" and "cliff-kfac".
     costs : Costs, optional
         Of the dense model, from `softlms.count_flops` or `softlms.measure_latency`. Needed if `count` is "flops" or
         "latency". If it counts parameters, layers that would not be faster count as dense.
@@ -71,7 +92,7 @@ def allocate(
     Raises
     ------
     ValueError
-        Unknown method, `curves` missing, or the budget cannot be met.
+        Unknown method, `curves` or `statistics` missing, or the budget cannot be met.
 
     Notes
     -----
@@ -87,8 +108,11 @@ def allocate(
     limit = budget.limit(costs)
     if method == "uniform":
         return uniform_ranks(costs, limit, multiple)
-    if method == "sensitivity" and (curves is None or not shapes.keys() <= curves.keys()):
-        raise ValueError("'sensitivity' needs curves=softlms.sensitivity_curves(model, factors, loss), one per layer.")
+    if method in SEARCHED and (curves is None or not shapes.keys() <= curves.keys()):
+        raise ValueError(f"{method!r} needs curves=softlms.sensitivity_curves(model, factors, loss), one per layer.")
+    if method.startswith("cliff"):
+        errors = {name: _errors(method, name, f, curves, statistics) for name, f in factors.items()}
+        return least_error_ranks(costs, errors, budget.start(shapes), limit, multiple)
     scores: dict[str, Tensor] = {}
     for name, (m, n) in shapes.items():
         energy = factors[name].sigma.double().square().cpu()
@@ -144,6 +168,22 @@ def sensitivity_curves(
         if not np.isfinite([value for _, value in curves[name]]).all():
             raise ValueError(f"The loss with {name} cut is not finite: {curves[name]}.")
     return curves
+
+
+def _errors(
+    method: str, name: str, factors: Factors, curves: Curves | None, statistics: Statistics | None
+) -> NDArray[np.float64]:
+    """Error of a layer at ranks 0 to r, for an allocation that chooses all ranks at once."""
+    energy = factors.sigma.double().square()
+    if method == "cliff-sensitivity":
+        assert curves is not None  # just checked
+        return np.append(_harm(curves[name], len(energy)).numpy(), curves[name][-1][1])
+    if method not in WEIGHTED:
+        return tail_sums(energy / energy.sum() if method == "cliff-energy" else energy)
+    known = (statistics or {}).get(name)
+    if known is None or known.gradient is None:
+        raise ValueError(f"{method!r} needs statistics=softlms.calibrate(model, rows, collator, gradient_rows=...).")
+    return loss_increase(factors, known, kfac=method == "cliff-kfac")
 
 
 def _harm(curve: Sequence[tuple[int, float]], components: int) -> Tensor:

@@ -80,16 +80,17 @@ def factorize_weight(weight: Tensor, method: str = "svd", statistics: LayerStati
 
     Notes
     -----
-    Whitening uses the symmetric square root of G, not its Cholesky factor, and inverts nothing, so a rank-deficient G
-    (fewer tokens than inputs) is no special case. Components whose outputs the calibration never excites come last,
-    with a small positive score, so that all components together still give W.
+    Whitening takes the left singular vectors of W G^(1/2) from W G W^T, the second moments of the outputs. It needs
+    neither a root nor an inverse of G, so a rank-deficient G (fewer tokens than inputs) is no special case. Components
+    whose outputs the calibration never excites come last, with a small positive score, so that all components together
+    still give W.
     """
     check_method(method, ["W"], None if statistics is None else {"W": statistics})
     if method == "svd":
         return Factors(*svd(weight))
     assert statistics is not None  # just checked
     W = weight.detach().double()
-    U, sigma = _basis(W, W @ _input_weights(method, statistics).to(W.device))
+    U, sigma = _completed(W, *_scored(W, method, statistics))
     # W^T U, not the second factor of the weighted SVD: this avoids dividing by the weights of the inputs
     V = W.T @ U / sigma
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -173,20 +174,26 @@ def linear_targets(model: nn.Module, targets: Predicate | None = None) -> dict[s
     return linears
 
 
-def _input_weights(method: str, statistics: LayerStatistics) -> Tensor:
-    """S, shape (n, n), such that the SVD of W S is the factorization."""
+def _scored(W: Tensor, method: str, statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (m, r) and values (r,), r = min(m, n), of W S, with S the weights of the inputs."""
     if method == "whitened":
-        eigenvalues, Q = torch.linalg.eigh(statistics.gram)
-        return (Q * eigenvalues.clamp(min=0).sqrt()) @ Q.T
+        m, n = W.shape
+        # the columns of Q span those of W: at most n x n, not m x m
+        Q, R = torch.linalg.qr(W) if m > n else (None, W)
+        energies, U = torch.linalg.eigh(R @ statistics.gram.to(W.device) @ R.T)
+        U, sigma = U.flip(1), energies.flip(0).clamp(min=0).sqrt()
+        return (U if Q is None else Q @ U), sigma
     if method == "asvd":
-        return torch.diag(statistics.mean_abs.sqrt() + 1e-6)
-    assert statistics.fisher is not None  # checked by the caller
-    return torch.diag(statistics.fisher.sqrt())
+        weights = statistics.mean_abs.sqrt() + 1e-6
+    else:
+        assert statistics.fisher is not None  # checked by the caller
+        weights = statistics.fisher.sqrt()
+    U, sigma, _ = torch.linalg.svd(W * weights.to(W.device), full_matrices=False)
+    return U, sigma
 
 
-def _basis(W: Tensor, weighed: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and values of the weighted W, completed if its rank is lower than that of W."""
-    U, sigma, _ = torch.linalg.svd(weighed, full_matrices=False)
+def _completed(W: Tensor, U: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, completed if the rank of W S is lower than that of W."""
     if not sigma[0] > 0:
         raise ValueError("The statistics of a layer are all zero: the calibration rows never reach it.")
     floor = sigma[0] * 1e-6  # float32's resolution: the order below it is noise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -14,7 +14,7 @@ from softlms.lowrank.factorization import FACTORIZATIONS, Factors, factorize
 from softlms.methods.base import Config, Work
 from softlms.ranges import check_at_least_one, check_positive
 
-__all__ = ["FactorsConfig", "calibration_sample", "check_factors", "factors_of"]
+__all__ = ["FactorsConfig", "calibration_sample", "check_factors", "curvature_of", "factors_of"]
 
 
 def check_factors(name: str) -> None:
@@ -70,6 +70,18 @@ def factors_of(model: PreTrainedModel, factorization: str, rows: int, work: Work
         work.note(f"decomposing with {factorization} factors")
         work.shared[factorization] = factorize(model, factorization, statistics)
     return work.shared[factorization]
+
+
+def curvature_of(model: PreTrainedModel, rows: int, work: Work) -> dict[str, LayerStatistics]:
+    """Inputs from `rows` training rows, and output gradients from a quarter of them."""
+    if "curvature" not in work.shared:
+        known = _statistics(model, rows, work, fisher=False)
+        work.note("measuring how much the loss depends on each layer")
+        fewer = calibration_sample(work, max(1, rows // 4))
+        seen = calibrate(model, fewer, work.collator, rows=len(fewer), gradient_rows=len(fewer))
+        work.shared["curvature"] = {name: replace(known[name], gradient=seen[name].gradient) for name in known}
+    curvature: dict[str, LayerStatistics] = work.shared["curvature"]
+    return curvature
 
 
 def calibration_sample(work: Work, number: int) -> datasets.Dataset:

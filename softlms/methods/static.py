@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,14 @@ from softlms.distillation import DistillingTrainer
 from softlms.evaluation import mean_loss
 from softlms.fused import SplitLinear
 from softlms.layers import LowRankLinear
-from softlms.lowrank.allocation import ALLOCATIONS, allocate, sensitivity_curves
+from softlms.lowrank.allocation import ALLOCATIONS, SEARCHED, WEIGHTED, allocate, sensitivity_curves
 from softlms.lowrank.factorization import Factors
 from softlms.methods.base import Method, Work
-from softlms.methods.factors import FactorsConfig, calibration_sample, factors_of
+from softlms.methods.factors import FactorsConfig, calibration_sample, curvature_of, factors_of
 from softlms.ranges import check_positive
 from softlms.surgery import truncate
 
-__all__ = ["METHODS", "StaticConfig", "recover"]
+__all__ = ["METHODS", "StaticConfig", "recover", "static_ranks"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class StaticConfig(FactorsConfig):
 
     Attributes
     ----------
-    allocation : {"uniform", "energy", "greedy", "sensitivity"}
-        See `softlms.allocate`. Sensitivity uses a quarter of the calibration rows.
+    allocation : str
+        See `softlms.allocate`. Sensitivity and gradients use a quarter of the calibration rows.
     static_learning_rate : float
         Of recovery.
 
@@ -47,19 +48,32 @@ class StaticConfig(FactorsConfig):
         check_positive(most=1, static_learning_rate=self.static_learning_rate)
 
     def unused(self) -> tuple[str, ...]:
-        return () if self.allocation == "sensitivity" else super().unused()
+        return () if self.allocation in (*SEARCHED, *WEIGHTED) else super().unused()
 
 
 def apply(model: PreTrainedModel, config: StaticConfig, work: Work) -> dict[str, Any]:
     """Cut a model to ranks from a rule, and let it recover."""
     factors = factors_of(model, config.factors, config.calibration_rows, work)
-    curves = _curves(model, factors, config, work) if config.allocation == "sensitivity" else None
-    ranks = allocate(
-        model, factors, config.allocation, keep=config.keep, count=config.count, curves=curves, costs=work.costs
-    )
+    ranks = static_ranks(model, factors, config, config.allocation, work)
     truncate(model, ranks, factors, costs=work.costs)
     untuned = work.scores(lambda: model)
     return {"ranks": ranks, "untuned": untuned} | recover(model, config.epochs, config.static_learning_rate, work)
+
+
+def static_ranks(
+    model: PreTrainedModel, factors: Mapping[str, Factors], config: FactorsConfig, allocation: str, work: Work
+) -> dict[str, int]:
+    """Ranks from a rule, after measuring what it needs to know."""
+    return allocate(
+        model,
+        factors,
+        allocation,
+        keep=config.keep,
+        count=config.count,
+        curves=_curves(model, factors, config, work) if allocation in SEARCHED else None,
+        statistics=curvature_of(model, config.calibration_rows, work) if allocation in WEIGHTED else None,
+        costs=work.costs,
+    )
 
 
 def recover(
@@ -81,7 +95,7 @@ def recover(
     return {"steps": spent, "history": history}
 
 
-def _curves(model: PreTrainedModel, factors: dict[str, Factors], config: StaticConfig, work: Work) -> Any:
+def _curves(model: PreTrainedModel, factors: Mapping[str, Factors], config: FactorsConfig, work: Work) -> Any:
     """Sensitivity curves, shared like the factors."""
     name = f"{config.factors}: curves"
     if name not in work.shared:

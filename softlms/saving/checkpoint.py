@@ -37,6 +37,7 @@ from softlms.model_card import class_name, is_ours, notes, write_card
 from softlms.modules import Replacement
 from softlms.origin import DENSE, METHOD, SoftLMsConfig, is_marked, mark, note_dense
 from softlms.saving.loading import SoftLMsQuantizer, digest, put_in, sha256, share, verify
+from softlms.sharding import check_gathered, is_sharded
 
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "describe", "save", "unmarked", "upload", "verify"]
 
@@ -80,6 +81,8 @@ def save(original: Any, model: PreTrainedModel, options: dict[str, Any]) -> None
     push, state = options.pop("push_to_hub", False), options.pop("state_dict", None)
     hub = {name: options.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in options}
     _check(model, options, pushed_state=push and state is not None)
+    if state is None:
+        check_gathered(model, "save it with trainer.save_model(folder), called by every process")
     config, layers = model.config, describe(model)
     shared = _shared(model, layers)
     markers = _check_rebuilds(model, layers, shared)
@@ -149,7 +152,7 @@ def _check(model: PreTrainedModel, options: dict[str, Any], *, pushed_state: boo
     for name, values in model.state_dict().items():
         if values.is_meta:
             raise ValueError("The model is offloaded: load it without device_map to save it.")
-        if is_traceable_wrapper_subclass(values) and not hasattr(values, "full_tensor"):
+        if not is_sharded(values) and is_traceable_wrapper_subclass(values):
             raise ValueError(
                 f"{name} is quantized ({type(values).__name__}): save it unquantized, and quantize after loading."
             )

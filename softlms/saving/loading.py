@@ -254,7 +254,8 @@ def _recall_dense(model: PreTrainedModel, description: dict[str, Any], layers: C
 
     parameters = {place: size for name, size in saved["parameters"].items() if (place := here(name))}
     if "dense" in description:
-        known["linears"] = [place for name in saved["linears"] if (place := here(name))]
+        for kind in ("linears", "whole"):
+            known[kind] = [place for name in saved.get(kind, []) if (place := here(name))]
     elif parameters:
         inside = tuple(f"{name}." for name in layers)
         parameters |= {name: size for name, size in known["parameters"].items() if name.startswith(inside)}

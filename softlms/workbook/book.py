@@ -19,7 +19,7 @@ from softlms.experiments.bench import Bench
 from softlms.experiments.grid import Setting
 from softlms.experiments.jobs import be_quiet
 from softlms.experiments.language_models import FAMILIES, LanguageBench
-from softlms.experiments.profiles import LANGUAGE_PROFILES, PROFILES, SPEED_PROFILES
+from softlms.experiments.profiles import LANGUAGE_PROFILES, PROFILES, SPEED_PROFILES, find_profile
 from softlms.experiments.provenance import commit
 from softlms.experiments.report import Report
 from softlms.experiments.tokenized import tokenize_text
@@ -156,9 +156,7 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
     -----
     It changes settings of the whole kernel; see `make_book`.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
-    chosen = PROFILES[profile]
+    chosen = find_profile(profile, PROFILES)
     source = data or (os.environ.get(DATA_VARIABLE, "") if chosen.data == "hub" else "") or chosen.data
     runs = project_root() / "runs"
     task = load_task(chosen.task, source)
@@ -221,9 +219,7 @@ def open_language_book(
     -----
     It changes settings of the whole kernel; see `make_book`.
     """
-    if profile not in LANGUAGE_PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(LANGUAGE_PROFILES)}.")
-    chosen = LANGUAGE_PROFILES[profile]
+    chosen = find_profile(profile, LANGUAGE_PROFILES)
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}; known: {', '.join(FAMILIES)}.")
     if model and (model not in chosen.beside or family not in chosen.beside[model].models):
@@ -263,6 +259,4 @@ def open_speed_book(name: str, *, profile: str) -> Book:
     ValueError
         Unknown profile.
     """
-    if profile not in SPEED_PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(SPEED_PROFILES)}.")
-    return make_book(name, SPEED_PROFILES[profile], None, "")
+    return make_book(name, find_profile(profile, SPEED_PROFILES), None, "")

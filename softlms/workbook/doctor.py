@@ -87,9 +87,7 @@ def _packages() -> Finding:
         return Finding("packages", "problem", f"{python}; softlms itself is not installed", INSTALL)
     wrong = []
     for requirement in needed:
-        if any(
-            requirement.marker is None or requirement.marker.evaluate({"extra": x}) for x in ("notebooks", "export")
-        ):
+        if any(requirement.marker is None or requirement.marker.evaluate({"extra": x}) for x in ("workbook", "export")):
             found = _version(requirement.name)
             if found is None or not requirement.specifier.contains(found, prereleases=True):
                 wrong.append(f"{requirement.name}{requirement.specifier} ({found or 'missing'})")

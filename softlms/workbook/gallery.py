@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 
 import softlms
-from softlms.experiments.profiles import PROFILES
+from softlms.experiments.profiles import PROFILES, find_profile
 from softlms.files import whole_file
 from softlms.workbook.plots.drawing import check_drawing
 from softlms.workbook.registry import project_root
@@ -98,8 +98,7 @@ def write_pages(docs: Path, profile: str) -> None:
     FileNotFoundError
         No figure of this profile.
     """
-    if profile not in PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
+    find_profile(profile, PROFILES)
     root = docs.parent
     chapters = _read_chapters(root, profile)
     pages = {f"notebooks/{chapter.source.name}": _notebook(chapter, root) for chapter in chapters}

@@ -93,10 +93,7 @@ def _vacuity(code: list[Cell], check: str) -> Iterator[str]:
 
 
 def _asserts(cell: Cell) -> bool:
-    try:
-        statements: list[ast.stmt] = ast.parse(_text(cell["source"])).body
-    except SyntaxError:
-        return False
+    statements = _statements(cell) or []
     certain: list[ast.stmt] = []  # an assert in a branch, a function or a try may never run
     while statements:
         statement = statements.pop()
@@ -123,14 +120,11 @@ def _tags(cell: Cell) -> Iterator[str]:
 
 
 def _plain_python(cell: Cell) -> Iterator[str]:
-    source = _text(cell["source"])
-    if re.search(r"#\s*(NBVAL_|PYTEST_VALIDATE)", source):
+    if re.search(r"#\s*(NBVAL_|PYTEST_VALIDATE)", _text(cell["source"])):
         yield "a comment for nbval alone; use the tags"
-    try:
-        ast.parse(source)
-    except SyntaxError:
+    if (statements := _statements(cell)) is None:
         yield "not plain Python (a %magic or !shell line?): nbval-lax passes an unknown magic"
-    for node in _nodes(cell):
+    for node in (node for statement in statements or () for node in ast.walk(statement)):
         name = ast.unparse(node) if isinstance(node, (ast.Name, ast.Attribute)) else ""
         if name in EXITS or name in ("sys.exit", "os._exit"):
             yield f"{name}: papermill takes it for success"
@@ -167,11 +161,12 @@ def _tags_of(cell: Cell) -> set[str]:
     return set(cell["metadata"].get("tags", []))
 
 
-def _nodes(cell: Cell) -> Iterator[ast.AST]:
+def _statements(cell: Cell) -> list[ast.stmt] | None:
+    """None if it is not plain Python."""
     try:
-        yield from ast.walk(ast.parse(_text(cell["source"])))
+        return ast.parse(_text(cell["source"])).body
     except SyntaxError:
-        return
+        return None
 
 
 def _text(lines: str | list[str]) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from softlms.data.hub import is_hub
-from softlms.experiments.profiles import PROFILES
+from softlms.experiments.profiles import PROFILES, find_profile
 from softlms.files import check_writable, remove_leftovers
 from softlms.workbook.book import DATA_VARIABLE
 from softlms.workbook.parameters import assign_parameters, split_assignments
@@ -220,8 +220,7 @@ def _run(
 
 
 def _open(profile: str, names: Sequence[str]) -> tuple[Folders, list[Path]]:
-    if profile not in PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
+    find_profile(profile, PROFILES)
     root = project_root()
     return Folders(root, profile), choose_notebooks(root / "notebooks", names)
 

@@ -132,7 +132,9 @@ def check_notebooks(names: Sequence[str] = ()) -> int:
     registry = read_complete_registry(root)
     rounds: dict[tuple[bool, str], list[str]] = {}
     faults = []
-    for path in choose_notebooks(root / "notebooks", names):
+    chosen = choose_notebooks(root / "notebooks", names)
+    longest_first = sorted(chosen, key=lambda path: -registry[path.stem].typical_seconds("quick"))
+    for path in longest_first:
         name, notebook = path.stem, registry[path.stem]
         rounds.setdefault((notebook.follows_others, notebook.lane), []).append(str(path))
         book = json.loads(path.read_text("utf-8"))

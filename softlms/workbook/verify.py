@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from softlms.experiments.profiles import PROFILES
+from softlms.experiments.profiles import PROFILES, find_profile
 from softlms.workbook.claims import (
     DIFFERS,
     NOT_COMPARABLE,
@@ -56,8 +56,7 @@ def verify(
         Unknown profile, malformed claims or markers, or no checkout.
     """
     console = console or Console()
-    if profile not in PROFILES:
-        raise ValueError(f"Unknown profile {profile!r}; known: {', '.join(PROFILES)}.")
+    find_profile(profile, PROFILES)
     root = root or project_root()
     results = root / "results"
     judged = [judge(claim, results, profile) for claim in load_claims(results / "claims.toml")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from typing import Any
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -33,22 +35,17 @@ def threshold_explorer(sigma: Tensor, shape: tuple[int, int], *, alpha: float = 
     """
     alphas = widgets.FloatSlider(alpha, min=0, max=round(float(sigma[0]), 2), step=0.01, description="alpha")
     sharpness = widgets.FloatLogSlider(s, base=10, min=-1, max=3, step=0.05, description="s")
-    text, picture = _display()
 
-    def redraw(change: object = None) -> None:
-        text.value = f"<b>{describe_cut(sigma, shape, alphas.value)}</b>"
+    def draw(alpha: float, s: float) -> tuple[str, Figure]:
         fig, (left, right) = figure(1, 2)
-        draw_cut(left, sigma, shape, alphas.value, sharpness.value)
+        draw_cut(left, sigma, shape, alpha, s)
         grid = torch.linspace(0, float(sigma[0]), 400)
-        right.plot(grid, soft_threshold(grid, alphas.value, sharpness.value), color=PALETTE["adaptive"])
+        right.plot(grid, soft_threshold(grid, alpha, s), color=PALETTE["adaptive"])
         right.plot(grid, grid, color="0.6", linestyle=":")
         right.set(xlabel=r"$\sigma$", ylabel=r"$T(\sigma; \alpha, s)$")
-        picture.value = _png(fig)
+        return describe_cut(sigma, shape, alpha), fig
 
-    alphas.observe(redraw, names="value")
-    sharpness.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([alphas, sharpness, text, picture])
+    return _explorer(draw, alpha=alphas, s=sharpness)
 
 
 def rank_explorer(rows: pd.DataFrame, ranks: pd.DataFrame, *, method: str = "whitened+soft") -> widgets.VBox:
@@ -69,30 +66,22 @@ def rank_explorer(rows: pd.DataFrame, ranks: pd.DataFrame, *, method: str = "whi
     methods = sorted(ranks.method.unique())
     if method not in methods:
         raise ValueError(f"There are no ranks of {method!r}; known: {', '.join(methods)}.")
-    tasks = widgets.Dropdown(options=list(ranks.task.unique()), description="task")
-    chosen = widgets.Dropdown(options=methods, value=method, description="method")
-    budget = widgets.SelectionSlider(options=_keeps(ranks), value=max(ranks.keep), description="kept")
-    text, picture = _display()
+    keeps = sorted(ranks.keep.unique())
+    budgets = [(f"{keep:.0%}", keep) for keep in keeps]
 
-    def redraw(change: object = None) -> None:
-        run = ranks[(ranks.task == tasks.value) & (ranks.method == chosen.value)]
-        if budget.value not in set(run.keep):
-            text.value = f"{chosen.value} was not run at {budget.label} on {tasks.value}."
-            picture.value = b""
-            return
-        text.value = f"<b>{describe_budget(rows, tasks.value, chosen.value, budget.value)}</b>"
+    def draw(task: str, method: str, keep: float) -> tuple[str, Figure | None]:
+        if keep not in set(ranks[(ranks.task == task) & (ranks.method == method)].keep):
+            return f"{method} was not run at {keep:.0%} on {task}.", None
         fig, ax = figure(height=2.8)
-        draw_rank_bars(ax, ranks, tasks.value, chosen.value, budget.value)
-        picture.value = _png(fig)
+        draw_rank_bars(ax, ranks, task, method, keep)
+        return describe_budget(rows, task, method, keep), fig
 
-    for widget in (tasks, chosen, budget):
-        widget.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([tasks, chosen, budget, text, picture])
-
-
-def _keeps(ranks: pd.DataFrame) -> list[tuple[str, float]]:
-    return [(f"{keep:.0%}", keep) for keep in sorted(ranks.keep.unique())]
+    return _explorer(
+        draw,
+        task=widgets.Dropdown(options=list(ranks.task.unique()), description="task"),
+        method=widgets.Dropdown(options=methods, value=method, description="method"),
+        keep=widgets.SelectionSlider(options=budgets, value=keeps[-1], description="kept"),
+    )
 
 
 def speed_explorer(table: pd.DataFrame) -> widgets.VBox:
@@ -107,27 +96,29 @@ def speed_explorer(table: pd.DataFrame) -> widgets.VBox:
         name: widgets.Dropdown(options=list(dict.fromkeys(table[name])), description=said)
         for name, said in (("model", "model"), ("batch", "rows"), ("threads", "threads"))
     }
-    text, picture = _display()
 
-    def redraw(change: object = None) -> None:
-        case = {name: choice.value for name, choice in choices.items()}
-        text.value = f"<b>{describe_speed(table, **case)}</b>"
+    def draw(**case: Any) -> tuple[str, Figure]:
         fig, ax = figure(height=2.8)
         draw_speed_bars(ax, table, **case)
-        picture.value = _png(fig)
+        return describe_speed(table, **case), fig
 
-    for choice in choices.values():
-        choice.observe(redraw, names="value")
+    return _explorer(draw, **choices)
+
+
+def _explorer(draw: Callable[..., tuple[str, Figure | None]], **controls: widgets.Widget) -> widgets.VBox:
+    """Widgets over a text and a picture, which `draw` makes from their values whenever one of these changes."""
+    text, picture = widgets.HTML(), widgets.Image(format="png")  # no Output: batch runners without widget state fail
+
+    def redraw(change: object = None) -> None:
+        said, fig = draw(**{name: control.value for name, control in controls.items()})
+        text.value = f"<b>{said}</b>" if fig else said
+        png = io.BytesIO()
+        if fig:
+            fig.savefig(png, dpi=120)
+            plt.close(fig)
+        picture.value = png.getvalue()
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
     redraw()
-    return widgets.VBox([*choices.values(), text, picture])
-
-
-def _display() -> tuple[widgets.HTML, widgets.Image]:
-    return widgets.HTML(), widgets.Image(format="png")  # no Output: batch runners without widget state fail on it
-
-
-def _png(fig: Figure) -> bytes:
-    png = io.BytesIO()
-    fig.savefig(png, dpi=120)
-    plt.close(fig)
-    return png.getvalue()
+    return widgets.VBox([*controls.values(), text, picture])
