@@ -87,7 +87,16 @@ def test_the_command_leaves_a_model_that_predicts_as_it_says(text, tmp_path, cap
     assert not (tmp_path / "small.partial").exists()
 
 
-@pytest.mark.parametrize("changes", [{"method": "uniform"}, {"method": "mask", "epochs": 6}, {"distillation": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "uniform"},
+        {"method": "sensitivity", "epochs": 1},
+        {"method": "cliff-soft"},
+        {"method": "mask", "epochs": 6},
+        {"distillation": 0},
+    ],
+)
 def test_other_methods_and_no_teacher(llama, text, tmp_path, monkeypatch, changes):
     """The steps are those of the epochs, also if each is made of several passes and some are a search's."""
     outcomes = []
