@@ -1,7 +1,7 @@
 import pytest
 
 from softlms.data import corpus
-from softlms.data.text import load_text, source_of
+from softlms.data.text import find_splits, load_text, source_of
 from softlms.experiments.tokenized import tokenize_text
 
 
@@ -14,6 +14,17 @@ def test_text_folder_in_wikitexts_layout(tmp_path):
     write(tmp_path, train=" = Title = \n a <unk> b\n", valid="v\n", test="t\n")
     assert load_text(tmp_path) == {"train": " = Title = \n a <unk> b\n", "validation": "v\n", "test": "t\n"}
     assert load_text(tmp_path, splits=("test",)) == {"test": "t\n"}
+
+
+def test_splits_of_a_source(tmp_path):
+    assert find_splits("hub") == find_splits("embedded") == ("train", "validation", "test")
+    assert find_splits(tmp_path) == ()
+    (tmp_path / "input.txt").write_text("one file", "utf-8")
+    assert find_splits(tmp_path) == ("train", "validation", "test")
+    write(tmp_path, test="t", valid="v")
+    assert find_splits(tmp_path) == ("validation", "test")
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
+        find_splits(tmp_path / "nowhere")
 
 
 def test_other_file_names(tmp_path):

@@ -56,6 +56,8 @@ class Work:
         Costs of the dense model, if they were measured.
     score : callable, optional
         ``score(model)`` returns metrics on rows that may be used for choices. If None, no model is scored.
+    batch_size : int
+        Rows in a pass that computes the loss alone.
     note : callable
         Receives one line of progress.
     shared : dict
@@ -71,6 +73,7 @@ class Work:
     teacher: PreTrainedModel | None = None
     costs: Costs | None = None
     score: Callable[[PreTrainedModel], dict[str, Any]] | None = None
+    batch_size: int = 64
     note: Callable[[str], None] = lambda line: None
     shared: dict[str, Any] = field(default_factory=dict)
 

@@ -100,7 +100,9 @@ def _curves(model: PreTrainedModel, factors: Mapping[str, Factors], config: Fact
     name = f"{config.factors}: curves"
     if name not in work.shared:
         rows = calibration_sample(work, max(1, config.calibration_rows // 4))
-        work.shared[name] = sensitivity_curves(model, factors, lambda: mean_loss(model, rows, work.collator))
+        work.shared[name] = sensitivity_curves(
+            model, factors, lambda: mean_loss(model, rows, work.collator, work.batch_size)
+        )
     return work.shared[name]
 
 

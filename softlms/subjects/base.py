@@ -82,7 +82,7 @@ class Subject(ABC):
 
     @abstractmethod
     def teaching(self, dense: PreTrainedModel) -> dict[str, Any]:
-        """Rows and teacher for `softlms.methods.base.Work`, with the dense model's logits if they are distilled."""
+        """What `softlms.methods.base.Work` says of rows and teacher: if distilled, logits of the dense model."""
 
     @abstractmethod
     def fitted(self, model: PreTrainedModel, work: Path, note: Callable[[str], None]) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from softlms.subjects.settings import Compression
 
 __all__ = ["LanguageModel"]
 
-PASS = 1024  # tokens in a forward pass of training, unless a row is longer: logits of 49152 words take 200 MB
+PASS = 512  # tokens in a forward pass of training, unless a row is longer: logits of 49152 words take 100 MB
 
 
 class LanguageModel(Subject):
@@ -94,11 +94,12 @@ class LanguageModel(Subject):
         return f"{score:.2f}"
 
     def teaching(self, dense: PreTrainedModel) -> dict[str, Any]:
+        given = {"rows": self.train, "batch_size": self.options["batch_size"]}
         if not self.settings.distillation:
-            return {"rows": self.train}
+            return given
         teacher = copy.deepcopy(dense).requires_grad_(False)
         teacher.config.use_cache = False  # for generation only
-        return {"rows": self.train, "teacher": teacher}
+        return given | {"teacher": teacher}
 
 
 def _passes(batch_size: int, length: int) -> dict[str, int]:
