@@ -9,9 +9,8 @@ READY := $(VENV)/.ready
 .PHONY: figures gallery check test test-slow test-browser lab lint verify benchmark smollm2 clean
 
 # quick: two notebooks at a time, a core each; larger profiles measure speed, and use the cores within a notebook
-figures: export LOKY_MAX_CPU_COUNT := $(if $(filter quick,$(PROFILE)),1,$(LOKY_MAX_CPU_COUNT))
 figures: $(READY)
-	$(BIN)/softlms figures --resume --profile $(PROFILE) $(if $(filter quick,$(PROFILE)),-j 2)
+	$(if $(filter quick,$(PROFILE)),LOKY_MAX_CPU_COUNT=1 )$(BIN)/softlms figures --resume --profile $(PROFILE)$(if $(filter quick,$(PROFILE)), -j 2)
 
 # the site, with the committed figures and notebooks: open site/index.html
 gallery: $(READY)
