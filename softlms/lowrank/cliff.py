@@ -35,10 +35,10 @@ def tail_sums(energy: Tensor) -> Curve:
 def loss_increase(factors: Factors, statistics: LayerStatistics, *, kfac: bool = False) -> Curve:
     """How much the loss grows, to second order, if a layer is cut to each rank: shape (r + 1,), up to a factor.
 
-    With E_r the error of the weight at rank r, x the layer's input and g the gradient of the loss in its output:
+    With D the error of the weight at rank r, x the layer's input and g the gradient of the loss in its output::
 
-        mean square of g  x  E |E_r x|^2             by default
-        tr(G E_r X E_r^T),  G = E g g^T, X = E x x^T   with `kfac` (Kronecker-factored curvature, arXiv 1503.05671)
+        mean(g^2) mean(|D x|^2)                            by default
+        tr(G D X D^T),  G = mean(g g^T), X = mean(x x^T)   with kfac (Kronecker-factored curvature, arXiv 1503.05671)
 
     Parameters
     ----------
