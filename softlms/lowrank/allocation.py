@@ -1,6 +1,6 @@
 """Axis 2 of a low-rank method: how many components each layer keeps.
 
-Every allocation here takes components one by one, best score first, until the budget is full. The next component is of:
+The first take components one by one, best score first, until the budget is full. The next component is of:
 
     uniform       the layer with the smallest kept share: the same keep ratio in each ("static")
     energy        the layer with the smallest kept share of its sum of sigma^2: one cut-off tau for all
