@@ -87,6 +87,24 @@ def test_no_descent_finds_a_lower_activation_error_than_whitening(tokens):
     assert ours == pytest.approx((factors.sigma[rank:].square().sum() * len(x)).sqrt().item(), rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokens", [200, 6])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_whitening_is_the_svd_of_the_outputs_also_with_massive_inputs(shape, tokens, offset):
+    """One channel is a thousand times the others, or all are far from zero in a direction that the weight ignores."""
+    x, W = torch.randn(tokens, shape[1], dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    if offset:
+        W -= W.mean(1, keepdim=True)
+        x += offset
+    else:
+        x[:, 0] *= 1e3
+    factors = factorize_weight(W, "whitened", LayerStatistics(x.T @ x / tokens, x.abs().mean(0)))
+    energy = torch.linalg.svdvals(x @ W.T).square()
+    for rank in range(1, min(shape) + 1):
+        error = ((W - cut(factors, rank)) @ x.T).square().sum()
+        assert error <= energy[rank:].sum() + 1e-9 * energy.sum()
+
+
 @given(rank=st.integers(1, 9), seed=st.integers(0, 50), tokens=st.integers(1, 40))
 def test_whitening_beats_the_others_on_activations_and_svd_on_weights(rank, seed, tokens):
     x, known = statistics(10, tokens, seed)
