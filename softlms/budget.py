@@ -275,7 +275,10 @@ class Budget:
                     why = f"embeddings, biases, norms and head alone are {costs.rest:,} parameters, and {why}"
                 of, linear = f"{self.count} ({whole:,} parameters)", int(whole - costs.rest)
             else:
-                why = f"everything but the target linears takes {costs.rest / whole:.0%} of it"
+                why = (
+                    f"everything but the target linears takes {costs.rest / whole:.0%} of it, and these at the "
+                    f"smallest ranks {least / whole:.0%}"
+                )
                 of, linear = self.count, 0
             raise ValueError(
                 f"keep={self.keep} of {of} cannot be met: {why}. "

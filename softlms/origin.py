@@ -81,7 +81,7 @@ def mark(model: nn.Module) -> None:
         config.quantization_config = SoftLMsConfig(attention=attention, registered=registered).to_dict()
 
 
-def remember(model: nn.Module, layers: Iterable[str] = (), whole: Iterable[str] = ()) -> None:
+def remember(model: nn.Module, layers: Iterable[str] = (), whole: Iterable[str] | None = None) -> None:
     """Mark a model before its first change, and record the parameters of the dense model.
 
     Parameters
@@ -91,14 +91,15 @@ def remember(model: nn.Module, layers: Iterable[str] = (), whole: Iterable[str] 
         them are weights of target linears.
     layers : iterable of str
         Target linears that are not in the family's table.
-    whole : iterable of str
-        Those that stay as they are, and count in a budget all the same.
+    whole : iterable of str, optional
+        Those that stay as they are, and count in a budget all the same; by default the ones recorded before.
     """
     mark(model)
     note_dense(model)
     linears = vars(model)[DENSE]["linears"]
     linears += sorted(set(layers) - set(linears))
-    vars(model)[DENSE]["whole"] = [*whole]
+    if whole is not None:
+        vars(model)[DENSE]["whole"] = [*whole]
 
 
 def note_dense(model: nn.Module) -> None:

@@ -82,11 +82,13 @@ def decompose(
         if len(whole) == len(linears):
             raise ValueError("These ranks leave every layer whole, with no threshold to learn: lower keep.")
     remember(model, linears, whole)
-    for name in linears.keys() - set(whole):
+    for name, linear in linears.items():
+        if name in whole:
+            continue
         f = make(name)
         transposed = isinstance(model.get_submodule(name), Conv1D)
         soft = SoftLinear.from_linear(
-            linears[name],
+            linear,
             (f.U, f.sigma, f.V),
             alpha=alpha,
             s=s,

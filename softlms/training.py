@@ -70,8 +70,8 @@ class SoftTrainer(DistillingTrainer):
     weigh_by_size : bool
         Weight each layer's compression loss by its number of parameters (mean weight 1) instead of equally.
     weigh_by_saving : bool
-        Weight it by what cutting the layer's next component saves now (mean weight 1): nothing above break-even. Such
-        layers only come down if they start below it, as after ``decompose(model, factors, ranks=...)``.
+        Weight it by what cutting the layer's next component saves now (mean weight 1): nothing above break-even. For
+        thresholds that start below it, as after ``decompose(model, factors, ranks=...)``.
     deadline : float
         Share of the training steps, above 0 and at most 1. If the budget is not met by then, all thresholds are raised
         together until it is, with a warning, so that the remaining steps can recover. With 1 nothing is forced, and a
@@ -156,6 +156,11 @@ class SoftTrainer(DistillingTrainer):
         self.compression_loss = COMPRESSION_LOSSES[compression_loss]
         if weigh_by_size and weigh_by_saving:
             raise ValueError("weigh_by_size and weigh_by_saving are two ways to weigh a layer: choose one.")
+        if weigh_by_saving and self.cost() > self.limit and not self.layer_weights().any():
+            raise ValueError(
+                "weigh_by_saving pushes no layer that is above break-even, and all are: start lower, with "
+                "decompose(model, factors, ranks=...)."
+            )
         for option in ("optimizers", "model_init"):
             if option in kwargs:
                 raise ValueError(f"{option} cannot be given: SoftTrainer rebuilds its optimizer when alpha is frozen.")

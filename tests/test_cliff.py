@@ -1,6 +1,7 @@
 """Ranks chosen all at once: against brute force, and against what they are meant to know."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softlms.budget import Budget, parameter_costs
+from softlms.budget import Budget, Costs, parameter_costs
 from softlms.layers import kept_parameters
 from softlms.lowrank.calibration import LayerStatistics
 from softlms.lowrank.cliff import least_error_ranks, loss_increase, tail_sums
@@ -69,6 +70,29 @@ def test_most_layers_stay_whole_where_uniform_ranks_cut_all():
     ranks = least_error_ranks(costs, errors, budget.start(shapes), budget.limit(costs))
     assert sum(rank == 64 for rank in ranks.values()) == 8  # a tenth must go, and one component of each stays
     assert max(ranks["layer 0"], ranks["layer 1"]) < 32  # those that matter least
+
+
+@given(keep=st.floats(0.4, 1), tread=st.integers(2, 4), seed=st.integers(0, 99))
+def test_measured_time_with_steps_of_its_own(keep, tread, seed):
+    """Where components come in groups that cost as much as one, a group is taken whole."""
+    shapes = {"a": (24, 24), "b": (16, 36), "c": (32, 20)}
+
+    def price(shape, rank):
+        return float(min(-(-rank // tread) * tread * sum(shape), shape[0] * shape[1]))
+
+    prices = {name: partial(price, shape) for name, shape in shapes.items()}
+    costs = Costs("latency", shapes, prices, rest=5.0)
+    limit = Budget(keep, "latency").limit(costs)
+    random = torch.Generator().manual_seed(seed)
+    errors = {
+        name: tail_sums(torch.rand(min(shape), generator=random).sort(descending=True).values)
+        for name, shape in shapes.items()
+    }
+    ranks = least_error_ranks(costs, errors, dict.fromkeys(shapes, 1), limit)
+    assert costs.of(ranks) <= limit
+    for name, rank in ranks.items():
+        full = min(shapes[name])
+        assert rank == full or prices[name](rank + 1) - prices[name](rank) > max(0, limit - costs.of(ranks))
 
 
 def example(m=12, n=9, tokens=40):

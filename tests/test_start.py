@@ -1,7 +1,9 @@
 """Thresholds that start at given ranks, beside layers that stay whole."""
 
 import copy
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, TrainingArguments
@@ -10,6 +12,9 @@ from softlms.architectures import find_targets
 from softlms.budget import count_parameters
 from softlms.layers import SoftLinear
 from softlms.lowrank.factorization import factorize
+from softlms.methods.base import Work
+from softlms.methods.soft import SoftConfig, apply
+from softlms.origin import remember
 from softlms.surgery import budget_shapes, decompose, deploy, truncate
 from softlms.training import SoftTrainer
 
@@ -78,6 +83,27 @@ def test_a_saved_soft_model_knows_what_stays_whole(started, tmp_path):
     assert budget_shapes(again) == budget_shapes(soft) and budget_shapes(again).keys() == ranks.keys()
 
 
+def test_later_surgery_does_not_forget_them(started):
+    _, soft, ranks = started
+    remember(soft, ["another"])
+    assert budget_shapes(soft).keys() == ranks.keys()
+
+
+def test_thresholds_start_above_the_budget_however_small_the_layers(tiny_bert):
+    """Else there would be nothing to learn, and nothing to cut to the budget before it is learned."""
+    model = tiny_bert()
+    factors = factorize(model)
+    rows = datasets.Dataset.from_dict({})
+    work = Work(rows, None, 0, Path(), None, score=lambda cut: {"kept": count_parameters(cut).kept("linear")})
+    for headroom in (1e-9, 0.3, 1.0):
+        config = SoftConfig(factors="svd", keep=0.5, epochs=0, start_from="cliff-energy", headroom=headroom)
+        cut = copy.deepcopy(model)
+        work.shared = {"svd": factors}
+        assert 0.49 < apply(cut, config, work)["untuned"]["kept"] <= 0.5
+    with pytest.raises(ValueError, match="headroom must be positive and at most 1, got 0"):
+        SoftConfig(start_from="cliff", headroom=0)
+
+
 def test_above_break_even_nothing_is_pushed(tiny_bert, tmp_path):
     """Of a 32 x 32 layer, ranks 16 and above cost as much as the dense one."""
     model = tiny_bert()
@@ -107,5 +133,8 @@ def test_bad_input_is_refused(tiny_bert, tmp_path):
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     with pytest.raises(ValueError, match=r"keep=0.5 cannot be met: the 11 layers .* left whole are too large"):
         SoftTrainer(model, keep=0.5, args=args)
+    whole = decompose(tiny_bert())
+    with pytest.raises(ValueError, match=r"above break-even, and all are: start lower, with decompose"):
+        SoftTrainer(whole, keep=0.5, args=args, weigh_by_saving=True)
     with pytest.raises(ValueError, match="choose one"):
         SoftTrainer(model, keep=0.99, args=args, weigh_by_size=True, weigh_by_saving=True)

@@ -292,6 +292,7 @@ class Bench:
         dense = {"dense": self._place("dense", recipe, seed)[1].name} if _needs_dense(chain, recipe) else {}
         return (
             self._inputs(chain)
+            | {f"fixed.{number} {link.name}": dict(link.said) for number, link in enumerate(links)}
             | {f"recipe.{name}": value for name, value in recipe.used(links).items()}
             | {"code": code_behind(*starts), "seed": seed, "versions": versions(), "hardware": hardware(_THREADS)}
             | dense

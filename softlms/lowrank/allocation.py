@@ -34,9 +34,8 @@ from torch import Tensor, nn
 
 from softlms.budget import Budget, Costs, count_parameters, refill, uniform_ranks
 from softlms.layers import LowRankLinear
-from softlms.lowrank.calibration import LayerStatistics
 from softlms.lowrank.cliff import least_error_ranks, loss_increase, tail_sums
-from softlms.lowrank.factorization import Factors
+from softlms.lowrank.factorization import Factors, Statistics
 from softlms.modules import replace
 
 __all__ = ["ALLOCATIONS", "SEARCHED", "WEIGHTED", "allocate", "sensitivity_curves"]
@@ -48,7 +47,6 @@ ALLOCATIONS = (*PUBLISHED, *WEIGHTED, "cliff-sensitivity", "cliff-energy", "clif
 RATIOS = (0.2, 0.4, 0.6, 0.8)  # kept shares at which a layer's sensitivity is measured, besides one component
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
-Statistics = Mapping[str, LayerStatistics]
 
 
 def allocate(

@@ -63,24 +63,26 @@ class FactorsConfig(Config):
 
 def factors_of(model: PreTrainedModel, factorization: str, rows: int, work: Work) -> dict[str, Factors]:
     """Factors of all targets, from `rows` training rows if they depend on data."""
-    if factorization not in work.shared:
+    name = factorization if factorization == "svd" else f"{factorization} from {rows} rows"
+    if name not in work.shared:
         statistics = None
         if factorization != "svd":
             statistics = _statistics(model, rows, work, fisher=factorization == "fwsvd")
         work.note(f"decomposing with {factorization} factors")
-        work.shared[factorization] = factorize(model, factorization, statistics)
-    return work.shared[factorization]
+        work.shared[name] = factorize(model, factorization, statistics)
+    return work.shared[name]
 
 
 def curvature_of(model: PreTrainedModel, rows: int, work: Work) -> dict[str, LayerStatistics]:
     """Inputs from `rows` training rows, and output gradients from a quarter of them."""
-    if "curvature" not in work.shared:
+    name = f"curvature from {rows} rows"
+    if name not in work.shared:
         known = _statistics(model, rows, work, fisher=False)
         work.note("measuring how much the loss depends on each layer")
         fewer = calibration_sample(work, max(1, rows // 4))
         seen = calibrate(model, fewer, work.collator, rows=len(fewer), gradient_rows=len(fewer))
-        work.shared["curvature"] = {name: replace(known[name], gradient=seen[name].gradient) for name in known}
-    curvature: dict[str, LayerStatistics] = work.shared["curvature"]
+        work.shared[name] = {layer: replace(known[layer], gradient=seen[layer].gradient) for layer in known}
+    curvature: dict[str, LayerStatistics] = work.shared[name]
     return curvature
 
 
@@ -91,7 +93,7 @@ def calibration_sample(work: Work, number: int) -> datasets.Dataset:
 
 
 def _statistics(model: PreTrainedModel, number: int, work: Work, *, fisher: bool) -> dict[str, LayerStatistics]:
-    name, shared = f"statistics, {fisher=}", work.shared
+    name, shared = f"statistics from {number} rows, {fisher=}", work.shared
     if name not in shared:
         rows = calibration_sample(work, number)
         shared[name] = calibrate(model, rows, work.collator, rows=len(rows), fisher=fisher)

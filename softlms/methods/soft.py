@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from softlms.lowrank.factorization import Factors
 from softlms.methods.base import Method, Work
 from softlms.methods.factors import FactorsConfig, factors_of
 from softlms.methods.static import static_ranks
-from softlms.ranges import check_positive, check_share
+from softlms.ranges import check_positive
 from softlms.surgery import decompose, deploy
 from softlms.thresholds import SHARPNESS
 from softlms.training import DEADLINE, SoftTrainer
@@ -43,7 +44,8 @@ class SoftConfig(FactorsConfig):
         Allocation (see `softlms.allocate`) at whose ranks the thresholds start; layers that it leaves whole are not
         learned. By default all thresholds start at 0.
     headroom : float
-        How far above these ranks they start: share of the way to break-even.
+        How far above these ranks they start: share of the way to break-even, above 0. At the ranks themselves the
+        budget would be met before the first step, with nothing to learn.
     further_keeps : tuple of float
         Smaller budgets to which the trained model is also cut, without further training, to score it there.
 
@@ -77,9 +79,8 @@ class SoftConfig(FactorsConfig):
             )
         if self.start_from is not None and self.start_from not in ALLOCATIONS:
             raise ValueError(f"start_from must be one of {', '.join(ALLOCATIONS)}, got {self.start_from!r}.")
-        check_share(headroom=self.headroom)
         check_positive(s=self.s)
-        check_positive(most=1, learning_rate=self.learning_rate, deadline=self.deadline)
+        check_positive(most=1, headroom=self.headroom, learning_rate=self.learning_rate, deadline=self.deadline)
         if self.gamma is not None:
             check_positive(gamma=self.gamma)
         if self.alpha_learning_rate is not None:
@@ -137,7 +138,7 @@ def _start(model: PreTrainedModel, factors: Mapping[str, Factors], config: SoftC
     costs = work.costs or parameter_costs(shapes)
     for name, rank in ranks.items():
         if rank < min(shapes[name]):
-            ranks[name] = rank + int(config.headroom * max(0, costs.dense_from(name) - 1 - rank))
+            ranks[name] = rank + math.ceil(config.headroom * max(0, costs.dense_from(name) - 1 - rank))
     return ranks
 
 

@@ -97,7 +97,7 @@ def recover(
 
 def _curves(model: PreTrainedModel, factors: Mapping[str, Factors], config: FactorsConfig, work: Work) -> Any:
     """Sensitivity curves, shared like the factors."""
-    name = f"{config.factors}: curves"
+    name = f"{config.factors}: curves from {config.calibration_rows} rows"
     if name not in work.shared:
         rows = calibration_sample(work, max(1, config.calibration_rows // 4))
         work.shared[name] = sensitivity_curves(
