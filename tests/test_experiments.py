@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ from softlms.experiments.bench import Bench
 from softlms.experiments.jobs import Job, run_jobs
 from softlms.experiments.recipe import ABSENT, Recipe
 from softlms.machine import use_threads
+from softlms.methods import soft
 
 RECIPE = Recipe(
     bf16=True,
@@ -329,3 +331,25 @@ def test_a_failing_run_names_its_error_and_spares_the_one_beside_it(tmp_path):
         next(runs)
     assert "in run" in failed.value.__notes__[0]  # where it happened, in the other process
     assert sorted(path.name for path in tmp_path.iterdir()) == ["failing", "started", "works"]
+
+
+def test_a_run_depends_on_what_its_name_implies(bench, monkeypatch):
+    """ "cliff-soft" is "soft" with settings that no recipe has."""
+    _, before = bench._place("whitened+cliff-soft", RECIPE, 0)
+    changed = [
+        dataclasses.replace(m, fixed=m.fixed | {"headroom": 0.5}) if m.name == "cliff-soft" else m for m in soft.METHODS
+    ]
+    monkeypatch.setattr(soft, "METHODS", changed)
+    monkeypatch.setattr("softlms.methods.registry._registered", {})
+    _, after = bench._place("whitened+cliff-soft", RECIPE, 0)
+    assert before.name != after.name
+
+
+def test_calibration_on_other_rows_is_not_taken_for_the_same(bench):
+    """A method may have its own number of rows, and shares memory with others of the same dense model."""
+    recipe = RECIPE.changed(epochs=0, distillation=0.0, calibration_rows=32)
+    fewer = recipe.changed(settings={"greedy": {"calibration_rows": 2}})
+    alone = bench.run("whitened+greedy", fewer, 0).result["ranks"]
+    shutil.rmtree(bench._place("whitened+greedy", fewer, 0)[1])
+    assert bench.run("whitened+greedy", recipe, 0).result["ranks"] != alone
+    assert bench.run("whitened+greedy", fewer, 0).result["ranks"] == alone

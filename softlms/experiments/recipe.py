@@ -112,7 +112,7 @@ class Recipe:
         """The settings that runs of a chain depend on; for an empty chain, those of the dense model."""
         every = {f.name for f in fields(self)}
         names = every - {f.name for config in _OF_METHODS for f in fields(config)} if links else {*_DENSE}
-        for _, config in self.chain(links):
+        for _, config in self.chain(links) if links else ():  # settings of single methods are none of the dense model's
             names |= {f.name for f in fields(config)} - set(config.unused())
         absent = {f.name for f in fields(self) if getattr(self, f.name) == f.metadata.get(ABSENT, self)}
         return {name: getattr(self, name) for name in sorted(names & every - absent)}
