@@ -33,14 +33,14 @@ class Prompt:
     answers: tuple[str, ...]
 
 
-# word for word those of EleutherAI's lm-evaluation-harness, tasks/glue
+# ours: scores by other prompts are not comparable
 PROMPTS = {
-    "sst2": Prompt("{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:", ("negative", "positive")),
+    "sst2": Prompt("Movie review: {sentence}\nOverall, the review is", ("negative", "positive")),
     "mrpc": Prompt(
-        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nQuestion: Do both sentences mean the same thing?\nAnswer:",
-        ("no", "yes"),
+        "First sentence: {sentence1}\nSecond sentence: {sentence2}\nThe two sentences have",
+        ("different meanings", "the same meaning"),
     ),
-    "rte": Prompt("{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:", ("True", "False")),
+    "rte": Prompt("{sentence1}\nDoes it follow that the next sentence holds? {sentence2}\nAnswer:", ("yes", "no")),
 }
 
 
