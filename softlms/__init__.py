@@ -6,7 +6,7 @@ on first use (``__init__.pyi`` lists where they are defined).
 
 import lazy_loader
 
-from softlms.imports import when_imported
+from softlms.utils.imports import when_imported
 
 __version__ = "0.1.0"
 

@@ -30,15 +30,15 @@ from .data.tasks import encode as encode
 from .data.tasks import load_task as load_task
 from .data.text import load_text as load_text
 from .distillation import DistillingTrainer as DistillingTrainer
-from .evaluation import add_teacher_logits as add_teacher_logits
-from .evaluation import evaluate as evaluate
+from .evaluation.likelihood import perplexity as perplexity
+from .evaluation.metrics import add_teacher_logits as add_teacher_logits
+from .evaluation.metrics import evaluate as evaluate
 from .export import export_onnx as export_onnx
 from .fused import split_fused as split_fused
 from .kernels.allocator import keep_memory as keep_memory
 from .kernels.selective_scan import fast_scan as fast_scan
 from .layers import LowRankLinear as LowRankLinear
 from .layers import SoftLinear as SoftLinear
-from .likelihood import perplexity as perplexity
 from .losses import (
     adaptive_compression_loss as adaptive_compression_loss,
 )

@@ -1,8 +1,8 @@
 """PEFT's LoRA around a whole thin layer, under the name of the dense layer, such as ``q_proj``.
 
-``import softlms`` is enough: this module is imported together with peft (`softlms.imports`). An adapter of rank k is k
-more components: merging adds them to the layer, which stays thin. An adapter trained on the dense model also fits the
-thin one.
+``import softlms`` is enough: this module is imported together with peft (`softlms.utils.imports`). An adapter of rank k
+is k more components: merging adds them to the layer, which stays thin. An adapter trained on the dense model also fits
+the thin one.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softlms.architectures import Predicate, find_targets
 from softlms.layers import Ranked, kept_parameters
 from softlms.origin import DenseModel
-from softlms.ranges import check_at_least_one
+from softlms.utils.ranges import check_at_least_one
 
 __all__ = [
     "Budget",

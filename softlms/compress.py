@@ -18,10 +18,8 @@ from transformers import PreTrainedModel
 
 from softlms.budget import Budget, Costs, ParameterCount, count_parameters
 from softlms.data.hub import weights_hash
-from softlms.files import check_writable, last_checkpoint
 from softlms.kernels.selective_scan import fast_scan
 from softlms.lowrank.factorization import linear_targets
-from softlms.machine import fast_bf16
 from softlms.measure import TimePrice, count_flops, measure_latency
 from softlms.methods.base import Work
 from softlms.methods.chain import run
@@ -29,6 +27,8 @@ from softlms.subjects.base import Subject
 from softlms.subjects.classifier import Classifier
 from softlms.subjects.language_model import LanguageModel
 from softlms.subjects.settings import Compression
+from softlms.utils.files import check_writable, last_checkpoint
+from softlms.utils.machine import fast_bf16
 
 __all__ = ["Compression", "compress"]
 

@@ -44,7 +44,7 @@ class DistillingTrainer(Trainer):
     distillation : float
         Share d of the distillation loss, 0 to 1: L_task = (1 - d) L_labels + d KL. For a language model both are means
         over the predicted tokens. Above 0 the data set needs a column ``teacher_logits`` (see
-        `softlms.evaluation.add_teacher_logits`), unless there is a `teacher`.
+        `softlms.evaluation.metrics.add_teacher_logits`), unless there is a `teacher`.
     teacher : PreTrainedModel, optional
         Computes its logits for each batch, without gradients or dropout and in the training's precision: for outputs
         that are too large to store, a vocabulary for each token. It is moved to the training's device.

@@ -20,9 +20,9 @@ from softlms.architectures import Predicate, find_targets
 from softlms.budget import Costs
 from softlms.kernels.selective_scan import fast_scan
 from softlms.layers import LowRankLinear, kept_parameters
-from softlms.machine import use_threads
 from softlms.modules import Replacement, make_linear
-from softlms.ranges import check_at_least_one
+from softlms.utils.machine import use_threads
+from softlms.utils.ranges import check_at_least_one
 
 __all__ = ["count_flops", "measure_latency", "random_rows"]
 

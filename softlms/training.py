@@ -31,10 +31,10 @@ from softlms.budget import Budget, Costs, ParameterCount, count_parameters, refi
 from softlms.distillation import DistillingTrainer
 from softlms.losses import COMPRESSION_LOSSES
 from softlms.model_card import notes, plain
-from softlms.ranges import check_positive
 from softlms.schedule import BUDGET, SoftSchedule
 from softlms.sharding import average_gradients, check_parallel, keep_whole, split_groups, start_alike
 from softlms.surgery import budget_shapes, soft_layers
+from softlms.utils.ranges import check_positive
 
 __all__ = ["SoftTrainer"]
 

@@ -32,10 +32,10 @@ from softlms.cli import main
 from softlms.compress import NOTE, Compression, compress
 from softlms.data.encoders import find_encoder
 from softlms.data.tasks import encode, load_task
-from softlms.evaluation import evaluate
-from softlms.files import last_checkpoint
+from softlms.evaluation.metrics import evaluate
 from softlms.measure import TimePrice
 from softlms.training import SoftTrainer
+from softlms.utils.files import last_checkpoint
 
 
 @pytest.fixture

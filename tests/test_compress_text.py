@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 import softlms
 from softlms.cli import main
 from softlms.compress import Compression, compress
+from softlms.evaluation.likelihood import Protocol, measure_perplexity
 from softlms.experiments.language_models import SmallModel
 from softlms.experiments.tokenized import train_tokenizer
-from softlms.likelihood import Protocol, measure_perplexity
 from softlms.methods.chain import run
 from softlms.subjects.language_model import LanguageModel, _passes
 from softlms.surgery import deploy

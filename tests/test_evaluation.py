@@ -6,7 +6,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction
 
 from softlms.data.encoders import find_encoder
 from softlms.data.tasks import TASKS, TaskData
-from softlms.evaluation import add_teacher_logits, compute_metrics, evaluate, paired_difference
+from softlms.evaluation.metrics import add_teacher_logits, compute_metrics, evaluate, paired_difference
 
 
 def test_metrics_by_hand():

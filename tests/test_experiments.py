@@ -18,8 +18,8 @@ from softlms.experiments import bench as experiments
 from softlms.experiments.bench import Bench
 from softlms.experiments.jobs import Job, run_jobs
 from softlms.experiments.recipe import ABSENT, Recipe
-from softlms.machine import use_threads
 from softlms.methods import soft
+from softlms.utils.machine import use_threads
 
 RECIPE = Recipe(
     bf16=True,

@@ -29,7 +29,7 @@ from softlms.data.corpus import docstrings
 from softlms.data.encoders import find_encoder
 from softlms.data.inputs import prepared
 from softlms.data.tasks import TASKS
-from softlms.evaluation import METRICS
+from softlms.evaluation.metrics import METRICS
 from softlms.export import export_onnx, onnx_logits
 from softlms.lowrank.basis import change_basis_
 from softlms.lowrank.factorization import factorize_weight

@@ -208,7 +208,7 @@ def test_read_only_disk(small_disk, capsys):
 @pytest.mark.slow
 def test_full_disk(small_disk, capsys):
     """A table, then a notebook's own output, then the driver's first file does not fit."""
-    table = "from softlms.files import whole_file\nwith whole_file(folder / '01_table.csv') as partial:\n"
+    table = "from softlms.utils.files import whole_file\nwith whole_file(folder / '01_table.csv') as partial:\n"
     write_notebook(small_disk, "01_table", SAVE + table + "    partial.write_bytes(bytes(2**22))")
     write_notebook(small_disk, "02_output", "print('x' * 2**22)")
     status, _ = run()
@@ -362,7 +362,7 @@ def slow_notebooks(folder):
     """Three notebooks that write a table each, slowly, half by half."""
     source = """
 import time
-from softlms.files import whole_file
+from softlms.utils.files import whole_file
 from pathlib import Path
 for part in range(3):
     with whole_file(Path("../results") / profile / f"{name}_{part}.csv") as partial, partial.open("w") as file:

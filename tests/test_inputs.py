@@ -8,7 +8,7 @@ from transformers import DefaultDataCollator
 
 from softlms.data.inputs import batches, prepared
 from softlms.data.tasks import TASKS
-from softlms.evaluation import add_teacher_logits, evaluate, mean_loss
+from softlms.evaluation.metrics import add_teacher_logits, evaluate, mean_loss
 from softlms.lowrank.calibration import calibrate
 
 SMALL = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 1}

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softlms.data.encoders import find_encoder
 from softlms.data.text import blocks
+from softlms.evaluation.likelihood import Protocol, measure_perplexity
 from softlms.experiments.language_models import FAMILIES, LanguageBench, SmallModel
 from softlms.experiments.profiles import LANGUAGE_PROFILES, SMOLLM2
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.tokenized import tokenize_text, train_tokenizer
-from softlms.likelihood import Protocol, measure_perplexity
 from softlms.workbook.book import open_language_book
 
 SIZE = {"hidden": 64, "layers": 1, "vocabulary": 300}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from softlms.likelihood import Protocol, Trigram, measure_perplexity, perplexity
+from softlms.evaluation.likelihood import Protocol, Trigram, measure_perplexity, perplexity
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from softlms.experiments.provenance import append_rows
 
 def test_rows_of_two_processes_are_all_there(tmp_path, monkeypatch):
     """Threads stand for processes: the lock is between open files."""
-    monkeypatch.setattr("softlms.files.process_mark", iter(map("here-{}".format, range(1000))).__next__)
+    monkeypatch.setattr("softlms.utils.files.process_mark", iter(map("here-{}".format, range(1000))).__next__)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda i: append_rows(tmp_path / "new/rows.csv", pd.DataFrame({"i": [i]})), range(20)))
     assert sorted(pd.read_csv(tmp_path / "new/rows.csv").i) == list(range(20))

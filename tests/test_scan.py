@@ -17,7 +17,7 @@ from transformers import MambaConfig, MambaForCausalLM
 import softlms
 from softlms.kernels.selective_scan import fast_scan, selective_scan
 from softlms.kernels.selective_scan_numba import BACKWARD_LANES, CHUNK, _exp
-from softlms.machine import use_threads
+from softlms.utils.machine import use_threads
 
 
 def inputs(batch, d, states, length, seed=0):

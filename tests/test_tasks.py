@@ -183,6 +183,6 @@ def test_encode(tokenizer, tmp_path):
 
 
 def test_metrics_of_tasks_are_known():
-    from softlms.evaluation import METRICS
+    from softlms.evaluation.metrics import METRICS
 
     assert {metric for task in TASKS.values() for metric in task.metrics} <= set(METRICS)

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, default_data_collator
 from softlms.data.inputs import prepared
 from softlms.data.text import blocks
 from softlms.distillation import DistillingTrainer
-from softlms.evaluation import add_teacher_logits
+from softlms.evaluation.metrics import add_teacher_logits
 from softlms.surgery import decompose
 from softlms.training import SoftTrainer
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from softlms.data.tasks import TASKS, TaskData
+from softlms.evaluation.zero_shot import PROMPTS, ZeroShot, zero_shot
 from softlms.experiments.tokenized import train_tokenizer
-from softlms.zero_shot import PROMPTS, ZeroShot, zero_shot
 
 WORDS = ["a", "fine", "dull", "film", "that", "{moves}", "slowly", ",", "over", "wide", "red", "seas"]
 SENTENCES = [" ".join(WORDS[i % 5 : 5 + i % 7]) for i in range(20)]

@@ -30,7 +30,7 @@ class Task:
     labels : tuple of str
         Class names in the order of their ids; empty for regression.
     metrics : tuple of str
-        The task's own metrics, the main one first; see `softlms.evaluation.METRICS`.
+        The task's own metrics, the main one first; see `softlms.evaluation.metrics.METRICS`.
     """
 
     name: str

@@ -34,18 +34,18 @@ from softlms.architectures import find_targets
 from softlms.data.encoders import Encoder, load_classifier
 from softlms.data.hub import pretrained, weights_hash
 from softlms.data.tasks import TaskData, encode
-from softlms.evaluation import evaluate
+from softlms.evaluation.metrics import evaluate
 from softlms.experiments.closure import code_behind, not_in_keys
 from softlms.experiments.jobs import Job, available_processes, run_jobs, tell_stored
 from softlms.experiments.provenance import commit
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.steps import Step, apply_chain, train_dense
 from softlms.experiments.store import DEPENDS, Run, key, why_missing
-from softlms.files import lock
 from softlms.kernels.selective_scan import fast_scan
-from softlms.machine import device, hardware, use_threads, versions
 from softlms.methods.base import training_arguments
 from softlms.methods.chain import Link, full_name, parse
+from softlms.utils.files import lock
+from softlms.utils.machine import device, hardware, use_threads, versions
 
 __all__ = ["Bench"]
 

@@ -32,11 +32,11 @@ from softlms.experiments.provenance import append_rows
 from softlms.fused import split_fused
 from softlms.kernels.selective_scan import fast_scan
 from softlms.layers import LowRankLinear
-from softlms.machine import hardware, use_threads, versions
 from softlms.measure import random_rows
 from softlms.modules import make_linear, replace
-from softlms.ranges import check_at_least_one
 from softlms.surgery import decompose, deploy
+from softlms.utils.machine import hardware, use_threads, versions
+from softlms.utils.ranges import check_at_least_one
 
 __all__ = [
     "FULL_SIZE",

@@ -24,10 +24,10 @@ from softlms.experiments.recipe import Recipe
 from softlms.experiments.store import Run
 from softlms.experiments.timing import summarize_times
 from softlms.kernels.selective_scan import fast_scan
-from softlms.machine import fast_bf16, use_threads
 from softlms.measure import interleaved, random_rows
 from softlms.methods.chain import parse
 from softlms.surgery import shrink
+from softlms.utils.machine import fast_bf16, use_threads
 
 __all__ = [
     "CUT_FROM",

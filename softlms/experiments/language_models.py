@@ -26,13 +26,13 @@ from softlms.data.hub import pretrained, weights_hash
 from softlms.data.inputs import in_eval_mode
 from softlms.data.tasks import Task, TaskData
 from softlms.data.text import blocks
+from softlms.evaluation.likelihood import Protocol, Trigram, measure_perplexity, perplexity
 from softlms.experiments.bench import Bench
 from softlms.experiments.closure import not_in_keys
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.store import Run
 from softlms.experiments.tokenized import TokenizedText
 from softlms.fused import split_fused
-from softlms.likelihood import Protocol, Trigram, measure_perplexity, perplexity
 
 __all__ = ["FAMILIES", "LanguageBench", "SmallModel"]
 

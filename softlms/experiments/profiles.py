@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from softlms.data import corpus
+from softlms.evaluation.likelihood import Protocol
 from softlms.experiments.full_size import FULL_SIZE
 from softlms.experiments.grid import SVD_SOFT, TUNED, Grid, Pass, Setting
 from softlms.experiments.language_models import FAMILIES, SmallModel
 from softlms.experiments.recipe import Recipe
-from softlms.likelihood import Protocol
-from softlms.machine import fast_bf16
+from softlms.utils.machine import fast_bf16
 
 __all__ = [
     "ABLATION", "LANGUAGE_PROFILES", "PROFILES", "SPEED_PROFILES", "LanguageProfile", "Profile", "SpeedProfile",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from softlms.files import lock, whole_file
+from softlms.utils.files import lock, whole_file
 
 __all__ = ["append_rows", "commit"]
 

@@ -12,7 +12,7 @@ from softlms.methods.chain import Link, configured
 from softlms.methods.masks import MaskConfig
 from softlms.methods.soft import SoftConfig
 from softlms.methods.static import StaticConfig
-from softlms.ranges import check_at_least_one, check_positive, check_share
+from softlms.utils.ranges import check_at_least_one, check_positive, check_share
 
 __all__ = ["ABSENT", "Recipe"]
 

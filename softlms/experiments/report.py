@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pandas as pd
 
-from softlms.evaluation import paired_difference
+from softlms.evaluation.metrics import paired_difference
 from softlms.experiments.bench import Bench
 from softlms.experiments.grid import CUT_FROM, UNSCALED, Cell, costs, grid_rows, middle_budget, rank_rows, summarize
 from softlms.methods.chain import parse

@@ -35,10 +35,10 @@ from softlms.layers import LowRankLinear
 from softlms.lowrank.allocation import allocate
 from softlms.lowrank.calibration import calibrate
 from softlms.lowrank.factorization import factorize
-from softlms.machine import hardware, use_threads, versions
 from softlms.measure import count_flops, interleaved, measure_latency, random_rows
-from softlms.ranges import check_at_least_one
 from softlms.surgery import shrink, truncate
+from softlms.utils.machine import hardware, use_threads, versions
+from softlms.utils.ranges import check_at_least_one
 
 __all__ = ["compare_budgets", "compare_onnx", "compare_speed", "print_speed", "split_speed"]
 

@@ -16,12 +16,12 @@ from transformers.trainer_callback import PrinterCallback
 from softlms.architectures import find_targets
 from softlms.budget import count_parameters
 from softlms.distillation import DistillingTrainer
-from softlms.evaluation import add_teacher_logits
+from softlms.evaluation.metrics import add_teacher_logits
 from softlms.experiments.recipe import Recipe
-from softlms.files import last_checkpoint, whole_file
-from softlms.machine import device
 from softlms.methods.base import Work
 from softlms.methods.chain import Link, run
+from softlms.utils.files import last_checkpoint, whole_file
+from softlms.utils.machine import device
 
 __all__ = ["Step", "apply_chain", "train_dense"]
 

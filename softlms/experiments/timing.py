@@ -19,8 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from softlms.kernels.allocator import keep_memory
 from softlms.layers import LowRankLinear
-from softlms.machine import use_threads
 from softlms.measure import interleaved
+from softlms.utils.machine import use_threads
 
 __all__ = ["summarize_times", "time_tricks"]
 

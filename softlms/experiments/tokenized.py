@@ -19,7 +19,7 @@ from softlms.data.encoders import load_tokenizer
 from softlms.data.hub import weights_hash
 from softlms.data.text import SPLITS, load_text, source_of
 from softlms.experiments.closure import code_of
-from softlms.files import process_mark
+from softlms.utils.files import process_mark
 
 __all__ = ["TokenizedText", "tokenize_text", "train_tokenizer"]
 

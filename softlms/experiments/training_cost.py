@@ -25,11 +25,11 @@ from softlms.experiments.provenance import append_rows
 from softlms.experiments.timing import summarize_times
 from softlms.kernels.selective_scan import fast_scan
 from softlms.layers import SoftLinear
-from softlms.machine import hardware, use_threads, versions
 from softlms.measure import interleaved, random_rows
 from softlms.modules import as_linear, replace
-from softlms.ranges import check_at_least_one
 from softlms.surgery import decompose, shrink, soft_layers
+from softlms.utils.machine import hardware, use_threads, versions
+from softlms.utils.ranges import check_at_least_one
 
 __all__ = [
     "print_scan_times",

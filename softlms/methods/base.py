@@ -14,8 +14,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from softlms.budget import Costs
 from softlms.distillation import DistillingTrainer
-from softlms.files import last_checkpoint
 from softlms.modules import Replacement
+from softlms.utils.files import last_checkpoint
 
 __all__ = ["DISTILLATION", "Config", "Method", "Work", "training_arguments"]
 

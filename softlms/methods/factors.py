@@ -12,7 +12,7 @@ from softlms.budget import Budget
 from softlms.lowrank.calibration import LayerStatistics, calibrate
 from softlms.lowrank.factorization import FACTORIZATIONS, Factors, factorize
 from softlms.methods.base import Config, Work
-from softlms.ranges import check_at_least_one, check_positive
+from softlms.utils.ranges import check_at_least_one, check_positive
 
 __all__ = ["FactorsConfig", "calibration_sample", "check_factors", "curvature_of", "factors_of"]
 

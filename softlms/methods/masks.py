@@ -14,8 +14,8 @@ from softlms.lowrank.masks import MaskedLinear, MaskTrainer
 from softlms.methods.base import Method, Work
 from softlms.methods.factors import FactorsConfig, factors_of
 from softlms.methods.static import StaticConfig, recover
-from softlms.ranges import check_positive
 from softlms.surgery import truncate
+from softlms.utils.ranges import check_positive
 
 __all__ = ["METHODS", "MaskConfig"]
 

@@ -20,10 +20,10 @@ from softlms.lowrank.factorization import Factors
 from softlms.methods.base import Method, Work
 from softlms.methods.factors import FactorsConfig, factors_of
 from softlms.methods.static import static_ranks
-from softlms.ranges import check_positive
 from softlms.surgery import decompose, deploy
 from softlms.thresholds import SHARPNESS
 from softlms.training import DEADLINE, SoftTrainer
+from softlms.utils.ranges import check_positive
 
 __all__ = ["METHODS", "SoftConfig"]
 

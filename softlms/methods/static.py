@@ -10,15 +10,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from softlms.distillation import DistillingTrainer
-from softlms.evaluation import mean_loss
+from softlms.evaluation.metrics import mean_loss
 from softlms.fused import SplitLinear
 from softlms.layers import LowRankLinear
 from softlms.lowrank.allocation import ALLOCATIONS, SEARCHED, WEIGHTED, allocate, sensitivity_curves
 from softlms.lowrank.factorization import Factors
 from softlms.methods.base import Method, Work
 from softlms.methods.factors import FactorsConfig, calibration_sample, curvature_of, factors_of
-from softlms.ranges import check_positive
 from softlms.surgery import truncate
+from softlms.utils.ranges import check_positive
 
 __all__ = ["METHODS", "StaticConfig", "recover", "static_ranks"]
 

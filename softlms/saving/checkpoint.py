@@ -30,7 +30,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ContextManagers
 from transformers.utils.hub import PushToHubMixin
 
-from softlms.files import is_orphaned, process_mark
 from softlms.layers import Ranked
 from softlms.methods.registry import forms
 from softlms.model_card import class_name, is_ours, notes, write_card
@@ -38,6 +37,7 @@ from softlms.modules import Replacement
 from softlms.origin import DENSE, METHOD, SoftLMsConfig, is_marked, mark, note_dense
 from softlms.saving.loading import SoftLMsQuantizer, digest, put_in, sha256, share, verify
 from softlms.sharding import check_gathered, is_sharded
+from softlms.utils.files import is_orphaned, process_mark
 
 __all__ = ["SoftLMsConfig", "SoftLMsQuantizer", "describe", "save", "unmarked", "upload", "verify"]
 

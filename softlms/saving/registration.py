@@ -1,4 +1,4 @@
-"""Register our folders with transformers; imported together with transformers' models, see `softlms.imports`.
+"""Register our folders with transformers; imported together with transformers' models, see `softlms.utils.imports`.
 
 The registered functions import the rest when they are called, so that ``import softlms`` stays fast.
 """

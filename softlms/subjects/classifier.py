@@ -16,11 +16,11 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from softlms.data.encoders import find_encoder, load_classifier
 from softlms.data.tasks import encode, load_task
 from softlms.distillation import DistillingTrainer
-from softlms.evaluation import add_teacher_logits, evaluate
-from softlms.files import last_checkpoint
-from softlms.machine import device
+from softlms.evaluation.metrics import add_teacher_logits, evaluate
 from softlms.subjects.base import Subject, check_tokens
 from softlms.subjects.settings import Compression
+from softlms.utils.files import last_checkpoint
+from softlms.utils.machine import device
 
 __all__ = ["Classifier"]
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, default_data_collator
 
 from softlms.data.encoders import find_encoder, load_language_model
 from softlms.data.text import blocks, find_splits, load_text, source_of
-from softlms.likelihood import Protocol, measure_perplexity
-from softlms.machine import device
+from softlms.evaluation.likelihood import Protocol, measure_perplexity
 from softlms.subjects.base import Subject, check_tokens
 from softlms.subjects.settings import Compression
+from softlms.utils.machine import device
 
 __all__ = ["LanguageModel"]
 

@@ -12,7 +12,7 @@ from softlms.methods.factors import check_factors
 from softlms.methods.registry import methods
 from softlms.methods.soft import SoftConfig
 from softlms.model_card import plain
-from softlms.ranges import check_at_least_one, check_positive, check_share
+from softlms.utils.ranges import check_at_least_one, check_positive, check_share
 
 __all__ = ["Compression"]
 

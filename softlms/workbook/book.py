@@ -23,8 +23,8 @@ from softlms.experiments.profiles import LANGUAGE_PROFILES, PROFILES, SPEED_PROF
 from softlms.experiments.provenance import commit
 from softlms.experiments.report import Report
 from softlms.experiments.tokenized import tokenize_text
-from softlms.files import whole_file
-from softlms.machine import hardware, versions
+from softlms.utils.files import whole_file
+from softlms.utils.machine import hardware, versions
 from softlms.workbook.plots import style as plotting
 from softlms.workbook.plots.drawing import draw
 from softlms.workbook.registry import project_root

@@ -22,7 +22,7 @@ from softlms.data import encoders as zoo
 from softlms.data import glue
 from softlms.data.hub import is_hub
 from softlms.data.named import NAMED
-from softlms.machine import fast_bf16, hardware
+from softlms.utils.machine import fast_bf16, hardware
 
 __all__ = ["Finding", "examine", "print_findings"]
 
@@ -131,7 +131,7 @@ def _checkout() -> Iterator[Finding]:
 
 def _writable(root: Path) -> Finding:
     """Whether the folders of ``make figures``, or their parents, can be written."""
-    from softlms.files import check_writable
+    from softlms.utils.files import check_writable
     from softlms.workbook.registry import Folders
 
     folders = Folders(root, "quick")

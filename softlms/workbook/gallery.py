@@ -18,7 +18,7 @@ import nbformat
 
 import softlms
 from softlms.experiments.profiles import PROFILES, find_profile
-from softlms.files import whole_file
+from softlms.utils.files import whole_file
 from softlms.workbook.plots.drawing import check_drawing
 from softlms.workbook.registry import project_root
 

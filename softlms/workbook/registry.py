@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softlms.files import lock, whole_file
+from softlms.utils.files import lock, whole_file
 
 __all__ = [
     "LANES",

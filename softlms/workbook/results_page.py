@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jinja2
 
-from softlms.files import whole_file
+from softlms.utils.files import whole_file
 from softlms.workbook.results_tables import TABLES
 
 __all__ = ["PAGE", "check_results", "write_results"]

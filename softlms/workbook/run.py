@@ -17,7 +17,7 @@ from rich.table import Table
 
 from softlms.data.hub import is_hub
 from softlms.experiments.profiles import PROFILES, find_profile
-from softlms.files import check_writable, remove_leftovers
+from softlms.utils.files import check_writable, remove_leftovers
 from softlms.workbook.book import DATA_VARIABLE
 from softlms.workbook.parameters import assign_parameters, split_assignments
 from softlms.workbook.plots.drawing import draw

@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from softlms.experiments.closure import library_hash
-from softlms.files import whole_file
+from softlms.utils.files import whole_file
 from softlms.workbook.lint import lint
 from softlms.workbook.registry import LANES, choose_notebooks, keep_seconds, project_root, read_complete_registry
 from softlms.workbook.state import read_tables

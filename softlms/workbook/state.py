@@ -21,8 +21,8 @@ from softlms.data.tasks import TASKS
 from softlms.experiments.closure import library_hash
 from softlms.experiments.grid import summarize
 from softlms.experiments.report import adaptive_differences, soft_verdicts
-from softlms.files import whole_file
-from softlms.machine import hardware, versions
+from softlms.utils.files import whole_file
+from softlms.utils.machine import hardware, versions
 from softlms.workbook.book import DATA_VARIABLE
 from softlms.workbook.registry import Folders, Notebook, read_registry
 

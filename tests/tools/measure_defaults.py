@@ -24,8 +24,8 @@ from softlms.experiments.grid import TUNED
 from softlms.experiments.jobs import be_quiet
 from softlms.experiments.profiles import LANGUAGE_PROFILES
 from softlms.experiments.provenance import append_rows
-from softlms.machine import fast_bf16, hardware, versions
 from softlms.training import DEADLINE
+from softlms.utils.machine import fast_bf16, hardware, versions
 from softlms.workbook.book import open_language_book
 
 KEEPS, FACTORS = (0.5, 0.35), ("svd", "whitened")

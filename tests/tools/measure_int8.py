@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, EvalPrediction
 
 from softlms.data.tasks import encode, load_task
-from softlms.evaluation import compute_metrics
+from softlms.evaluation.metrics import compute_metrics
 from softlms.experiments.jobs import be_quiet
 from softlms.experiments.provenance import append_rows
 from softlms.export import example_rows, export_onnx, onnx_session, quantize
 from softlms.lowrank.basis import balance, change_basis_, rotate
-from softlms.machine import hardware, versions
 from softlms.measure import interleaved
+from softlms.utils.machine import hardware, versions
 
 BASES = {"as trained": (), "balanced": (balance,), "balanced, rotated": (balance, rotate)}
 LINEARS = ["MatMul", "Gemm"]

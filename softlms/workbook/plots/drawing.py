@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 
-from softlms.files import whole_file
+from softlms.utils.files import whole_file
 from softlms.workbook.plots.style import save_figure
 from softlms.workbook.registry import find_drawing
 

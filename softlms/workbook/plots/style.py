@@ -9,7 +9,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from softlms.files import whole_file
+from softlms.utils.files import whole_file
 
 __all__ = ["COLUMN", "PALETTE", "as_formula", "figure", "save_figure", "use_style"]
 

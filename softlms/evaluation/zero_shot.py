@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softlms.data.inputs import in_eval_mode
 from softlms.data.tasks import TaskData
-from softlms.ranges import check_at_least_one
+from softlms.utils.ranges import check_at_least_one
 
 __all__ = ["PROMPTS", "Prompt", "ZeroShot", "zero_shot"]
 

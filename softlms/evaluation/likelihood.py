@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softlms.data.inputs import in_eval_mode
-from softlms.ranges import check_at_least_one
+from softlms.utils.ranges import check_at_least_one
 
 __all__ = ["Perplexity", "Protocol", "Trigram", "measure_perplexity", "perplexity"]
 

@@ -1,0 +1,1 @@
+"""How good a model is: metrics of classifiers, perplexity, zero-shot accuracy."""

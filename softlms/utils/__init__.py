@@ -1,0 +1,1 @@
+"""What every room uses: files, range checks, the machine, imports that wait."""
