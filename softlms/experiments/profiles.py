@@ -177,7 +177,9 @@ LANGUAGE_LAPTOP = Grid(
 )
 
 CLIFF = ("whitened+cliff", "whitened+cliff-gradient", "whitened+cliff-energy", "whitened+cliff-greedy")
-SMOLLM2_METHODS = ("whitened+uniform", "whitened+cliff", "whitened+cliff-soft", "whitened+mask", "svd+soft")
+SMOLLM2_METHODS = ("whitened+uniform", "whitened+cliff", "whitened+cliff-soft")
+SMOLLM2_RIVALS = ("svd+soft", "whitened+mask")
+SMOLLM2_KEEPS = (0.9, 0.8, 0.7, 0.5)
 
 # 100 steps of four rows; its tokens are of the training text, which calibrates too
 SMOLLM2 = LanguageProfile(
@@ -199,11 +201,13 @@ SMOLLM2 = LanguageProfile(
         {"smollm2": Setting()},
         (0, 1, 2),
         (
-            Pass(("svd+uniform", "asvd+uniform", "whitened+uniform", *CLIFF), (0.9, 0.8, 0.7, 0.5), recover=False),
             Pass(("whitened+uniform",), (1.0,)),  # the dense model after the same steps
             Pass(SMOLLM2_METHODS, (0.8, 0.5)),
-            Pass(SMOLLM2_METHODS, (0.9, 0.7), seeds=(0,)),
-            Pass(("whitened+sensitivity",), (0.9, 0.8, 0.7, 0.5), recover=False, seeds=(0,)),
+            Pass(("asvd+uniform", "whitened+uniform", *CLIFF), SMOLLM2_KEEPS, recover=False),
+            Pass(("svd+uniform",), SMOLLM2_KEEPS, recover=False, seeds=(0,)),  # no seed decides anything
+            Pass(SMOLLM2_RIVALS, (0.8, 0.5)),
+            Pass((*SMOLLM2_METHODS, *SMOLLM2_RIVALS), (0.9, 0.7), seeds=(0,)),
+            Pass(("whitened+sensitivity",), SMOLLM2_KEEPS, recover=False, seeds=(0,)),
         ),
     ),
     window=256,
