@@ -14,7 +14,7 @@ from softlms.data.inputs import in_eval_mode
 from softlms.data.tasks import TaskData
 from softlms.utils.ranges import check_at_least_one
 
-__all__ = ["PROMPTS", "Prompt", "ZeroShot", "zero_shot"]
+__all__ = ["PROMPTS", "Prompt", "ZeroShot", "check_questions", "zero_shot"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def zero_shot(
     rows : int, optional
         Use only the first rows of the split.
     batch_size : int
-        Questions, each with one answer, in a forward pass.
+        Rows in a forward pass: a question with one of its answers, or alone if all its answers are one token.
     bf16 : bool
         Under bfloat16 autocast.
 
@@ -123,38 +123,57 @@ def zero_shot(
         A task without a prompt, a split that the data lack, fewer rows than asked for, or a row that is too long for
         the model.
     """
-    task = data.task.name
-    if task not in PROMPTS:
-        raise ValueError(f"There is no prompt for task {task!r}; known: {', '.join(PROMPTS)}.")
-    if split not in data.splits:
-        raise ValueError(f"{data.source} has no split {split!r} of {task}; it has: {', '.join(data.splits)}.")
-    check_at_least_one(rows=1 if rows is None else rows, batch_size=batch_size)
-    table = data.splits[split]
-    if rows is not None and rows > len(table):
-        raise ValueError(f"{task} {split} has {len(table)} rows, not {rows}: ask for fewer, or for all (None).")
+    check_questions(data, split, rows)
+    check_at_least_one(batch_size=batch_size)
+    task, table = data.task.name, data.splits[split]
     chosen, prompt = table.select(range(rows or len(table))), PROMPTS[task]
     asked = [  # (ids of question and answer, where the answer begins)
-        (torch.tensor(_ids(tokenizer, f"{question} {answer}")), len(_ids(tokenizer, question)))
+        (_ids(tokenizer, f"{question} {answer}"), len(_ids(tokenizer, question)))
         for question in (prompt.question.format(**row) for row in chosen)
         for answer in prompt.answers
     ]
     longest, most = max(len(ids) for ids, _ in asked), getattr(model.config, "max_position_embeddings", None)
     if most is not None and longest > most:
         raise ValueError(f"A row of {task} has {longest} tokens with its question, and the model reads {most}.")
-    order = sorted(range(len(asked)), key=lambda number: len(asked[number][0]))  # little padding
+    # the last token is only predicted: answers that differ in nothing else need one pass
+    numbers_of: dict[tuple[int, ...], list[int]] = {}
+    for number, (ids, _) in enumerate(asked):
+        numbers_of.setdefault(ids[:-1], []).append(number)
+    inputs = sorted(numbers_of, key=len)  # little padding
     scores = torch.zeros(len(asked))
     with in_eval_mode(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for first in range(0, len(order), batch_size):
-            numbers = order[first : first + batch_size]
-            ids = pad_sequence([asked[number][0] for number in numbers], batch_first=True).to(model.device)
-            logits = model(ids, use_cache=False).logits  # padding is on the right: no token before it sees it
-            for row, number in enumerate(numbers):
-                answer, begin = asked[number]
-                likely = logits[row, begin - 1 : len(answer) - 1].float().log_softmax(-1).cpu()
-                scores[number] = likely.gather(1, answer[begin:, None]).sum()
+        for first in range(0, len(inputs), batch_size):
+            batch = inputs[first : first + batch_size]
+            padded = pad_sequence([torch.tensor(ids) for ids in batch], batch_first=True).to(model.device)
+            logits = model(padded, use_cache=False).logits  # padding is on the right: no token before it sees it
+            for row, read in enumerate(batch):
+                for number in numbers_of[read]:
+                    ids, begin = asked[number]
+                    likely = logits[row, begin - 1 : len(read)].float().log_softmax(-1).cpu()
+                    scores[number] = likely.gather(1, torch.tensor(ids[begin:])[:, None]).sum()
     by_row = scores.view(len(chosen), -1).tolist()
     return ZeroShot(task, split, tuple(chosen["label"]), tuple(map(tuple, by_row)))
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def check_questions(data: TaskData, split: str, rows: int | None) -> None:
+    """Check that a task can be asked, before any work; parameters as for `zero_shot`.
+
+    Raises
+    ------
+    ValueError
+        A task without a prompt, a split that the data lack, or fewer rows than asked for.
+    """
+    task = data.task.name
+    if task not in PROMPTS:
+        raise ValueError(f"There is no prompt for task {task!r}; known: {', '.join(PROMPTS)}.")
+    if split not in data.splits:
+        raise ValueError(f"{data.source} has no split {split!r} of {task}; it has: {', '.join(data.splits)}.")
+    check_at_least_one(rows=1 if rows is None else rows)
+    if rows is not None and rows > len(data.splits[split]):
+        raise ValueError(
+            f"{task} {split} has {len(data.splits[split])} rows, not {rows}: ask for fewer, or for all (None)."
+        )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -262,9 +262,9 @@ class Bench:
         transformers.set_seed(seed)
         return self.prepare(self.new_model().to(device()))
 
-    def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
-        """Metrics on those splits that the task has."""
-        present = {split: self.splits[split] for split in splits if split in self.splits}
+    def scores(self, model: PreTrainedModel, splits: tuple[str, ...] | None = None) -> dict[str, dict[str, float]]:
+        """Metrics on those splits that the task has; on everything that the bench scores if they are not given."""
+        present = {split: self.splits[split] for split in splits or ("dev", "test") if split in self.splits}
         return {split: evaluate(model, self.data.task, rows, self.collator) for split, rows in present.items()}
 
     def arguments(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from softlms.data.inputs import in_eval_mode
 from softlms.data.tasks import Task, TaskData
 from softlms.data.text import blocks
 from softlms.evaluation.likelihood import Protocol, Trigram, measure_perplexity, perplexity
+from softlms.evaluation.zero_shot import check_questions, zero_shot
 from softlms.experiments.bench import Bench
 from softlms.experiments.closure import not_in_keys
 from softlms.experiments.recipe import Recipe
@@ -38,6 +39,7 @@ __all__ = ["FAMILIES", "LanguageBench", "SmallModel"]
 
 LANGUAGE_MODELLING = Task("text", ("text",), (), ("perplexity",))
 PROMPT, SAMPLE = 24, 32  # tokens
+QUESTIONS = 400  # rows of a zero-shot task
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ class LanguageBench(Bench):
         Use only the first tokens of the training split, or of the other two.
     protocol : Protocol, optional
         How perplexity is measured. The data's source in tables then names it, so that it goes with every number.
+    beyond : mapping
+        What else models are scored on, by the name in tables: texts of other domains (their test split, by the
+        protocol), and tasks asked zero-shot (the first `QUESTIONS` rows of dev).
     split : bool
         Split GPT-2's fused projections before they are factored (`softlms.split_fused`).
     note : callable
@@ -123,8 +128,8 @@ class LanguageBench(Bench):
     Raises
     ------
     ValueError
-        A window that is too long for the model or longer than a split; or a protocol that does not fit the model and
-        its text, or comes with `test_tokens`.
+        A window that is too long for the model or longer than a split; a protocol that does not fit the model and
+        a text, or comes with `test_tokens`; something beyond without a protocol; or a task without a prompt.
     """
 
     def __init__(
@@ -138,11 +143,13 @@ class LanguageBench(Bench):
         train_tokens: int | None = None,
         test_tokens: int | None = None,
         protocol: Protocol | None = None,
+        beyond: Mapping[str, TokenizedText | TaskData] | None = None,
         split: bool = False,
         note: Callable[[str], None] = print,
     ) -> None:
         self.model, self.text, self.window, self.split = model, text, window, split
         self.train_tokens, self.test_tokens, self.protocol = train_tokens, test_tokens, protocol
+        self.beyond = dict(beyond or {})
         encoder = model if isinstance(model, Encoder) else Encoder(str(text.tokenizer), model.source)
         source = text.source if protocol is None else f"{text.source}; {protocol}"
         data = TaskData(dataclasses.replace(LANGUAGE_MODELLING, name=name), {}, source)
@@ -158,8 +165,14 @@ class LanguageBench(Bench):
         if protocol is not None:
             if test_tokens is not None:
                 raise ValueError(f"test_tokens ({test_tokens}) and protocol both say what is scored: give one.")
-            for ids in self._held_out.values():
+            other_texts = [other.splits["test"] for other in self.beyond.values() if isinstance(other, TokenizedText)]
+            for ids in (*self._held_out.values(), *other_texts):
                 protocol.check(len(ids), read, self._tokenizer.bos_token_id)
+        elif self.beyond:
+            raise ValueError(f"{', '.join(self.beyond)} are scored by a protocol: give one.")
+        for other in self.beyond.values():
+            if isinstance(other, TaskData):
+                check_questions(other, "dev", QUESTIONS)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -200,19 +213,23 @@ class LanguageBench(Bench):
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         return split_fused(model) if self.split else model
 
-    def scores(self, model: PreTrainedModel, splits: tuple[str, ...] = ("dev", "test")) -> dict[str, dict[str, float]]:
-        """Perplexity by the protocol, or in windows that overlap by half."""
+    def scores(self, model: PreTrainedModel, splits: tuple[str, ...] | None = None) -> dict[str, dict[str, float]]:
+        """Perplexity on splits; if they are not given on dev and test, and all that is beyond."""
+        scores = {split: self._perplexity(model, self.splits[split]) for split in splits or ("dev", "test")}
+        for name, other in {} if splits else self.beyond.items():
+            if isinstance(other, TokenizedText):
+                scores[name] = self._perplexity(model, other.splits["test"])
+            else:
+                bf16 = self.protocol is not None and self.protocol.bf16
+                asked = zero_shot(model, self._tokenizer, other, rows=QUESTIONS, bf16=bf16)
+                scores[name] = {"accuracy": asked.accuracy}
+        return scores
+
+    def _perplexity(self, model: PreTrainedModel, ids: Any) -> dict[str, float]:
+        """By the protocol, or in windows that overlap by half."""
         if self.protocol is not None:
-            tokenizer = self._tokenizer
-            return {
-                split: {"perplexity": measure_perplexity(model, self.splits[split], self.protocol, tokenizer).value}
-                for split in splits
-            }
-        stride = self.window // 2
-        return {
-            split: {"perplexity": perplexity(model, self.splits[split], window=self.window, stride=stride)}
-            for split in splits
-        }
+            return {"perplexity": measure_perplexity(model, ids, self.protocol, self._tokenizer).value}
+        return {"perplexity": perplexity(model, ids, window=self.window, stride=self.window // 2)}
 
     def trigram(self) -> dict[str, dict[str, float]]:
         """Scores of a 3-gram model of the same tokens, trained on the same text."""
@@ -254,4 +271,7 @@ class LanguageBench(Bench):
         }
         if self.protocol is not None:
             inputs["protocol"] = str(self.protocol)
+        for name, other in self.beyond.items():
+            rows = other.splits["test"].tobytes() if isinstance(other, TokenizedText) else repr(other.splits["dev"][:])
+            inputs[f"beyond.{name}"] = hashlib.sha256(rows if isinstance(rows, bytes) else rows.encode()).hexdigest()
         return inputs | ({} if pair == "dense" else {"split": self.split})

@@ -59,7 +59,8 @@ def apply_chain(bench: Any, recipe: Recipe, seed: int, folder: Path, links: Sequ
         folder=folder / "trainer",
         arguments=partial(bench.arguments, recipe=recipe, seed=seed),
         distillation=recipe.distillation,
-        score=lambda cut: bench.scores(cut, ("dev",)),
+        # beside the scores of the recovered model those of dev are enough
+        score=lambda cut: bench.scores(cut, ("dev",) if recipe.epochs else ("dev", "test")),
         shared=bench.shared(recipe, seed),
     )
     outcome = {"untuned": {}, "ranks": {}} | run(model, recipe.chain(links), work)

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from softlms.data.encoders import Encoder, find_encoder
 from softlms.data.hub import is_hub, pretrained
-from softlms.data.tasks import load_task
+from softlms.data.tasks import TaskData, load_task
 from softlms.experiments.bench import Bench
 from softlms.experiments.grid import Setting
 from softlms.experiments.jobs import be_quiet
@@ -22,7 +22,7 @@ from softlms.experiments.language_models import FAMILIES, LanguageBench
 from softlms.experiments.profiles import LANGUAGE_PROFILES, PROFILES, SPEED_PROFILES, find_profile
 from softlms.experiments.provenance import commit
 from softlms.experiments.report import Report
-from softlms.experiments.tokenized import tokenize_text
+from softlms.experiments.tokenized import TokenizedText, tokenize_text
 from softlms.utils.files import whole_file
 from softlms.utils.machine import hardware, versions
 from softlms.workbook.plots import style as plotting
@@ -32,6 +32,7 @@ from softlms.workbook.registry import project_root
 __all__ = ["DATA_VARIABLE", "Book", "make_book", "open_book", "open_language_book", "open_speed_book"]
 
 DATA_VARIABLE = "SOFTLMS_DATA"
+ZERO_SHOT = "sst2 zero-shot"  # in the column of splits
 
 
 class Named(Protocol):
@@ -188,6 +189,8 @@ def open_language_book(
     text: str = "",
     checkpoint: str = "",
     model: str = "",
+    other_text: str = "",
+    data: str = "",
     split: bool = False,
 ) -> Book:
     """Open a language-model notebook for a profile; its bench is a `LanguageBench`.
@@ -205,7 +208,11 @@ def open_language_book(
         Replaces the profile's model by another causal language model of this family; see `find_encoder`.
     model : str
         A real model that the profile has beside its own, such as "smollm2". It brings its own text, grid and window,
-        and tables show its name instead of the family's.
+        and tables show its name instead of the family's; files are named after it too.
+    other_text : str
+        A text of another domain, on which a model from `model` is scored too; a source like `text`.
+    data : str
+        GLUE's source, as for `open_book`: such a model is asked about SST-2's sentences zero-shot.
     split : bool
         See `LanguageBench`.
 
@@ -234,21 +241,30 @@ def open_language_book(
             raise ValueError(f"{asked} is a {kind} model; this notebook is about {family}.")
     runs = project_root() / "runs"
     tokenizer = found.location if isinstance(found, Encoder) else found.vocabulary
+
+    def tokenized(source: str) -> TokenizedText:
+        place = source if source == "embedded" or is_hub(source) else str(Path(source).expanduser())
+        return tokenize_text(place, tokenizer, runs, libraries=chosen.libraries)
+
+    beyond: dict[str, TokenizedText | TaskData] = {}
+    if other_text:
+        beyond[Path(other_text).name] = tokenized(other_text)
+    if glue := data or (os.environ.get(DATA_VARIABLE, "") if model else ""):
+        beyond[ZERO_SHOT] = load_task("sst2", glue)
     source = text or chosen.text
-    if source != "embedded" and not is_hub(source):
-        source = str(Path(source).expanduser())
     bench = LanguageBench(
         found,
         model or family,
-        tokenize_text(source, tokenizer, runs, libraries=chosen.libraries),
+        tokenized(source),
         runs,
         window=chosen.window,
         train_tokens=chosen.train_tokens,
         test_tokens=chosen.test_tokens,
         protocol=chosen.protocol,
+        beyond=beyond,
         split=split,
     )
-    return make_book(name, chosen, bench, source)
+    return make_book(f"{name}_{model}" if model else name, chosen, bench, source)
 
 
 def open_speed_book(name: str, *, profile: str) -> Book:
