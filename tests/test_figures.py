@@ -337,13 +337,20 @@ def test_replot(checkout, capsys):
     results = checkout / "results/laptop"
     results.mkdir(parents=True)
     shutil.copy(ROOT / "notebooks/notebooks.toml", checkout / "notebooks")
-    for name in ("03_block_sensitivity", "09_speedup", "10_more"):
+    for name in ("03_block_sensitivity", "07_tinyllama_table", "09_speedup", "10_more"):
         write_notebook(checkout, name, "raise RuntimeError")  # none of them runs
-    for name in ("03_block_sensitivity", "09_speedup"):
+    for name in ("03_block_sensitivity", "07_tinyllama_table", "07_tinyllama_table_ranks", "09_speedup"):
         shutil.copy(ROOT / f"results/laptop/{name}.csv", results)
     status, output = run(profile="laptop", command=replot_figures)
     assert status == 0 and capsys.readouterr().err == ""
-    assert output.splitlines() == ["03_block_sensitivity: drawn", "09_speedup: drawn"]
+    assert output.splitlines() == [
+        "03_block_sensitivity: drawn",
+        "07_tinyllama_table: drawn",
+        "07_tinyllama_table_ranks: drawn",
+        "07_tinyllama_table_smollm2: skipped, results/laptop has no table of smollm2",
+        "07_tinyllama_table_smollm2_ranks: skipped, results/laptop has no table of smollm2",
+        "09_speedup: drawn",
+    ]
     assert (checkout / "figures/laptop/09_speedup.pdf").is_file() and not (checkout / "executed").exists()
 
     (results / "09_speedup.csv").unlink()

@@ -4,9 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softlms.data.encoders import find_encoder
+from softlms.data.tasks import TASKS, TaskData
 from softlms.data.text import blocks
 from softlms.evaluation.likelihood import Protocol, measure_perplexity
 from softlms.experiments.language_models import FAMILIES, LanguageBench, SmallModel
@@ -167,17 +169,39 @@ def test_a_real_model_stands_beside_the_profiles_own(folder, tmp_path, monkeypat
     tiny = replace(SMOLLM2, window=16, train_tokens=2000, protocol=Protocol(16, tokens=64))
     monkeypatch.setitem(LANGUAGE_PROFILES["laptop"].beside, "smollm2", tiny)
     monkeypatch.setattr("softlms.workbook.book.project_root", lambda: tmp_path)
-    options = {"profile": "laptop", "model": "smollm2", "text": str(folder), "checkpoint": str(place)}
+    options = {"profile": "laptop", "beside": "smollm2", "text": str(folder), "checkpoint": str(place)}
     book = open_language_book("07", "llama", **options)
     assert book.bench.data.task.name == "smollm2" and "smollm2" in book.profile.grid.tasks
     assert book.bench.data.source == f"folder: wiki; {tiny.protocol}" and book.results == tmp_path / "results/laptop"
+    assert book.name == "07_smollm2"
     dense, cut = (book.bench.run(m, book.profile.grid.recipe, 0).result for m in ("dense", "whitened+uniform"))
     assert dense["steps"] == 0 and cut["kept_linear"] <= 0.5 and cut["steps"] > 0
-    for changes, known in (({"profile": "quick"}, "none"), ({"model": "other"}, "smollm2")):
+    for changes, known in (({"profile": "quick"}, "none"), ({"beside": "other"}, "smollm2")):
         with pytest.raises(ValueError, match=rf"has no llama model .* beside its own; it has: {known}\."):
             open_language_book("07", "llama", **options | changes)
     with pytest.raises(ValueError, match=r"has no gpt2 model 'smollm2' beside its own; it has: none\."):
         open_language_book("06", "gpt2", **options)
+
+
+def test_models_are_scored_beyond_their_text(folder, tmp_path):
+    """On a text of another domain and zero-shot, recovered; what is scored there is in the run's key."""
+    text = tokenize_text(folder, SIZE["vocabulary"], tmp_path)
+    rows = Dataset.from_dict({"sentence": ["the red sea", "a wide river"] * 200, "label": [0, 1] * 200})
+    asked = TaskData(TASKS["sst2"], {"dev": rows}, "folder: here")
+    options = {"protocol": Protocol(16, tokens=64), "beyond": {"other": text, "sst2 zero-shot": asked}}
+    bench = bench_of(SmallModel("llama", **SIZE), folder, tmp_path, **options)
+    recipe = RECIPE.changed(dense_epochs=0)
+    tuned, untuned = (bench.run("svd+uniform", recipe.changed(epochs=n), 0).result["scores"] for n in (1, 0))
+    assert tuned["other"] == tuned["test"] and 0 <= tuned["sst2 zero-shot"]["accuracy"] <= 1
+    assert set(untuned) == {"dev", "test"}
+    alone = bench_of(SmallModel("llama", **SIZE), folder, tmp_path, **options | {"beyond": {"other": text}})
+    assert alone.stored("svd+uniform", recipe, 0) is None
+    assert "beyond.sst2 zero-shot" in alone.why_missing("svd+uniform", recipe, 0)
+    few = TaskData(TASKS["sst2"], {"dev": rows.select(range(9))}, "folder: here")
+    for changes, message in (({"protocol": None}, "other, sst2 zero-shot are scored by a protocol"),
+                             ({"beyond": {"few": few}}, "sst2 dev has 9 rows, not 400")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            bench_of(SmallModel("llama", **SIZE), folder, tmp_path, **options | changes)
 
 
 def test_unknown_family():

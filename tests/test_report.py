@@ -74,6 +74,10 @@ def test_verdict_pairs_seeds_and_its_sign_favours_softlms(bench, language_bench)
     assert (line.rival, line.rival_mean, line.difference) == ("whitened+uniform", 20.5, 2.5)
     lines = report_of(language_bench, perplexities | {"whitened+mask": (17, 19)}, "perplexity").verdicts()
     assert list(lines.rival) == ["whitened+mask", "whitened+uniform"] and list(lines.difference) == [0.0, 2.5]
+    # what learns its ranks is no rival, whatever it starts from; what it starts from is one
+    starts = {"whitened+cliff": (17, 18), "whitened+cliff-soft": (16, 18)}
+    line = report_of(language_bench, perplexities | starts, "perplexity").verdicts().iloc[0]
+    assert (line.soft, line.rival, line.difference) == ("whitened+cliff-soft", "whitened+cliff", 0.5)
 
 
 def test_a_model_cut_further_stands_beside_the_one_trained_for_it(bench):
@@ -126,6 +130,19 @@ def test_drawings_show_every_method(kind, request):
     symbols = [tick.get_text() for tick in ranks.axes[0].get_yticklabels()]
     names = ["Q", "K", "V", "proj", "fc1", "fc2"] if kind == "bench" else ["QKV", "proj", "fc1", "fc2"]
     assert symbols == [f"$W_{{{name}}}$" for name in names]
+    plt.close("all")
+
+
+def test_the_dense_model_trained_as_long_is_a_line(language_bench):
+    """It stands in the rows as any method that keeps everything."""
+    report = report_of(language_bench, F1, "perplexity")
+    whole = report.rows[report.rows.method == "whitened+uniform"].assign(keep=1.0, kept_linear=1.0, value=2.0)
+    quality = plot_quality(pd.concat([report.rows, whole]))
+    assert [text.get_text() for text in quality.legends[0].get_texts()][:2] == ["dense", "dense, trained as long"]
+    untuned, recovered = quality.axes
+    dashed = [[line for line in ax.lines if line.get_linestyle() == "--"] for ax in (untuned, recovered)]
+    assert not dashed[0] and [line.get_ydata()[0] for line in dashed[1]] == [2.0]
+    assert [tick.get_text() for tick in recovered.get_xticklabels()] == ["50"]
     plt.close("all")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from softlms.data.tasks import TASKS, TaskData
-from softlms.evaluation.zero_shot import PROMPTS, ZeroShot, zero_shot
+from softlms.evaluation.zero_shot import PROMPTS, Prompt, ZeroShot, zero_shot
 from softlms.experiments.tokenized import train_tokenizer
 
 WORDS = ["a", "fine", "dull", "film", "that", "{moves}", "slowly", ",", "over", "wide", "red", "seas"]
@@ -47,6 +47,17 @@ def test_the_likeliest_answer_is_given(tiny_llama, tokenizer, name):
     )
     assert np.allclose(zero_shot(model, tokenizer, data, rows=2, batch_size=1).scores, expected[:2], atol=1e-4)
     assert len(prompt.answers) == len(TASKS[name].labels)
+
+
+def test_answers_of_one_token_share_a_pass(tiny_llama, tokenizer, monkeypatch):
+    """The last token of an answer is only predicted, so the question is read once for all of them."""
+    monkeypatch.setitem(PROMPTS, "sst2", Prompt("A film:", ("a", "b")))
+    model, read = tiny_llama(vocab_size=300), []
+    model.register_forward_pre_hook(lambda _, args: read.extend(args[0].tolist()))
+    known = train_tokenizer("A film: a b " * 99, 300)
+    found = zero_shot(model, known, task("sst2", sentence=SENTENCES))
+    assert len(known(" a")["input_ids"]) == len(known(" b")["input_ids"]) == 1
+    assert len(read) == 1 and len(set(found.scores)) == 1 and len(found.scores) == len(SENTENCES)
 
 
 def test_result_says_how_it_was_asked():

@@ -12,6 +12,7 @@ from softlms.evaluation.metrics import paired_difference
 from softlms.experiments.bench import Bench
 from softlms.experiments.grid import CUT_FROM, UNSCALED, Cell, costs, grid_rows, middle_budget, rank_rows, summarize
 from softlms.methods.chain import parse
+from softlms.methods.soft import SoftConfig
 
 __all__ = ["Report", "adaptive_differences", "soft_verdicts"]
 
@@ -154,7 +155,8 @@ def soft_verdicts(rows: pd.DataFrame, leading: Mapping[str, str]) -> pd.DataFram
         lower = leading[task] in UNSCALED
         of_metric = of_task[of_task.metric == leading[task]]
         order = _by_seed(of_metric, "dev").dropna(axis=1).mean().sort_values(ascending=lower).index
-        soft, others = (order[order.str.endswith("+soft") == is_soft] for is_soft in (True, False))
+        learned = order.map(_is_soft).astype(bool)
+        soft, others = order[learned], order[~learned]
         rivals = [*others[:1], *others[others.str.endswith("+uniform")][:1]] if len(soft) else []
         split = "test" if "test" in set(of_metric.split) else "dev"
         table = _by_seed(of_metric, split)
@@ -203,6 +205,11 @@ def _removed(keep: pd.Series) -> pd.Series:
 def _has_budget(method: str) -> bool:
     """Whether the last method of a chain cuts to a budget."""
     return any(f.name == "keep" for f in fields(parse(method)[-1].method.config))
+
+
+def _is_soft(method: str) -> bool:
+    """Whether the last method of a chain learns its ranks by soft thresholds."""
+    return issubclass(parse(method)[-1].method.config, SoftConfig)
 
 
 def _compressed(rows: pd.DataFrame) -> pd.DataFrame:

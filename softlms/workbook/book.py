@@ -188,7 +188,7 @@ def open_language_book(
     profile: str,
     text: str = "",
     checkpoint: str = "",
-    model: str = "",
+    beside: str = "",
     other_text: str = "",
     data: str = "",
     split: bool = False,
@@ -206,13 +206,13 @@ def open_language_book(
         Replaces the profile's text: a folder, "hub" or "embedded"; see `softlms.data.text.load_text`.
     checkpoint : str
         Replaces the profile's model by another causal language model of this family; see `find_encoder`.
-    model : str
+    beside : str
         A real model that the profile has beside its own, such as "smollm2". It brings its own text, grid and window,
         and tables show its name instead of the family's; files are named after it too.
     other_text : str
-        A text of another domain, on which a model from `model` is scored too; a source like `text`.
+        A text of another domain, on which the model beside is scored too; a source like `text`.
     data : str
-        GLUE's source, as for `open_book`: such a model is asked about SST-2's sentences zero-shot.
+        GLUE's source, as for `open_book`: the model beside is asked about SST-2's sentences zero-shot.
     split : bool
         See `LanguageBench`.
 
@@ -229,10 +229,10 @@ def open_language_book(
     chosen = find_profile(profile, LANGUAGE_PROFILES)
     if family not in FAMILIES:
         raise ValueError(f"Unknown family {family!r}; known: {', '.join(FAMILIES)}.")
-    if model and (model not in chosen.beside or family not in chosen.beside[model].models):
+    if beside and (beside not in chosen.beside or family not in chosen.beside[beside].models):
         known = ", ".join(name for name, other in chosen.beside.items() if family in other.models) or "none"
-        raise ValueError(f"Profile {profile} has no {family} model {model!r} beside its own; it has: {known}.")
-    chosen = chosen.beside[model] if model else chosen
+        raise ValueError(f"Profile {profile} has no {family} model {beside!r} beside its own; it has: {known}.")
+    chosen = chosen.beside[beside] if beside else chosen
     asked = checkpoint or chosen.models[family]
     found = find_encoder(asked) if isinstance(asked, str) else asked
     if isinstance(found, Encoder):
@@ -247,14 +247,14 @@ def open_language_book(
         return tokenize_text(place, tokenizer, runs, libraries=chosen.libraries)
 
     beyond: dict[str, TokenizedText | TaskData] = {}
-    if other_text:
+    if beside and other_text:
         beyond[Path(other_text).name] = tokenized(other_text)
-    if glue := data or (os.environ.get(DATA_VARIABLE, "") if model else ""):
+    if beside and (glue := data or os.environ.get(DATA_VARIABLE, "")):
         beyond[ZERO_SHOT] = load_task("sst2", glue)
     source = text or chosen.text
     bench = LanguageBench(
         found,
-        model or family,
+        beside or family,
         tokenized(source),
         runs,
         window=chosen.window,
@@ -264,7 +264,7 @@ def open_language_book(
         beyond=beyond,
         split=split,
     )
-    return make_book(f"{name}_{model}" if model else name, chosen, bench, source)
+    return make_book(f"{name}_{beside}" if beside else name, chosen, bench, source)
 
 
 def open_speed_book(name: str, *, profile: str) -> Book:

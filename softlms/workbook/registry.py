@@ -32,10 +32,14 @@ ALIKE = 2  # times within this factor count as equal, so that stamping again cha
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: the function in `softlms.workbook.plots` that draws it, and the names of its tables."""
+    """A figure: the function in `softlms.workbook.plots` that draws it, the names of its tables, and the model beside.
+
+    A figure of a model beside is drawn only where its notebook ran with that model.
+    """
 
     plot: str
     tables: tuple[str, ...] = ()
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def _entry(name: str, entry: dict[str, Any]) -> Notebook:
     if entry.get("lane") not in LANES:
         raise ValueError(f"{name} has the unknown lane {entry.get('lane')!r}; known: {', '.join(LANES)}.")
     figures = {
-        name + suffix: Drawing(figure["plot"], tuple(name + table for table in figure.get("tables", ())))
+        name + suffix: Drawing(**figure | {"tables": tuple(name + table for table in figure.get("tables", ()))})
         for suffix, figure in entry.pop("figures", {}).items()
     }
     return Notebook(figures=figures, **entry)

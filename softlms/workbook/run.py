@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from softlms.workbook.plots.drawing import draw
 from softlms.workbook.plots.style import use_style
 from softlms.workbook.process import Ending, Work, check_kernel, run_notebooks
 from softlms.workbook.progress import Progress, clock, say
-from softlms.workbook.registry import Folders, Notebook, choose_notebooks, project_root, read_registry
+from softlms.workbook.registry import Drawing, Folders, Notebook, choose_notebooks, project_root, read_registry
 from softlms.workbook.state import depends_on, mark_finished, reason_to_run, typical_seconds, unmark
 
 __all__ = ["make_figures", "replot_figures"]
@@ -146,11 +146,18 @@ def replot_figures(names: Sequence[str] = (), *, profile: str = "quick", console
     drawn, wrong = 0, []
     for notebook in (path.stem for path in chosen):
         figures = registry.get(notebook, Notebook()).figures
-        tables = {table for drawing in figures.values() for table in drawing.tables}
-        if not names and tables and not any((folders.results / f"{table}.csv").is_file() for table in tables):
+
+        def lacks(drawings: Iterable[Drawing]) -> bool:
+            tables = {table for drawing in drawings for table in drawing.tables}
+            return bool(tables) and not any((folders.results / f"{table}.csv").is_file() for table in tables)
+
+        if not names and lacks(figures.values()):
             say(console, f"{notebook}: skipped, {results} has no table of it")
             continue
-        for figure in figures:
+        for figure, drawing in figures.items():
+            if drawing.beside and lacks([drawing]):
+                say(console, f"{figure}: skipped, {results} has no table of {drawing.beside}")
+                continue
             try:
                 draw(figure, folders.figures, folders.results)
                 drawn += 1

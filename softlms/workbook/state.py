@@ -144,9 +144,10 @@ def check_derived(results: Path) -> list[str]:
         raise ValueError(f"{results.parent.parent} has no notebooks.toml that names derived tables.")
     for name, notebook in registry.items():
         if notebook.derived:
-            rows = pd.read_csv(results / f"{name}.csv")
-            for kind in notebook.derived:
-                wrong += _differences(_derive(kind, rows), results / f"{name}_{kind}.csv")
+            for derived in notebook.derived:
+                table, _, kind = f"{name}_{derived}".rpartition("_")
+                rows = pd.read_csv(results / f"{table}.csv")
+                wrong += _differences(_derive(kind, rows), results / f"{table}_{kind}.csv")
     return wrong
 
 

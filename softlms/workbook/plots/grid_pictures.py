@@ -19,7 +19,11 @@ __all__ = ["describe_budget", "draw_rank_bars", "plot_quality", "plot_ranks"]
 # Okabe and Ito's palette
 COLOURS = {"svd": "#D55E00", "fwsvd": "#E69F00", "asvd": "#CC79A7", "whitened": "#0072B2"}
 OTHERS = ("#009E73", "#56B4E9", "#F0E442", "#000000")
-MARKERS = {"uniform": "v", "energy": "P", "greedy": "X", "sensitivity": "D", "mask": "s", "soft": "o"}
+MARKERS = {
+    "uniform": "v", "energy": "P", "greedy": "X", "sensitivity": "D", "cliff": "^", "cliff-gradient": "<",
+    "cliff-energy": ">", "cliff-greedy": "d", "mask": "s", "soft": "o", "cliff-soft": "h",
+}  # fmt: skip
+LEARNED = ("soft", "cliff-soft")  # filled
 
 
 def plot_quality(rows: pd.DataFrame) -> Figure:
@@ -31,7 +35,7 @@ def plot_quality(rows: pd.DataFrame) -> Figure:
         Of `softlms.experiments.grid.grid_rows`.
     """
     tasks = list(rows.task.unique())
-    compressed = rows[(rows.method != "dense") & ~rows.method.str.contains(CUT_FROM)]
+    compressed = rows[(rows.method != "dense") & ~rows.method.str.contains(CUT_FROM) & (rows.keep < 1)]
     methods, keeps = list(compressed.method.unique()), sorted(compressed.keep.unique())
     summary, styles = summarize(rows), _styles(methods)
     fig, axes = figure(2, len(tasks), width=min(7.0, 2.2 + 2.4 * len(tasks)), height=4.6, squeeze=False)
@@ -45,6 +49,9 @@ def plot_quality(rows: pd.DataFrame) -> Figure:
             of_split = of_task[of_task.split == split]
             ax.axhline(of_split[of_split.method == "dense"]["mean"].iloc[0], color="black", lw=1)
             part = of_split[(of_split.recovered == recovered) & of_split.method.isin(methods)]
+            for trained in part[part.keep == 1]["mean"] if recovered else ():
+                ax.axhline(trained, color="black", lw=1, ls="--")
+            part = part[part.keep < 1]
             _plot_methods(ax, part, keeps, styles)
             ax.set_xticks(range(len(keeps)), [f"{100 * keep:.0f}" for keep in keeps])
             ax.set_xlim(-0.5, len(keeps) - 0.5)
@@ -58,7 +65,8 @@ def plot_quality(rows: pd.DataFrame) -> Figure:
                 xlabel="weights of the linears kept (%)",
                 ylabel=f"{split} {metric}{unit}",
             )
-    fig.legend(handles=_legend(styles), loc="outside lower center", ncols=6)
+    trained = (rows.method != "dense") & (rows.keep == 1)
+    fig.legend(handles=_legend(styles, trained=bool(trained.any())), loc="outside lower center", ncols=6)
     fig.suptitle("Quality against size (mean, std over seeds)")
     return fig
 
@@ -75,7 +83,8 @@ def _styles(methods: list[str]) -> dict[str, dict[str, Any]]:
     for method in methods:
         if (pair := _pair(method)) is not None:
             colour = COLOURS[pair[0]]
-            styles[method] = {"color": colour, "marker": MARKERS[pair[1]], "mfc": colour if "soft" in pair else "white"}
+            face = colour if pair[1] in LEARNED else "white"
+            styles[method] = {"color": colour, "marker": MARKERS[pair[1]], "mfc": face}
         else:
             number = sum(style["marker"] == "*" for style in styles.values())
             styles[method] = {"color": OTHERS[number % len(OTHERS)], "marker": "*"}
@@ -94,13 +103,14 @@ def _plot_methods(ax: Axes, part: pd.DataFrame, keeps: list[float], styles: dict
         )  # fmt: skip
 
 
-def _legend(styles: dict[str, dict[str, Any]]) -> list[Line2D]:
+def _legend(styles: dict[str, dict[str, Any]], *, trained: bool) -> list[Line2D]:
     pairs = [pair for pair in map(_pair, styles) if pair]
     factorizations, allocations = ({pair[i] for pair in pairs} for i in (0, 1))
     handles = [Line2D([], [], color="black", label="dense")]
+    handles += [Line2D([], [], color="black", ls="--", label="dense, trained as long")] if trained else []
     handles += [Line2D([], [], color=c, lw=4, label=f) for f, c in COLOURS.items() if f in factorizations]
     handles += [
-        Line2D([], [], color="0.3", marker=m, ls="", mfc="0.3" if a == "soft" else "white", label=a)
+        Line2D([], [], color="0.3", marker=m, ls="", mfc="0.3" if a in LEARNED else "white", label=a)
         for a, m in MARKERS.items()
         if a in allocations
     ]
