@@ -7,7 +7,18 @@ import torch
 from softlms.data.encoders import find_encoder
 from softlms.data.tasks import TASKS, load_task
 from softlms.experiments.bench import Bench
-from softlms.experiments.grid import GRIDS, Grid, Pass, Setting, costs, grid_rows, rank_rows, run_grid, summarize
+from softlms.experiments.grid import (
+    GRIDS,
+    PARTS,
+    Grid,
+    Pass,
+    Setting,
+    costs,
+    grid_rows,
+    rank_rows,
+    run_grid,
+    summarize,
+)
 from softlms.experiments.profiles import PROFILES
 from softlms.experiments.recipe import Recipe
 from softlms.methods.chain import parse
@@ -155,3 +166,16 @@ def test_cola_and_stsb_run_too(tiny_folder, tmp_path):
     assert set(rows[rows.task == "cola"].metric) == {"matthews"}
     assert set(rows[rows.task == "stsb"].metric) == {"pearson", "spearman"}
     assert set(rows.method) == {"dense", "fwsvd+uniform", "whitened+soft", "whitened+soft cut from 0.5"}
+
+
+def test_a_part_of_a_grid_has_only_its_methods():
+    """Recovered; what the part leaves empty is gone, and the rest of the grid is as it was."""
+    whole = GRIDS["laptop"]
+    part = whole.part("recommended")
+    for keep in (0.75, 0.5, 0.35):
+        methods = {method for one in part.passes if keep in one.keeps for method in one.methods}
+        assert methods == set(PARTS["recommended"])
+    assert all(one.recover and one.methods for one in part.passes)
+    assert (part.recipe, part.tasks, part.seeds) == (whole.recipe, whole.tasks, whole.seeds)
+    with pytest.raises(ValueError, match=r"Unknown part 'best' of the grid; known: recommended\."):
+        whole.part("best")

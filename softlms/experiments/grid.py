@@ -30,8 +30,10 @@ from softlms.surgery import shrink
 from softlms.utils.machine import fast_bf16, use_threads
 
 __all__ = [
+    "CLIFF",
     "CUT_FROM",
     "GRIDS",
+    "PARTS",
     "UNSCALED",
     "Grid",
     "Pass",
@@ -57,6 +59,9 @@ OTHERS = (
     "fwsvd+uniform", "asvd+uniform", "whitened+energy", "whitened+greedy", "whitened+sensitivity", "svd+mask",
     "whitened+mask",
 )  # fmt: skip
+CLIFF = ("whitened+cliff", "whitened+cliff-soft")
+# methods of which one is recommended; tables and figures of a part of the grid are named after it
+PARTS = {"recommended": ("whitened+uniform", "whitened+mask", "whitened+soft", *CLIFF)}
 # for the others, the untuned state is measured before recovery
 UNTUNED = tuple(f"{f}+{a}" for f in ("svd", "fwsvd", "asvd") for a in ("energy", "greedy"))
 
@@ -118,6 +123,13 @@ class Grid:
         """The grid restricted to some tasks; tasks that are not in it get default settings."""
         return replace(self, tasks={task: self.tasks.get(task, Setting()) for task in tasks})
 
+    def part(self, name: str) -> Grid:
+        """The grid restricted to the methods of one of `PARTS`; ValueError for an unknown one."""
+        if name not in PARTS:
+            raise ValueError(f"Unknown part {name!r} of the grid; known: {', '.join(PARTS)}.")
+        passes = [replace(one, methods=tuple(m for m in one.methods if m in PARTS[name])) for one in self.passes]
+        return replace(self, passes=tuple(one for one in passes if one.methods and one.recover))
+
     def units(self, benches: Mapping[str, Bench]) -> Iterator[list[Job]]:
         """Jobs that share a dense model, budget and seed, in the order of the passes; dense comes first.
 
@@ -176,7 +188,7 @@ GRIDS = {
         {"docpairs": Setting(train_rows=512, max_length=40)},
         (0, 1),
         (
-            Pass(("whitened+uniform", "whitened+soft"), (0.5,)),  # svd's own two are notebook 04's
+            Pass(("whitened+uniform", "whitened+soft", *CLIFF), (0.5,)),  # svd's own two are notebook 04's
             Pass(
                 ("svd+uniform", "fwsvd+uniform", "asvd+uniform", "whitened+energy", "whitened+greedy"),
                 (0.5,),
@@ -204,6 +216,7 @@ GRIDS = {
             Pass(OTHERS, (0.5,)),
             Pass(UNTUNED, (0.5, 0.35, 0.75), recover=False),
             Pass(OTHERS, (0.35, 0.75)),
+            Pass(CLIFF, (0.5, 0.35, 0.75)),
         ),
         TUNED,
     ),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from softlms.data import corpus
 from softlms.evaluation.likelihood import Protocol
 from softlms.experiments.full_size import FULL_SIZE
-from softlms.experiments.grid import SVD_SOFT, TUNED, Grid, Pass, Setting
+from softlms.experiments.grid import CLIFF, SVD_SOFT, TUNED, Grid, Pass, Setting
 from softlms.experiments.language_models import FAMILIES, SmallModel
 from softlms.experiments.recipe import Recipe
 from softlms.utils.machine import fast_bf16
@@ -172,12 +172,12 @@ LANGUAGE_LAPTOP = Grid(
         ),
     },
     (0, 1, 2),
-    (Pass(LANGUAGE_METHODS, (0.5,)), Pass(LANGUAGE_METHODS, (0.35, 0.75))),
+    (Pass(LANGUAGE_METHODS, (0.5,)), Pass(LANGUAGE_METHODS, (0.35, 0.75)), Pass(CLIFF, (0.5, 0.35, 0.75))),
     {**TUNED, "whitened+mask": {"static_learning_rate": 1e-4}},
 )
 
-CLIFF = ("whitened+cliff", "whitened+cliff-gradient", "whitened+cliff-energy", "whitened+cliff-greedy")
-SMOLLM2_METHODS = ("whitened+uniform", "whitened+cliff", "whitened+cliff-soft")
+CLIFF_VARIANTS = ("whitened+cliff-gradient", "whitened+cliff-energy", "whitened+cliff-greedy")
+SMOLLM2_METHODS = ("whitened+uniform", *CLIFF)
 SMOLLM2_RIVALS = ("svd+soft", "whitened+mask")
 SMOLLM2_KEEPS = (0.9, 0.8, 0.7, 0.5)
 
@@ -203,7 +203,7 @@ SMOLLM2 = LanguageProfile(
         (
             Pass(("whitened+uniform",), (1.0,)),  # the dense model after the same steps
             Pass(SMOLLM2_METHODS, (0.8, 0.5)),
-            Pass(("asvd+uniform", "whitened+uniform", *CLIFF), SMOLLM2_KEEPS, recover=False),
+            Pass(("asvd+uniform", "whitened+uniform", "whitened+cliff", *CLIFF_VARIANTS), SMOLLM2_KEEPS, recover=False),
             Pass(("svd+uniform",), SMOLLM2_KEEPS, recover=False, seeds=(0,)),  # no seed decides anything
             Pass(SMOLLM2_RIVALS, (0.8, 0.5)),
             Pass((*SMOLLM2_METHODS, *SMOLLM2_RIVALS), (0.9, 0.7), seeds=(0,)),
@@ -238,7 +238,7 @@ LANGUAGE_PROFILES = {
                 ),
                 dict.fromkeys(FAMILIES, Setting()) | {"mamba": Setting({"dense_epochs": 0.8, "epochs": 0.1})},
                 (0, 1),
-                (Pass(LANGUAGE_METHODS, (0.35,)),),
+                (Pass((*LANGUAGE_METHODS, *CLIFF), (0.35,)),),
             ),
             window=64,
             train_tokens=500_000,

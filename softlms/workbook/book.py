@@ -134,7 +134,7 @@ class Book:
         print("written:", ", ".join(sorted({path.name for path in self.written})))
 
 
-def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Book:
+def open_book(name: str, *, profile: str, data: str = "", model: str = "", part: str = "") -> Book:
     """Open a notebook for a profile.
 
     Parameters
@@ -147,6 +147,8 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
         Replaces the profile's data: a folder in GLUE's layout, "hub" or "embedded".
     model : str
         Replaces the profile's encoder; see `softlms.data.encoders.find_encoder`.
+    part : str
+        A part of the notebook's grid, after which its files are named.
 
     Raises
     ------
@@ -162,7 +164,7 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "") -> Bo
     runs = project_root() / "runs"
     task = load_task(chosen.task, source)
     bench = Bench(find_encoder(model or chosen.encoder), task, runs, chosen.max_length, chosen.train_rows)
-    return make_book(name, chosen, bench, source)
+    return make_book(_variant(name, part), chosen, bench, source)
 
 
 def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book:
@@ -191,6 +193,7 @@ def open_language_book(
     beside: str = "",
     other_text: str = "",
     data: str = "",
+    part: str = "",
     split: bool = False,
 ) -> Book:
     """Open a language-model notebook for a profile; its bench is a `LanguageBench`.
@@ -213,6 +216,8 @@ def open_language_book(
         A text of another domain, on which the model beside is scored too; a source like `text`.
     data : str
         GLUE's source, as for `open_book`: the model beside is asked about SST-2's sentences zero-shot.
+    part : str
+        A part of the notebook's grid, after which its files are named.
     split : bool
         See `LanguageBench`.
 
@@ -264,7 +269,7 @@ def open_language_book(
         beyond=beyond,
         split=split,
     )
-    return make_book(f"{name}_{beside}" if beside else name, chosen, bench, source)
+    return make_book(_variant(name, beside, part), chosen, bench, source)
 
 
 def open_speed_book(name: str, *, profile: str) -> Book:
@@ -276,3 +281,8 @@ def open_speed_book(name: str, *, profile: str) -> Book:
         Unknown profile.
     """
     return make_book(name, find_profile(profile, SPEED_PROFILES), None, "")
+
+
+def _variant(name: str, *of: str) -> str:
+    """The name of a notebook's files when it runs with a model beside or a part of its grid."""
+    return "_".join([name, *filter(None, of)])

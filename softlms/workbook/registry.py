@@ -32,14 +32,14 @@ ALIKE = 2  # times within this factor count as equal, so that stamping again cha
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: the function in `softlms.workbook.plots` that draws it, the names of its tables, and the model beside.
+    """A figure: the function in `softlms.workbook.plots` that draws it, and the names of its tables.
 
-    A figure of a model beside is drawn only where its notebook ran with that model.
+    The figure of a `variant`, a model beside or a part of a grid, is drawn only where its notebook ran with that.
     """
 
     plot: str
     tables: tuple[str, ...] = ()
-    beside: str = ""
+    variant: str = ""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ TASKS = {
     "gpt2": Scored("GPT-2 perplexity", "06_gpt2_table", "perplexity"),
     "llama": Scored("Llama perplexity", "07_tinyllama_table", "perplexity"),
     "mamba": Scored("Mamba perplexity", "08_mamba_table", "perplexity"),
+    "smollm2": Scored("SmolLM2 perplexity", "07_tinyllama_table_smollm2", "perplexity"),
+    "smollm2 elsewhere": Scored("Shakespeare", "07_tinyllama_table_smollm2", "perplexity", "tinyshakespeare"),
+    "smollm2 asked": Scored("SST-2 accuracy", "07_tinyllama_table_smollm2", "accuracy", "sst2 zero-shot"),
 }
 HEADLINE = {
     "dense": "dense",
@@ -89,11 +92,11 @@ def ablation(results: Path) -> str:
     )
 
 
-def methods(results: Path, task: str) -> str:
-    """Every method after recovery, at every budget that has rows."""
-    rows = _recovered(results, task)
+def methods(results: Path, task: str, state: str = "recovered") -> str:
+    """Every method, recovered or "untuned", at every budget that has rows."""
+    rows = _rows(results, task, state)
     budgets = sorted(rows[rows.method != "dense"].keep.unique(), reverse=True)
-    scores = _scores(results, [(task, keep) for keep in budgets])
+    scores = _scores(results, [(task, keep) for keep in budgets], state)
     return _markdown(["method", *(f"{keep:.0%} kept, {1 - keep:.0%} removed" for keep in budgets)], scores.itertuples())
 
 
@@ -131,7 +134,7 @@ def fused(results: Path) -> str:
 def defaults(results: Path) -> str:
     """The library's defaults on MRPC, less notebook 05's settings, which were tuned by hand."""
     ours = pd.read_csv(results / "defaults.csv")
-    tuned = _recovered(results, "mrpc")
+    tuned = _rows(results, "mrpc")
     tuned = tuned[tuned.allocate == "soft"].assign(factors=tuned.method.str.removesuffix("+soft"))
     both = ours.merge(tuned, on=["factors", "keep", "seed"])
     both = both.assign(defaults=100 * both.test_f1, tuned=100 * both.value, lost=100 * (both.value - both.test_f1))
@@ -243,19 +246,20 @@ TABLES: dict[str, Callable[..., str]] = {
 }  # fmt: skip
 
 
-def _recovered(results: Path, task: str) -> pd.DataFrame:
-    """Rows of a task's shown score after recovery, without models that were cut from larger ones."""
+def _rows(results: Path, task: str, state: str = "recovered") -> pd.DataFrame:
+    """Rows of a task's shown score, recovered (dense ones are) or untuned, without models cut from larger ones."""
     shown = TASKS[task]
     rows = pd.read_csv(results / f"laptop/{shown.book}.csv")
-    rows = rows[rows.recovered & ~rows.method.str.contains(CUT_FROM)]
-    return rows[(rows.task == task) & (rows.metric == shown.metric) & (rows.split == shown.split)]
+    rows = rows[(rows.recovered == (state == "recovered")) | (rows.method == "dense")]
+    rows = rows[~rows.method.str.contains(CUT_FROM) & (rows.task == task.partition(" ")[0])]
+    return rows[(rows.metric == shown.metric) & (rows.split == shown.split)]
 
 
-def _scores(results: Path, columns: Sequence[tuple[str, float]]) -> pd.DataFrame:
+def _scores(results: Path, columns: Sequence[tuple[str, float]], state: str = "recovered") -> pd.DataFrame:
     """A row for each method, dense first, learned ranks last; a column for each task and budget."""
     table = {}
     for task, keep in columns:
-        rows, (scale, digits) = _recovered(results, task), _unit(task)
+        rows, (scale, digits) = _rows(results, task, state), _unit(task)
         table[task, keep] = {
             # one dense model may serve all seeds
             method: _cell(scale * values, digits, SEEDS if method != "dense" else 0)
@@ -275,7 +279,7 @@ def _place(method: str) -> tuple[bool, int, int, str]:
     factors, _, chosen = method.partition("+")
     places = [
         order.index(part) if part in order else len(order)
-        for part, order in ((chosen, (*ALLOCATIONS, "mask", "soft")), (factors, FACTORIZATIONS))
+        for part, order in ((chosen, (*ALLOCATIONS, "mask", "soft", "cliff-soft")), (factors, FACTORIZATIONS))
     ]
     return method != "dense", places[0], places[1], method
 

@@ -155,8 +155,8 @@ def replot_figures(names: Sequence[str] = (), *, profile: str = "quick", console
             say(console, f"{notebook}: skipped, {results} has no table of it")
             continue
         for figure, drawing in figures.items():
-            if drawing.beside and lacks([drawing]):
-                say(console, f"{figure}: skipped, {results} has no table of {drawing.beside}")
+            if drawing.variant and lacks([drawing]):
+                say(console, f"{figure}: skipped, {results} has no table of {drawing.variant}")
                 continue
             try:
                 draw(figure, folders.figures, folders.results)
