@@ -260,18 +260,25 @@ class LanguageBench(Bench):
 
     @not_in_keys
     def _inputs(self, pair: str) -> dict[str, Any]:
-        ids = hashlib.sha256(b"".join(self.text.splits[split].tobytes() for split in sorted(self.text.splits)))
         known = weights_hash(self.model.location) if isinstance(self.model, Encoder) else self.model.config.to_dict()
         inputs: dict[str, Any] = {
             "model": known,
-            "ids": ids.hexdigest(),
+            "ids": self._hashes["ids"],
             "window": self.window,
             "train_tokens": self.train_tokens,
             "test_tokens": self.test_tokens,
         }
         if self.protocol is not None:
             inputs["protocol"] = str(self.protocol)
-        for name, other in self.beyond.items():
-            rows = other.splits["test"].tobytes() if isinstance(other, TokenizedText) else repr(other.splits["dev"][:])
-            inputs[f"beyond.{name}"] = hashlib.sha256(rows if isinstance(rows, bytes) else rows.encode()).hexdigest()
+        inputs |= {f"beyond.{name}": self._hashes[name] for name in self.beyond}
         return inputs | ({} if pair == "dense" else {"split": self.split})
+
+    @cached_property
+    @not_in_keys
+    def _hashes(self) -> dict[str, str]:
+        """Of all that is read or scored: "ids" of the text itself, and what is beyond it by name."""
+        content = {"ids": b"".join(self.text.splits[split].tobytes() for split in sorted(self.text.splits))}
+        for name, other in self.beyond.items():
+            text = isinstance(other, TokenizedText)
+            content[name] = other.splits["test"].tobytes() if text else repr(other.splits["dev"][:]).encode()
+        return {name: hashlib.sha256(what).hexdigest() for name, what in content.items()}
