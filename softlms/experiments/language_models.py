@@ -263,7 +263,7 @@ class LanguageBench(Bench):
         known = weights_hash(self.model.location) if isinstance(self.model, Encoder) else self.model.config.to_dict()
         inputs: dict[str, Any] = {
             "model": known,
-            "ids": self._hashes["ids"],
+            "ids": self._hashes[""],
             "window": self.window,
             "train_tokens": self.train_tokens,
             "test_tokens": self.test_tokens,
@@ -276,8 +276,8 @@ class LanguageBench(Bench):
     @cached_property
     @not_in_keys
     def _hashes(self) -> dict[str, str]:
-        """Of all that is read or scored: "ids" of the text itself, and what is beyond it by name."""
-        content = {"ids": b"".join(self.text.splits[split].tobytes() for split in sorted(self.text.splits))}
+        """Of all that is read or scored: of what is beyond by its name, of the text itself by none."""
+        content = {"": b"".join(self.text.splits[split].tobytes() for split in sorted(self.text.splits))}
         for name, other in self.beyond.items():
             text = isinstance(other, TokenizedText)
             content[name] = other.splits["test"].tobytes() if text else repr(other.splits["dev"][:]).encode()
