@@ -8,6 +8,7 @@ from softlms.data.encoders import find_encoder
 from softlms.data.tasks import TASKS, TaskData
 from softlms.data.text import SPLITS
 from softlms.experiments.bench import Bench
+from softlms.experiments.grid import middle_budget
 from softlms.experiments.jobs import Job
 from softlms.experiments.language_models import LanguageBench, SmallModel
 from softlms.experiments.profiles import PROFILES
@@ -143,6 +144,7 @@ def test_the_dense_model_trained_as_long_is_a_line(language_bench):
     dashed = [[line for line in ax.lines if line.get_linestyle() == "--"] for ax in (untuned, recovered)]
     assert not dashed[0] and [line.get_ydata()[0] for line in dashed[1]] == [2.0]
     assert [tick.get_text() for tick in recovered.get_xticklabels()] == ["50"]
+    assert set(middle_budget(pd.concat([report.ranks, report.ranks.assign(keep=1.0)])).keep) == {0.5}
     plt.close("all")
 
 

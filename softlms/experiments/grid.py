@@ -338,8 +338,8 @@ def rank_rows(cells: Iterable[Cell]) -> pd.DataFrame:
 
 
 def middle_budget(ranks: pd.DataFrame) -> pd.DataFrame:
-    """Ranks of the first task at the middle budget."""
-    keeps = sorted(ranks.keep.unique())
+    """Ranks of the first task at the middle budget, of those below 1."""
+    keeps = sorted(ranks[ranks.keep < 1].keep.unique())
     return ranks[(ranks.keep == keeps[len(keeps) // 2]) & (ranks.task == ranks.task.iloc[0])]
 
 
