@@ -41,7 +41,6 @@ from softlms.experiments.provenance import commit
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.steps import Step, apply_chain, train_dense
 from softlms.experiments.store import DEPENDS, Run, key, why_missing
-from softlms.kernels.allocator import keep_memory
 from softlms.kernels.selective_scan import fast_scan
 from softlms.methods.base import training_arguments
 from softlms.methods.chain import Link, full_name, parse
@@ -177,7 +176,7 @@ class Bench:
 
     def _make(self, step: Step, recipe: Recipe, seed: int, folder: Path, links: Sequence[Link]) -> dict[str, Any]:
         transformers.set_seed(seed)
-        with use_threads(_THREADS), fast_scan(), keep_memory():
+        with use_threads(_THREADS), fast_scan():
             return {"seed": seed} | step(self, recipe, seed, folder, links)
 
     @not_in_keys
