@@ -98,17 +98,24 @@ class SoftLinear(Ranked):
         Shape (m,).
     threshold : SoftThreshold
         Contains alpha, s and their unit.
+    gain : Tensor, optional
+        Shape (r,), a constant for each component: W = U diag(T(sigma) gain) V^T.
     transposed : bool
         The dense layer stores its weight as (n, m), like GPT-2's Conv1D; `softlms.deploy` needs to know.
 
     Notes
     -----
+    The columns of factors that know the data have any length: a hundredth, or thousands. An optimizer's step, which
+    does not know it, would change short columns many times as much as the thin layer's. So U and V have columns of
+    length 1, and their lengths are the gain (ours).
+
     Fig. 2 and 3 of the paper; the choice between factors and recomposed W is ours. sigma and alpha are kept in float32
     or wider for any dtype of U and V: in half precision, rounding would decide which components live.
     """
 
     form = "soft"
-    precise = ("sigma", "threshold.alpha", "threshold.unit")
+    precise = ("sigma", "gain", "threshold.alpha", "threshold.unit")
+    gain: Tensor | None
 
     def __init__(
         self,
@@ -118,6 +125,7 @@ class SoftLinear(Ranked):
         bias: Tensor | None,
         threshold: SoftThreshold,
         *,
+        gain: Tensor | None = None,
         transposed: bool = False,
     ) -> None:
         super().__init__()
@@ -126,6 +134,7 @@ class SoftLinear(Ranked):
         self.V = nn.Parameter(V)
         self.bias = nn.Parameter(bias) if bias is not None else None
         self.threshold = threshold
+        self.register_buffer("gain", gain)
         self.transposed = transposed
 
     @classmethod
@@ -176,10 +185,15 @@ class SoftLinear(Ranked):
         threshold = SoftThreshold(alpha, s, scale, hard=frozen).to(weight.device)
         dtype = weight.dtype
         bias = None if linear.bias is None else linear.bias.detach().clone()
+        gain = None
+        if factors is not None:
+            lengths = [factor.norm(dim=0).clamp(min=torch.finfo(factor.dtype).tiny) for factor in (U, V)]
+            U, V = U / lengths[0], V / lengths[1]
+            gain = (lengths[0] * lengths[1]).to(torch.promote_types(dtype, torch.float32))
         # copy: the caller may reuse the factors, and parameters change in place
         U, V = (factor.to(dtype).clone(memory_format=torch.contiguous_format) for factor in (U, V))
         sigma = sigma.to(torch.promote_types(dtype, torch.float32))
-        return stand_in(cls(U, sigma, V, bias, threshold, transposed=transposed), linear)
+        return stand_in(cls(U, sigma, V, bias, threshold, gain=gain, transposed=transposed), linear)
 
     def description(self) -> dict[str, Any]:
         return {
@@ -188,7 +202,7 @@ class SoftLinear(Ranked):
             "hard": self.threshold.hard,
             "learns": self.threshold.alpha.requires_grad,
             "transposed": self.transposed,
-        }
+        } | ({} if self.gain is None else {"gain": True})
 
     @classmethod
     def skeleton(cls, dense: Any, description: Mapping[str, Any]) -> Self:
@@ -199,9 +213,17 @@ class SoftLinear(Ranked):
         threshold = SoftThreshold(0.0, description["s"], hard=hard).to(linear.weight.device)
         threshold.alpha.requires_grad_(description["learns"])
         new = linear.weight.new_empty
-        sigma = new(r, dtype=torch.promote_types(linear.weight.dtype, torch.float32))
+        sigma, gain = (new(r, dtype=torch.promote_types(linear.weight.dtype, torch.float32)) for _ in range(2))
         bias = None if linear.bias is None else new(m)
-        return cls(new(m, r), sigma, new(n, r), bias, threshold, transposed=description["transposed"])
+        return cls(
+            new(m, r),
+            sigma,
+            new(n, r),
+            bias,
+            threshold,
+            gain=gain if description.get("gain", False) else None,
+            transposed=description["transposed"],
+        )
 
     def restore(self, name: str, description: Mapping[str, Any]) -> None:
         if any(values.is_meta for values in self.parameters()):
@@ -239,17 +261,19 @@ class SoftLinear(Ranked):
         return self
 
     def _precise(self) -> list[Tensor]:
-        return [self.sigma, *self.threshold.parameters(), *self.threshold.buffers()]
+        gain = [] if self.gain is None else [self.gain]
+        return [self.sigma, *gain, *self.threshold.parameters(), *self.threshold.buffers()]
 
     def _live_factors(self) -> tuple[Tensor, Tensor]:
-        """U diag(T(sigma)) and V without the dead components: (m, rank), (n, rank)."""
+        """U diag(T(sigma) gain) and V without the dead components: (m, rank), (n, rank)."""
         U: Tensor = self.U
         sigma: Tensor = self.sigma
         V: Tensor = self.V
         live = self.threshold.is_live(sigma).nonzero().squeeze(-1)
         if len(live) < len(sigma):
             U, sigma, V = U.index_select(1, live), sigma[live], V.index_select(1, live)
-        return U * self.threshold(sigma).to(U.dtype), V
+        scale = self.threshold(sigma) if self.gain is None else self.threshold(sigma) * self.gain[live]
+        return U * scale.to(U.dtype), V
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) to (..., m)."""

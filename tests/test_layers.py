@@ -91,6 +91,61 @@ def test_gradients_of_both_computations(tokens):
     assert torch.autograd.gradcheck(output, (x, *factors))
 
 
+def whitened(m, n, *, scale):
+    """A layer, and its factors for inputs of very different size; the columns of U and V are of any length."""
+    linear, size = nn.Linear(n, m), torch.logspace(-1, 1, n)
+    U, sigma, Vh = torch.linalg.svd(linear.weight.detach() * size, full_matrices=False)
+    return linear, (U * scale, sigma, (Vh / size).T / scale)
+
+
+@given(sizes, sizes, st.integers(0, 9))
+def test_lengths_of_the_factors_columns_change_nothing(m, n, seed):
+    """Neither the output nor any step of an optimizer: U and V start with columns of length 1."""
+    torch.manual_seed(seed)
+    linear, factors = whitened(m, n, scale=1.0)
+    scale = torch.logspace(-3, 3, min(m, n))
+    layers = [SoftLinear.from_linear(linear, (factors[0] * c, factors[1], factors[2] / c)) for c in (1.0, scale)]
+    x, wanted = torch.randn(4, n), torch.randn(4, m)
+    torch.testing.assert_close(layers[0](x), linear(x), rtol=1e-3, atol=1e-4)
+    for layer in layers:
+        for factor in (layer.U, layer.V):
+            torch.testing.assert_close(factor.norm(dim=0), torch.ones(min(m, n)))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+        F.mse_loss(layer(x), wanted).backward()
+        optimizer.step()
+    torch.testing.assert_close(layers[0](x), layers[1](x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_changes_factors_that_know_the_data_as_much_as_the_thin_layer():
+    """Adam's steps are of one size: on short columns they were many times too large, on long ones too small."""
+    torch.manual_seed(0)
+    linear, factors = whitened(24, 16, scale=1.0)
+    soft = SoftLinear.from_linear(linear, factors)
+    thin = LowRankLinear.from_factors(*factors, linear.bias, 16)
+    x, wanted, moved = torch.randn(64, 16), torch.randn(64, 24), []
+    for part, chosen in ((soft, [soft.V]), (thin, [thin.down.weight])):
+        before = part.weight @ torch.eye(16)
+        optimizer = torch.optim.Adam(chosen, lr=1e-3)
+        F.mse_loss(part(x), wanted).backward()
+        optimizer.step()
+        moved.append((part.weight @ torch.eye(16) - before).norm().item())
+    assert moved[0] == pytest.approx(moved[1], rel=0.05)
+
+
+def test_gain_is_kept_in_float32_and_restored():
+    linear, factors = whitened(12, 8, scale=1.0)
+    soft = SoftLinear.from_linear(linear, factors)
+    again = SoftLinear.skeleton(linear, soft.description())
+    again.load_state_dict(soft.state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(again(x), soft(x)) and soft.gain is not None and "gain" in dict(soft.named_buffers())
+    exact = soft.gain.clone()
+    assert torch.equal(soft.bfloat16().gain, exact) and soft.U.dtype == torch.bfloat16
+    plain = SoftLinear.from_linear(linear)
+    assert plain.gain is None and set(plain.state_dict()) == set(soft.state_dict()) - {"gain"}
+    torch.testing.assert_close(again.deployed()(x), again(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast(dtype):
     linear = nn.Linear(24, 24)

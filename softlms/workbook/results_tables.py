@@ -39,6 +39,7 @@ TASKS = {
     "llama": Scored("Llama perplexity", "07_tinyllama_table", "perplexity"),
     "mamba": Scored("Mamba perplexity", "08_mamba_table", "perplexity"),
     "smollm2": Scored("SmolLM2 perplexity", "07_tinyllama_table_smollm2", "perplexity"),
+    "smollm2 on dev": Scored("SmolLM2 perplexity", "07_tinyllama_table_smollm2", "perplexity", "dev"),
     "smollm2 elsewhere": Scored("Shakespeare", "07_tinyllama_table_smollm2", "perplexity", "tinyshakespeare"),
     "smollm2 asked": Scored("SST-2 accuracy", "07_tinyllama_table_smollm2", "accuracy", "sst2 zero-shot"),
 }
