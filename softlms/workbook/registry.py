@@ -130,7 +130,9 @@ def _entry(name: str, entry: dict[str, Any]) -> Notebook:
     if entry.get("lane") not in LANES:
         raise ValueError(f"{name} has the unknown lane {entry.get('lane')!r}; known: {', '.join(LANES)}.")
     figures = {
-        name + suffix: Drawing(**figure | {"tables": tuple(name + table for table in figure.get("tables", ()))})
+        name + suffix: Drawing(
+            figure["plot"], tuple(name + t for t in figure.get("tables", ())), figure.get("variant", "")
+        )
         for suffix, figure in entry.pop("figures", {}).items()
     }
     return Notebook(figures=figures, **entry)
