@@ -188,8 +188,11 @@ class SoftLinear(Ranked):
         gain = None
         if factors is not None:
             lengths = [factor.norm(dim=0).clamp(min=torch.finfo(factor.dtype).tiny) for factor in (U, V)]
-            U, V = U / lengths[0], V / lengths[1]
-            gain = (lengths[0] * lengths[1]).to(torch.promote_types(dtype, torch.float32))
+            if any(
+                (length - 1).abs().max() > 1e-3 for length in lengths
+            ):  # those of a plain SVD are 1 but for rounding
+                U, V = U / lengths[0], V / lengths[1]
+                gain = (lengths[0] * lengths[1]).to(torch.promote_types(dtype, torch.float32))
         # copy: the caller may reuse the factors, and parameters change in place
         U, V = (factor.to(dtype).clone(memory_format=torch.contiguous_format) for factor in (U, V))
         sigma = sigma.to(torch.promote_types(dtype, torch.float32))

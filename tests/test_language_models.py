@@ -179,6 +179,8 @@ def test_a_real_model_stands_beside_the_profiles_own(folder, tmp_path, monkeypat
     for changes, known in (({"profile": "quick"}, "none"), ({"beside": "other"}, "smollm2")):
         with pytest.raises(ValueError, match=rf"has no llama model .* beside its own; it has: {known}\."):
             open_language_book("07", "llama", **options | changes)
+    with pytest.raises(ValueError, match="other_text 'elsewhere' is for a model beside"):
+        open_language_book("07", "llama", **options | {"beside": "", "other_text": "elsewhere"})
     with pytest.raises(ValueError, match=r"has no gpt2 model 'smollm2' beside its own; it has: none\."):
         open_language_book("06", "gpt2", **options)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from softlms.layers import UNITS, LowRankLinear, SoftLinear, kept_parameters
+from softlms.layers import UNITS, LowRankLinear, SoftLinear, kept_parameters, svd
 from softlms.thresholds import SHARPNESS, SoftThreshold, hard_threshold, soft_threshold
 
 sizes = st.integers(1, 20)
@@ -142,6 +142,7 @@ def test_gain_is_kept_in_float32_and_restored():
     exact = soft.gain.clone()
     assert torch.equal(soft.bfloat16().gain, exact) and soft.U.dtype == torch.bfloat16
     plain = SoftLinear.from_linear(linear)
+    assert SoftLinear.from_linear(linear, svd(linear.weight)).gain is None  # the paper's own form
     assert plain.gain is None and set(plain.state_dict()) == set(soft.state_dict()) - {"gain"}
     torch.testing.assert_close(again.deployed()(x), again(x), rtol=1e-4, atol=1e-5)
 

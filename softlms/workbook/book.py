@@ -237,6 +237,8 @@ def open_language_book(
     if beside and (beside not in chosen.beside or family not in chosen.beside[beside].models):
         known = ", ".join(name for name, other in chosen.beside.items() if family in other.models) or "none"
         raise ValueError(f"Profile {profile} has no {family} model {beside!r} beside its own; it has: {known}.")
+    if other_text and not beside:
+        raise ValueError(f"other_text {other_text!r} is for a model beside: set beside too, or leave it out.")
     chosen = chosen.beside[beside] if beside else chosen
     asked = checkpoint or chosen.models[family]
     found = find_encoder(asked) if isinstance(asked, str) else asked
