@@ -63,7 +63,7 @@ HELP = {
     "dense_learning_rate": "learning rate of that fine-tuning",
     "distillation": "share of the dense model's logits in the loss",
     "epochs": "epochs of compressing and recovering",
-    "factors": "svd, fwsvd, asvd or whitened",
+    "factors": "svd, fwsvd, asvd, whitened or kfac",
     "form": "dense, soft, or deployed at half of the parameters",
     "inference": "time forward passes instead",
     "jobs": "notebooks at a time; each may use two processes",

@@ -41,7 +41,7 @@ class SoftSchedule(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:  # a SoftTrainer, which imports this
         self.trainer = trainer
-        self.gamma = trainer.gamma or 0.0  # if it adapts, alpha's gradients at the first step are from the task only
+        self.gamma = trainer.gamma or 0.0  # if it adapts, the first step sets it
         self.frozen_at: int | None = None
         self.note: dict[str, Any] = {}
         self.last_move = (0, self.components())  # step, components
@@ -101,9 +101,12 @@ class SoftSchedule(TrainerCallback):
         self._before = [alpha.detach().clone() for alpha in self.trainer.alphas]
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if self.trainer.gamma is None and self.gamma == 0 and self.frozen_at is None:
+        if self.frozen_at is not None:
+            return
+        if self.trainer.gamma is None and self.gamma == 0:
             gradients = [alpha.grad.abs() for alpha in self.trainer.alphas if alpha.grad is not None]
             self.gamma = max(torch.stack(gradients).mean().item(), SMALLEST_PUSH) if gradients else SMALLEST_PUSH
+        self.trainer.push()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         for layer in self.trainer.soft_layers.values():

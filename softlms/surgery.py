@@ -44,7 +44,7 @@ def decompose(
     ----------
     model : nn.Module
         Changed in place.
-    factors : {"svd", "fwsvd", "asvd", "whitened"} or mapping
+    factors : {"svd", "fwsvd", "asvd", "whitened", "kfac"} or mapping
         How the factors are computed, or the factors of this model from `softlms.factorize`.
     statistics : mapping, optional
         From `softlms.calibrate`; needed by all but "svd".

@@ -41,7 +41,7 @@ __all__ = ["SoftTrainer"]
 logger = logging.get_logger(__name__)
 
 DEADLINE = 0.6  # of the steps
-SMALLEST_MEAN = 1e-30  # no layer may have anything to save
+SMALLEST_MEAN = 1e-30  # where no layer has anything to save, as in a flat measured time
 PACE = 4.0  # thresholds rising together at their rate would meet the budget in 1 / PACE of the time to the deadline
 
 
@@ -70,8 +70,9 @@ class SoftTrainer(DistillingTrainer):
     weigh_by_size : bool
         Weight each layer's compression loss by its number of parameters (mean weight 1) instead of equally.
     weigh_by_saving : bool
-        Weight it by what cutting the layer's next component saves now (mean weight 1): nothing above break-even. For
-        thresholds that start below it, as after ``decompose(model, factors, ranks=...)``.
+        Weight it by what the layer's live components save on average, if they were cut down to one (mean weight 1).
+        Below break-even that is what the next one saves. Above, where the first cuts save nothing, it is less the
+        further up a layer is; but were it nothing, a layer that came back whole would stay so, at the others' expense.
     deadline : float
         Share of the training steps, above 0 and at most 1. If the budget is not met by then, all thresholds are raised
         together until it is, with a warning, so that the remaining steps can recover. With 1 nothing is forced, and a
@@ -156,11 +157,6 @@ class SoftTrainer(DistillingTrainer):
         self.compression_loss = COMPRESSION_LOSSES[compression_loss]
         if weigh_by_size and weigh_by_saving:
             raise ValueError("weigh_by_size and weigh_by_saving are two ways to weigh a layer: choose one.")
-        if weigh_by_saving and self.cost() > self.limit and not self.layer_weights().any():
-            raise ValueError(
-                "weigh_by_saving pushes no layer that is above break-even, and all are: start lower, with "
-                "decompose(model, factors, ranks=...)."
-            )
         for option in ("optimizers", "model_init"):
             if option in kwargs:
                 raise ValueError(f"{option} cannot be given: SoftTrainer rebuilds its optimizer when alpha is frozen.")
@@ -199,19 +195,18 @@ class SoftTrainer(DistillingTrainer):
         """Parameters with the layers that the budget counts as targets."""
         return count_parameters(model, lambda name, module: name in self.shapes)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """L_task, plus gamma L_cmp while the thresholds learn."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training and self.schedule.frozen_at is None:
-            alpha = torch.stack(self.alphas)
-            loss = loss + self.schedule.gamma * self.compression_loss(alpha, self.layer_weights().to(alpha))
-        return (loss, outputs) if return_outputs else loss
+    def push(self) -> None:
+        """Add the gradient of gamma L_cmp to that of the thresholds.
+
+        To the gradients, not to the loss, and after they are clipped: the push can grow to a thousand times the task's
+        gradient, and within a common norm it would take from the weights what they learn (ours).
+        """
+        with torch.enable_grad():
+            alpha = torch.stack(self.alphas).detach().requires_grad_()
+            loss = self.schedule.gamma * self.compression_loss(alpha, self.layer_weights().to(alpha))
+            (gradient,) = torch.autograd.grad(loss, alpha)
+        for threshold, own in zip(self.alphas, gradient, strict=True):
+            threshold.grad = own if threshold.grad is None else threshold.grad + own
 
     def layer_weights(self) -> Tensor:
         """Weights of the soft layers' compression losses, shape (layers,), mean 1 (or all 0)."""
@@ -220,8 +215,8 @@ class SoftTrainer(DistillingTrainer):
             weights = [float(math.prod(self.shapes[name])) for name in self.soft_layers]
         if self.settings["weigh_by_saving"]:
             prices = {name: self.costs.prices[name] for name in self.soft_layers}
-            ranks = self.ranks
-            weights = [price(ranks[name]) - price(max(1, ranks[name] - 1)) for name, price in prices.items()]
+            ranks = {name: max(2, rank) for name, rank in self.ranks.items()}
+            weights = [(price(ranks[name]) - price(1)) / (ranks[name] - 1) for name, price in prices.items()]
         return torch.tensor(weights) / max(sum(weights) / len(weights), SMALLEST_MEAN)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -13,6 +13,7 @@ from softlms.architectures import ARCHITECTURES, find_targets
 from softlms.budget import count_parameters
 from softlms.layers import LowRankLinear, Ranked, SoftLinear
 from softlms.lowrank.calibration import LayerStatistics
+from softlms.lowrank.factorization import FACTORIZATIONS
 from softlms.surgery import shrink, soft_layers
 
 COMMON = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2}
@@ -134,13 +135,16 @@ def test_training_reaches_every_factor(model, tokens):
 def random_statistics(model):
     statistics = {}
     for target in find_targets(model):
-        n = target.shape[1]
+        m, n = target.shape
         x = torch.randn(64, n, dtype=torch.float64) * torch.linspace(0.1, 2, n, dtype=torch.float64)
-        statistics[target.name] = LayerStatistics(x.T @ x / 64, x.abs().mean(0), torch.rand(n, dtype=torch.float64))
+        g = torch.randn(64, m)
+        statistics[target.name] = LayerStatistics(
+            x.T @ x / 64, x.abs().mean(0), torch.rand(n, dtype=torch.float64), g.T @ g / 64
+        )
     return statistics
 
 
-@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "whitened"])
+@pytest.mark.parametrize("method", FACTORIZATIONS)
 def test_truncated_has_the_tensors_of_a_shrunk_model(model, tokens, method):
     hollow = copy.deepcopy(model)
     ranks = some_ranks(model)

@@ -94,7 +94,8 @@ def quiet():
 
 
 @pytest.mark.parametrize(
-    ("method", "factors"), [("soft", "svd"), ("soft", "whitened"), ("soft", "fwsvd"), ("uniform", "svd")]
+    ("method", "factors"),
+    [("soft", "svd"), ("soft", "whitened"), ("soft", "fwsvd"), ("soft", "kfac"), ("uniform", "svd")],
 )
 def test_the_command_leaves_a_model_that_scores_what_it_says(tiny_folder, data, tmp_path, capsys, method, factors):
     out = tmp_path / "small"

@@ -179,7 +179,8 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 RULES = ("energy", "greedy", "sensitivity", "mask", "soft")
 PAIRS = [(factors, rule) for factors in ("fwsvd", "asvd", "whitened") for rule in RULES]
 WITH_CLIFF = ("cliff", "cliff-gradient", "cliff-sensitivity", "cliff-soft")
-PAIRS += [("svd", "cliff"), *(("whitened", rule) for rule in WITH_CLIFF)]
+PAIRS += [("svd", "cliff"), ("kfac", "mask"), ("kfac", "soft")]
+PAIRS += [(factors, rule) for factors in ("whitened", "kfac") for rule in WITH_CLIFF]
 
 
 @pytest.mark.parametrize("factorization, allocation", PAIRS)

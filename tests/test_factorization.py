@@ -5,19 +5,30 @@ from hypothesis import strategies as st
 from torch import nn
 
 from softlms.lowrank.calibration import LayerStatistics
-from softlms.lowrank.factorization import FACTORIZATIONS, factorize, factorize_weight
+from softlms.lowrank.cliff import loss_increase
+from softlms.lowrank.factorization import DAMPING, FACTORIZATIONS, factorize, factorize_weight
 from softlms.surgery import decompose, truncate
 
 SHAPES = [(12, 12), (24, 10), (10, 24)]
 
 
-def statistics(n, tokens=200, seed=0):
-    """Correlated inputs, as activations are."""
+def statistics(shape, tokens=200, seed=0):
+    """Correlated inputs and gradients, as those of a model are."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, n, generator=generator, dtype=torch.float64)
-    x = x @ torch.randn(n, n, generator=generator, dtype=torch.float64)
-    fisher = torch.rand(n, generator=generator, dtype=torch.float64) + 1e-3
-    return x, LayerStatistics(x.T @ x / tokens, x.abs().mean(0), fisher)
+
+    def moments(size):
+        values = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
+        values = values @ torch.randn(size, size, generator=generator, dtype=torch.float64)
+        return values, values.T @ values / tokens
+
+    x, gram = moments(shape[1])
+    fisher = torch.rand(shape[1], generator=generator, dtype=torch.float64) + 1e-3
+    return x, LayerStatistics(gram, x.abs().mean(0), fisher, moments(shape[0])[1])
+
+
+def damped(gradient):
+    relative = gradient / gradient.diagonal().mean()
+    return (relative + DAMPING * torch.eye(len(gradient))) / (1 + DAMPING)
 
 
 def cut(factors, rank):
@@ -30,22 +41,26 @@ def cut(factors, rank):
 def test_all_components_together_are_the_weight(shape, method, tokens):
     """Also where G has a lower rank than the layer has inputs."""
     W = torch.randn(shape)
-    factors = factorize_weight(W, method, statistics(shape[1], tokens)[1])
+    factors = factorize_weight(W, method, statistics(shape, tokens)[1])
     r = min(shape)
     assert (factors.U.shape, factors.sigma.shape, factors.V.shape) == ((shape[0], r), (r,), (shape[1], r))
     torch.testing.assert_close(cut(factors, r), W, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(factors.U.T @ factors.U, torch.eye(r), rtol=0, atol=1e-5)
+    if method != "kfac":
+        torch.testing.assert_close(factors.U.T @ factors.U, torch.eye(r), rtol=0, atol=1e-5)
     assert (factors.sigma > 0).all() and (factors.sigma.diff() <= 0).all()
 
 
 @pytest.mark.parametrize("method", FACTORIZATIONS[1:])
 def test_sigma_are_the_singular_values_of_the_weighed_weight(method):
-    known = statistics(10)[1]
+    known = statistics((24, 10))[1]
     W = torch.randn(24, 10, dtype=torch.float64)
+    root = torch.linalg.cholesky(known.gram)
+    left = torch.linalg.cholesky(damped(known.gradient)).T if method == "kfac" else torch.eye(24, dtype=torch.float64)
     weighed = {
         "fwsvd": W * known.fisher.sqrt(),
         "asvd": W * (known.mean_abs.sqrt() + 1e-6),
-        "whitened": W @ torch.linalg.cholesky(known.gram),
+        "whitened": W @ root,
+        "kfac": left @ W @ root,
     }[method]
     factors = factorize_weight(W, method, known)
     torch.testing.assert_close(factors.sigma, torch.linalg.svdvals(weighed))
@@ -54,15 +69,15 @@ def test_sigma_are_the_singular_values_of_the_weighed_weight(method):
     inverse = {
         "fwsvd": lambda v: v / known.fisher.sqrt(),
         "asvd": lambda v: v / (known.mean_abs.sqrt() + 1e-6),
-        "whitened": lambda v: torch.linalg.solve(torch.linalg.cholesky(known.gram).T, v.T).T,
-    }[method]
-    torch.testing.assert_close(cut(factors, 4), U[:, :4] * sigma[:4] @ inverse(Vh[:4]), rtol=1e-8, atol=1e-8)
+    }.get(method, lambda v: torch.linalg.solve(root.T, v.T).T)
+    published = torch.linalg.solve(left, U[:, :4] * sigma[:4]) @ inverse(Vh[:4])
+    torch.testing.assert_close(cut(factors, 4), published, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("tokens", [200, 6])
 def test_no_descent_finds_a_lower_activation_error_than_whitening(tokens):
     """Float64, independent of every closed form: LBFGS over both factors, from random starts and from the solution."""
-    x, known = statistics(10, tokens)
+    x, known = statistics((14, 10), tokens)
     W, rank = torch.randn(14, 10, dtype=torch.float64), 3
     factors = factorize_weight(W, "whitened", known)
     ours = ((W - cut(factors, rank)) @ x.T).norm().item()
@@ -106,8 +121,17 @@ def test_whitening_is_the_svd_of_the_outputs_also_with_massive_inputs(shape, tok
 
 
 @given(rank=st.integers(1, 9), seed=st.integers(0, 50), tokens=st.integers(1, 40))
+def test_kfac_beats_the_others_where_gradients_say_what_counts(rank, seed, tokens):
+    known = statistics((16, 10), tokens, seed)[1]
+    W = torch.randn(16, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    judged = LayerStatistics(known.gram, known.mean_abs, None, damped(known.gradient))
+    errors = {m: loss_increase(factorize_weight(W, m, known), judged, kfac=True)[rank] for m in FACTORIZATIONS}
+    assert errors["kfac"] <= min(errors.values()) * (1 + 1e-6) + 1e-9
+
+
+@given(rank=st.integers(1, 9), seed=st.integers(0, 50), tokens=st.integers(1, 40))
 def test_whitening_beats_the_others_on_activations_and_svd_on_weights(rank, seed, tokens):
-    x, known = statistics(10, tokens, seed)
+    x, known = statistics((16, 10), tokens, seed)
     W = torch.randn(16, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     errors = {}
     for method in FACTORIZATIONS:
@@ -120,7 +144,7 @@ def test_whitening_beats_the_others_on_activations_and_svd_on_weights(rank, seed
 @pytest.mark.parametrize("method", FACTORIZATIONS)
 def test_verbs_take_every_factorization(tiny_bert, tokens, method):
     model = tiny_bert()
-    known = {name: statistics(shape[1])[1] for name, shape in shapes(model).items()}
+    known = {name: statistics(shape)[1] for name, shape in shapes(model).items()}
     with torch.no_grad():
         dense = model(tokens).logits
         factors = factorize(model, method, known)
@@ -146,14 +170,16 @@ def test_training_does_not_change_the_factors_given(tiny_bert, tokens):
 
 def test_bad_input_is_refused_before_anything_changes(tiny_bert):
     model = tiny_bert()
-    known = {name: statistics(shape[1])[1] for name, shape in shapes(model).items()}
-    with pytest.raises(ValueError, match="Unknown factorization 'pca'; known: svd, fwsvd, asvd, whitened"):
+    known = {name: statistics(shape)[1] for name, shape in shapes(model).items()}
+    with pytest.raises(ValueError, match="Unknown factorization 'pca'; known: svd, fwsvd, asvd, whitened, kfac"):
         decompose(model, "pca", known)
     with pytest.raises(ValueError, match=r"'whitened' needs statistics=softlms.calibrate\(model, rows, collator\)"):
         decompose(model, "whitened")
     blind = {name: LayerStatistics(k.gram, k.mean_abs) for name, k in known.items()}
     with pytest.raises(ValueError, match="fisher=True"):
         factorize(model, "fwsvd", blind)
+    with pytest.raises(ValueError, match="'kfac' needs statistics=.*gradient_rows="):
+        factorize(model, "kfac", blind)
     name = "bert.encoder.layer.1.output.dense"
     del known[name]
     with pytest.raises(ValueError, match=f"{name} is missing from the statistics"):

@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import datasets
@@ -105,6 +106,20 @@ def test_rates_while_compressing_are_constant_then_follow_the_arguments(tiny_ber
     assert rates[: frozen_at - 1] == [1e-3] * (frozen_at - 1)
     recovery = rates[frozen_at:]
     assert recovery[0] > 0.9e-3 and recovery == sorted(recovery, reverse=True) and recovery[-1] < 1e-3 / 10
+
+
+def test_however_hard_the_push_the_weights_learn_the_same(tiny_bert, rows, tmp_path):
+    """The push can grow a thousandfold; clipped together with it, the task's gradients would vanish."""
+    dense, learned, risen = tiny_bert(), {}, {}
+    for gamma in (1e-6, 1e6):
+        run = trainer(decompose(copy.deepcopy(dense)), rows, tmp_path, steps=1, deadline=1.0, gamma=gamma)
+        with pytest.raises(BudgetNotMet):
+            run.train()
+        alphas = {id(alpha) for alpha in run.alphas}
+        learned[gamma] = [parameter for parameter in run.model.parameters() if id(parameter) not in alphas]
+        risen[gamma] = run.alphas
+    torch.testing.assert_close(learned[1e-6], learned[1e6], rtol=0, atol=0)
+    assert risen[1e-6] != risen[1e6] and all(alpha > 0 for alpha in risen[1e6])
 
 
 @pytest.mark.slow

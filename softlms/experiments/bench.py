@@ -49,9 +49,6 @@ from softlms.utils.machine import device, hardware, use_threads, versions
 
 __all__ = ["Bench"]
 
-# so that a run's numbers depend neither on the number of free cores nor on other runs at the same time
-_THREADS = 1
-
 
 @dataclass(eq=False)  # compared by identity
 class Bench:
@@ -67,6 +64,8 @@ class Bench:
         Maximum tokens per row.
     train_rows : int, optional
         Use only the first rows of the training split.
+    threads : int
+        Of a run, so that its numbers depend neither on the number of free cores nor on other runs at the same time.
     """
 
     encoder: Encoder
@@ -74,6 +73,7 @@ class Bench:
     folder: Path
     max_length: int = 128
     train_rows: int | None = None
+    threads: int = 1
     note: Callable[[str], None] = field(default=print, repr=False)
     _shared_of: tuple[Any, ...] = field(default=(), init=False, repr=False)
     _shared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -162,7 +162,7 @@ class Bench:
         started = time.monotonic()
         result = self._make(_step(chain), recipe, seed, partial, _links(chain)) | {
             "seconds": round(time.monotonic() - started, 1),
-            "hardware": hardware(_THREADS),
+            "hardware": hardware(self.threads),
             "versions": versions(),
             "commit": commit(),
             "encoder": self.encoder.source,
@@ -176,7 +176,7 @@ class Bench:
 
     def _make(self, step: Step, recipe: Recipe, seed: int, folder: Path, links: Sequence[Link]) -> dict[str, Any]:
         transformers.set_seed(seed)
-        with use_threads(_THREADS), fast_scan():
+        with use_threads(self.threads), fast_scan():
             return {"seed": seed} | step(self, recipe, seed, folder, links)
 
     @not_in_keys
@@ -208,7 +208,7 @@ class Bench:
         runs, metric = {}, self.data.task.metrics[0]
         for line in tell_stored(job for unit in units for job in unit):
             self.note(line)
-        for done, (job, run) in enumerate(run_jobs(units, available_processes()), 1):
+        for done, (job, run) in enumerate(run_jobs(units, available_processes(self.threads)), 1):
             left = (time.monotonic() - started) / done * (total - done)
             self.note(
                 f"{done:>3} of {total}: {job.method:<8} seed {job.seed}, "
@@ -294,7 +294,7 @@ class Bench:
             self._inputs(chain)
             | {f"fixed.{number} {link.name}": dict(link.said) for number, link in enumerate(links)}
             | {f"recipe.{name}": value for name, value in recipe.used(links).items()}
-            | {"code": code_behind(*starts), "seed": seed, "versions": versions(), "hardware": hardware(_THREADS)}
+            | {"code": code_behind(*starts), "seed": seed, "versions": versions(), "hardware": hardware(self.threads)}
             | dense
         )
 

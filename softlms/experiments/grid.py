@@ -59,7 +59,7 @@ OTHERS = (
     "fwsvd+uniform", "asvd+uniform", "whitened+energy", "whitened+greedy", "whitened+sensitivity", "svd+mask",
     "whitened+mask",
 )  # fmt: skip
-CLIFF = ("whitened+cliff", "whitened+cliff-soft")
+CLIFF = ("kfac+cliff", "kfac+cliff-soft")
 # methods of which one is recommended; tables and figures of a part of the grid are named after it
 PARTS = {"recommended": ("whitened+uniform", "whitened+mask", "whitened+soft", *CLIFF)}
 # for the others, the untuned state is measured before recovery
@@ -284,7 +284,8 @@ def run_grid(
     cells = stored.copy()
     missing = [] if stored_only else [[job for job in unit if job not in stored] for unit in units]
     total, started = sum(map(len, missing)), time.monotonic()
-    for done, (job, run) in enumerate(run_jobs([u for u in missing if u], processes or available_processes()), 1):
+    processes = processes or available_processes(max(bench.threads for bench in benches.values()))
+    for done, (job, run) in enumerate(run_jobs([u for u in missing if u], processes), 1):
         task, left = job.bench.data.task, (time.monotonic() - started) / done * (total - done)
         untuned = "" if job.recipe.epochs or job.method == "dense" else " untuned"
         note(

@@ -1,4 +1,4 @@
-"""Runs in parallel, one thread each."""
+"""Runs in parallel."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Job:
     seed: int
 
 
-def available_processes() -> int:
-    """How many runs go in parallel: one per core, at most two; one if there is an accelerator.
+def available_processes(threads: int = 1) -> int:
+    """How many runs of so many threads go in parallel: on two cores at most; one if there is an accelerator.
 
     joblib's variable LOKY_MAX_CPU_COUNT lowers the number of cores.
     """
-    return 1 if torch.cuda.is_available() else min(2, cpu_count())
+    return 1 if torch.cuda.is_available() else max(1, min(2, cpu_count()) // threads)
 
 
 def tell_stored(jobs: Iterable[Job]) -> Iterator[str]:

@@ -122,6 +122,8 @@ class LanguageBench(Bench):
         protocol), and tasks asked zero-shot (the first `QUESTIONS` rows of dev).
     split : bool
         Split GPT-2's fused projections before they are factored (`softlms.split_fused`).
+    threads : int
+        See `Bench`.
     note : callable
         Called with a line of progress.
 
@@ -145,6 +147,7 @@ class LanguageBench(Bench):
         protocol: Protocol | None = None,
         beyond: Mapping[str, TokenizedText | TaskData] | None = None,
         split: bool = False,
+        threads: int = 1,
         note: Callable[[str], None] = print,
     ) -> None:
         self.model, self.text, self.window, self.split = model, text, window, split
@@ -153,7 +156,7 @@ class LanguageBench(Bench):
         encoder = model if isinstance(model, Encoder) else Encoder(str(text.tokenizer), model.source)
         source = text.source if protocol is None else f"{text.source}; {protocol}"
         data = TaskData(dataclasses.replace(LANGUAGE_MODELLING, name=name), {}, source)
-        super().__init__(encoder, data, folder, max_length=window, note=note)
+        super().__init__(encoder, data, folder, max_length=window, threads=threads, note=note)
         read = getattr(self.config, "max_position_embeddings", None)  # a state space has no limit
         longest = read or window
         shortest = min(map(len, (text.splits["train"][:train_tokens], *self._held_out.values())))

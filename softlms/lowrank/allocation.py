@@ -96,7 +96,7 @@ def allocate(
     -----
     Bisecting a cut-off, and taking components in the order in which the cut-off reaches them, yield the same ranks; the
     second meets the budget exactly. Greedy compares energies of different layers directly, in the units of the
-    factorization: singular values of weights, or mean squares of outputs ("whitened").
+    factorization: singular values of weights, or mean squares of outputs ("whitened", "kfac").
     """
     if method not in ALLOCATIONS:
         raise ValueError(f"Unknown allocation {method!r}; known: {', '.join(ALLOCATIONS)}.")

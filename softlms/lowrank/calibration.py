@@ -18,7 +18,7 @@ from softlms.architectures import Predicate, Target, check_factorable, find_targ
 from softlms.data.inputs import batches, in_eval_mode, token_mask, without_logits
 from softlms.lowrank.moments import SharedMoments, real_tokens
 
-__all__ = ["LayerStatistics", "calibrate"]
+__all__ = ["LayerStatistics", "calibrate", "output_gradients"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def calibrate(
     with in_eval_mode(model):
         means = _input_means(model, found, used, data_collator, batch_size)
         squares = _fisher(model, found, used, data_collator) if fisher else {}
-        gradients = _gradients(model, found, used.select(range(gradient_rows)), data_collator) if gradient_rows else {}
+    gradients = (
+        output_gradients(model, used.select(range(gradient_rows)), data_collator, targets) if gradient_rows else {}
+    )
     return {name: LayerStatistics(*means[name], squares.get(name), gradients.get(name)) for name in means}
 
 
@@ -161,10 +163,17 @@ def _fisher(
     return {name: square / len(dataset) for name, square in squares.items()}
 
 
-def _gradients(
-    model: PreTrainedModel, targets: list[Target], dataset: datasets.Dataset, data_collator: DataCollator
+def output_gradients(
+    model: PreTrainedModel,
+    dataset: datasets.Dataset,
+    data_collator: DataCollator,
+    targets: Predicate | None = None,
 ) -> dict[str, Tensor]:
-    """One row at a time: a batch's loss may weigh its rows by their labels."""
+    """`LayerStatistics.gradient` of each target, from all rows of a data set; see `calibrate`.
+
+    One row at a time: a batch's loss may weigh its rows by their labels.
+    """
+    found = find_targets(model, targets)
     sums: dict[str, Tensor] = {}
     tokens: Counter[str] = Counter()
     mask: Tensor | None = None  # of the present row
@@ -183,9 +192,9 @@ def _gradients(
             sums[name] = g.new_zeros(g.shape[1], g.shape[1])
         sums[name].addmm_(g.T, g)
 
-    handles = [target.module.register_forward_hook(partial(watch, target.name)) for target in targets]
+    handles = [target.module.register_forward_hook(partial(watch, target.name)) for target in found]
     try:
-        with _learning(model, []):
+        with in_eval_mode(model), _learning(model, []):
             for row, batch in enumerate(batches(model, dataset, data_collator, 1, labels=True)):
                 mask = token_mask(batch)
                 loss = _loss(model, batch, row)
@@ -194,7 +203,7 @@ def _gradients(
     finally:
         for handle in handles:
             handle.remove()
-    for target in targets:
+    for target in found:
         name = target.name
         if name not in sums or not sums[name].any():
             raise ValueError(

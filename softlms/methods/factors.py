@@ -9,7 +9,7 @@ import datasets
 from transformers import PreTrainedModel
 
 from softlms.budget import Budget
-from softlms.lowrank.calibration import LayerStatistics, calibrate
+from softlms.lowrank.calibration import LayerStatistics, calibrate, output_gradients
 from softlms.lowrank.factorization import FACTORIZATIONS, Factors, factorize
 from softlms.methods.base import Config, Work
 from softlms.utils.ranges import check_at_least_one, check_positive
@@ -29,14 +29,14 @@ class FactorsConfig(Config):
 
     Attributes
     ----------
-    factors : {"svd", "fwsvd", "asvd", "whitened"}
+    factors : {"svd", "fwsvd", "asvd", "whitened", "kfac"}
         See `softlms.factorize`.
     keep, count
         See `softlms.Budget`.
     epochs : float
         Of all training that the method does; 0 cuts without any.
     calibration_rows : int
-        Training rows for factors that depend on data.
+        Training rows for factors that depend on data, and for gradients.
 
     Raises
     ------
@@ -66,7 +66,9 @@ def factors_of(model: PreTrainedModel, factorization: str, rows: int, work: Work
     name = factorization if factorization == "svd" else f"{factorization} from {rows} rows"
     if name not in work.shared:
         statistics = None
-        if factorization != "svd":
+        if factorization == "kfac":
+            statistics = curvature_of(model, rows, work)
+        elif factorization != "svd":
             statistics = _statistics(model, rows, work, fisher=factorization == "fwsvd")
         work.note(f"decomposing with {factorization} factors")
         work.shared[name] = factorize(model, factorization, statistics)
@@ -74,14 +76,13 @@ def factors_of(model: PreTrainedModel, factorization: str, rows: int, work: Work
 
 
 def curvature_of(model: PreTrainedModel, rows: int, work: Work) -> dict[str, LayerStatistics]:
-    """Inputs from `rows` training rows, and output gradients from a quarter of them."""
+    """Inputs and output gradients from `rows` training rows."""
     name = f"curvature from {rows} rows"
     if name not in work.shared:
         known = _statistics(model, rows, work, fisher=False)
         work.note("measuring how much the loss depends on each layer")
-        fewer = calibration_sample(work, max(1, rows // 4))
-        seen = calibrate(model, fewer, work.collator, rows=len(fewer), gradient_rows=len(fewer))
-        work.shared[name] = {layer: replace(known[layer], gradient=seen[layer].gradient) for layer in known}
+        gradients = output_gradients(model, calibration_sample(work, rows), work.collator)
+        work.shared[name] = {layer: replace(known[layer], gradient=gradients[layer]) for layer in known}
     curvature: dict[str, LayerStatistics] = work.shared[name]
     return curvature
 

@@ -30,7 +30,7 @@ class StaticConfig(FactorsConfig):
     Attributes
     ----------
     allocation : str
-        See `softlms.allocate`. Sensitivity and gradients use a quarter of the calibration rows.
+        See `softlms.allocate`. Sensitivity uses a quarter of the calibration rows.
     static_learning_rate : float
         Of recovery.
 

@@ -43,7 +43,7 @@ class Compression:
         See `softlms.Budget`. FLOPs and time are those of one row with the length of the longest training row.
     method : str
         A method or a chain of methods, such as "mask" or "soft+thin"; see `softlms.methods.chain.parse`.
-    factors : {"svd", "fwsvd", "asvd", "whitened"}
+    factors : {"svd", "fwsvd", "asvd", "whitened", "kfac"}
         For a method that takes factors, if its name does not say which; see `softlms.factorize`.
     epochs, learning_rate, alpha_learning_rate, distillation
         Of the training that compresses and recovers; for alpha's learning rate see `softlms.SoftTrainer`.

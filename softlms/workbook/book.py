@@ -270,6 +270,7 @@ def open_language_book(
         protocol=chosen.protocol,
         beyond=beyond,
         split=split,
+        threads=chosen.threads,
     )
     return make_book(_variant(name, beside, part), chosen, bench, source)
 

@@ -17,7 +17,7 @@ from softlms.workbook.plots.style import PALETTE, as_formula, figure
 __all__ = ["describe_budget", "draw_rank_bars", "plot_quality", "plot_ranks"]
 
 # Okabe and Ito's palette
-COLOURS = {"svd": "#D55E00", "fwsvd": "#E69F00", "asvd": "#CC79A7", "whitened": "#0072B2"}
+COLOURS = {"svd": "#D55E00", "fwsvd": "#E69F00", "asvd": "#CC79A7", "whitened": "#0072B2", "kfac": "#009E73"}
 OTHERS = ("#009E73", "#56B4E9", "#F0E442", "#000000")
 MARKERS = {
     "uniform": "v", "energy": "P", "greedy": "X", "sensitivity": "D", "cliff": "^", "cliff-gradient": "<",
