@@ -51,6 +51,7 @@ class Notebook:
     reads: Sequence[str] = ()
     figures: Mapping[str, Drawing] = field(default_factory=dict)
     derived: Sequence[str] = ()
+    variants: Sequence[str] = ()
 
     @property
     def follows_others(self) -> bool:
@@ -129,13 +130,13 @@ def read_complete_registry(root: Path) -> dict[str, Notebook]:
 def _entry(name: str, entry: dict[str, Any]) -> Notebook:
     if entry.get("lane") not in LANES:
         raise ValueError(f"{name} has the unknown lane {entry.get('lane')!r}; known: {', '.join(LANES)}.")
-    figures = {
-        name + suffix: Drawing(
-            figure["plot"], tuple(name + t for t in figure.get("tables", ())), figure.get("variant", "")
-        )
-        for suffix, figure in entry.pop("figures", {}).items()
-    }
-    return Notebook(figures=figures, **entry)
+    figures = {}
+    for variant in ("", *entry.get("variants", ())):
+        files = f"{name}_{variant}" if variant else name
+        for suffix, figure in entry.get("figures", {}).items():
+            tables = tuple(files + table for table in figure.get("tables", ()))
+            figures[files + suffix] = Drawing(figure["plot"], tables, variant)
+    return Notebook(**entry | {"figures": figures})
 
 
 def choose_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:

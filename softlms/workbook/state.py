@@ -143,10 +143,12 @@ def check_derived(results: Path) -> list[str]:
     if not any(notebook.derived for notebook in registry.values()):
         raise ValueError(f"{results.parent.parent} has no notebooks.toml that names derived tables.")
     for name, notebook in registry.items():
-        if notebook.derived:
-            for derived in notebook.derived:
-                table, _, kind = f"{name}_{derived}".rpartition("_")
-                rows = pd.read_csv(results / f"{table}.csv")
+        for variant in ("", *notebook.variants) if notebook.derived else ():
+            table = f"{name}_{variant}" if variant else name
+            if variant and not (results / f"{table}.csv").is_file():
+                continue  # the notebook did not run with that
+            rows = pd.read_csv(results / f"{table}.csv")
+            for kind in notebook.derived:
                 wrong += _differences(_derive(kind, rows), results / f"{table}_{kind}.csv")
     return wrong
 
