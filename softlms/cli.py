@@ -53,7 +53,7 @@ HELP = {
     "batch": "rows in a batch",
     "batch_size": "rows in a step",
     "bf16": "train under bfloat16 autocast",
-    "calibration_rows": "training rows for data-aware factors",
+    "calibration_rows": "training rows for data-aware factors and for gradients",
     "check": "execute nothing: list the stale ones, and why",
     "count": "what keep is a share of: linear, total, flops or latency",
     "full-size count": "what keep is a share of: total or linear",

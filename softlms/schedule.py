@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -105,8 +106,11 @@ class SoftSchedule(TrainerCallback):
             return
         if self.trainer.gamma is None and self.gamma == 0:
             gradients = [alpha.grad.abs() for alpha in self.trainer.alphas if alpha.grad is not None]
-            self.gamma = max(torch.stack(gradients).mean().item(), SMALLEST_PUSH) if gradients else SMALLEST_PUSH
-        self.trainer.push()
+            size = torch.stack(gradients).mean().item() if gradients else 0.0
+            if not math.isfinite(size):
+                return  # in half precision the first steps may overflow: they are skipped
+            self.gamma = max(size, SMALLEST_PUSH)
+        self.trainer.add_push()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         for layer in self.trainer.soft_layers.values():

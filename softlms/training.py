@@ -3,7 +3,7 @@
 The schedule follows the paper's successor (STAR-KV, arXiv 2606.08382):
 
 1. compress: weights and thresholds train together on L = L_task + gamma L_cmp, alpha at its own, much larger rate,
-   until the budget is met; gamma adapts, so that it is met in time;
+   until the budget is met; gamma adapts, so that it is met in time (`add_push`: L_task's gradient alone is clipped);
 2. freeze: alpha stops learning, and the ranks are filled up exactly to the budget;
 3. recover: L_task only, with a fresh optimizer and learning-rate schedule, for the remaining steps.
 """
@@ -57,10 +57,11 @@ class SoftTrainer(DistillingTrainer):
     costs : Costs, optional
         Of the dense model, from `softlms.count_flops` or `softlms.measure_latency`; see `softlms.allocate`.
     gamma : float, optional
-        Constant positive weight of the compression loss. Adam's steps do not depend on the size of a gradient: if this
-        gradient exceeds the task's in every threshold, all rise equally, and the ranks are those of one threshold for
-        all, however small the rate. By default gamma adapts: it starts at the mean size of the task's own gradients in
-        alpha, grows at each step at whose pace the budget would be missed, and falls at the others.
+        Constant positive weight of the compression loss; its gradient is added to the clipped one of the task. Adam's
+        steps do not depend on the size of a gradient: if this gradient exceeds the task's in every threshold, all rise
+        equally, and the ranks are those of one threshold for all, however small the rate. By default gamma adapts: it
+        starts at the mean size of the task's own gradients in alpha, grows at each step at whose pace the budget would
+        be missed, and falls at the others.
     alpha_learning_rate : float, optional
         Positive learning rate of the thresholds, in their units per step, constant while they learn. By default it
         follows from factors, budget and steps: all thresholds, rising together, would meet the budget in a quarter of
@@ -71,8 +72,9 @@ class SoftTrainer(DistillingTrainer):
         Weight each layer's compression loss by its number of parameters (mean weight 1) instead of equally.
     weigh_by_saving : bool
         Weight it by what the layer's live components save on average, if they were cut down to one (mean weight 1).
-        Below break-even that is what the next one saves. Above, where the first cuts save nothing, it is less the
-        further up a layer is; but were it nothing, a layer that came back whole would stay so, at the others' expense.
+        For parameters and FLOPs below break-even, that is what the next one saves. Above, where the first cuts save
+        nothing, it is less the further up a layer is; but were it nothing, a layer that came back whole would stay so,
+        at the others' expense.
     deadline : float
         Share of the training steps, above 0 and at most 1. If the budget is not met by then, all thresholds are raised
         together until it is, with a warning, so that the remaining steps can recover. With 1 nothing is forced, and a
@@ -195,7 +197,7 @@ class SoftTrainer(DistillingTrainer):
         """Parameters with the layers that the budget counts as targets."""
         return count_parameters(model, lambda name, module: name in self.shapes)
 
-    def push(self) -> None:
+    def add_push(self) -> None:
         """Add the gradient of gamma L_cmp to that of the thresholds.
 
         To the gradients, not to the loss, and after they are clipped: the push can grow to a thousand times the task's
@@ -215,8 +217,8 @@ class SoftTrainer(DistillingTrainer):
             weights = [float(math.prod(self.shapes[name])) for name in self.soft_layers]
         if self.settings["weigh_by_saving"]:
             prices = {name: self.costs.prices[name] for name in self.soft_layers}
-            ranks = {name: max(2, rank) for name, rank in self.ranks.items()}
-            weights = [(price(ranks[name]) - price(1)) / (ranks[name] - 1) for name, price in prices.items()]
+            ranks = self.ranks
+            weights = [(price(ranks[name]) - price(1)) / max(1, ranks[name] - 1) for name, price in prices.items()]
         return torch.tensor(weights) / max(sum(weights) / len(weights), SMALLEST_MEAN)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

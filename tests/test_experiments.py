@@ -16,7 +16,7 @@ from softlms.data.encoders import Encoder, find_encoder
 from softlms.distillation import DistillingTrainer
 from softlms.experiments import bench as experiments
 from softlms.experiments.bench import Bench
-from softlms.experiments.jobs import Job, run_jobs
+from softlms.experiments.jobs import Job, available_processes, run_jobs
 from softlms.experiments.recipe import ABSENT, Recipe
 from softlms.methods import soft
 from softlms.utils.machine import use_threads
@@ -301,6 +301,13 @@ def test_runs_side_by_side_are_those_of_one_process(bench):
             assert (alone["scores"], alone["ranks"]) == (result["scores"], result["ranks"])
             assert alone["hardware"] == result["hardware"]
         assert torch.get_num_threads() == 2
+
+
+def test_a_run_has_the_threads_of_its_bench(bench):
+    wide = dataclasses.replace(bench, threads=2)
+    one, two = (of.run("dense", RECIPE, 0).result["hardware"] for of in (bench, wide))
+    assert (one.replace("1 threads", "2 threads"), len(folders(bench))) == (two, 2)
+    assert available_processes(2) == 1 <= available_processes()
 
 
 class SlowBench:

@@ -175,7 +175,7 @@ def test_bad_input_is_refused_before_anything_changes(tiny_bert):
         decompose(model, "pca", known)
     with pytest.raises(ValueError, match=r"'whitened' needs statistics=softlms.calibrate\(model, rows, collator\)"):
         decompose(model, "whitened")
-    blind = {name: LayerStatistics(k.gram, k.mean_abs) for name, k in known.items()}
+    whole, blind = dict(known), {name: LayerStatistics(k.gram, k.mean_abs) for name, k in known.items()}
     with pytest.raises(ValueError, match="fisher=True"):
         factorize(model, "fwsvd", blind)
     with pytest.raises(ValueError, match="'kfac' needs statistics=.*gradient_rows="):
@@ -191,6 +191,13 @@ def test_bad_input_is_refused_before_anything_changes(tiny_bert):
             decompose(model, wrong)
     with pytest.raises(ValueError, match="all zero"):
         factorize_weight(torch.ones(3, 3), "whitened", LayerStatistics(torch.zeros(3, 3).double(), torch.zeros(3)))
+    silent = "bert.encoder.layer.0.output.dense"
+    unseen = {
+        n: LayerStatistics(0 * k.gram if n == silent else k.gram, k.mean_abs, None, k.gradient)
+        for n, k in whole.items()
+    }
+    with pytest.raises(ValueError, match=f"statistics of {silent} are all zero"):
+        decompose(model, "kfac", unseen)
     assert all(isinstance(model.get_submodule(name), nn.Linear) for name in factors)
 
 

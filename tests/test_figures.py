@@ -349,6 +349,8 @@ def test_replot(checkout, capsys):
         "07_tinyllama_table_ranks: drawn",
         "07_tinyllama_table_smollm2: skipped, results/laptop has no table of smollm2",
         "07_tinyllama_table_smollm2_ranks: skipped, results/laptop has no table of smollm2",
+        "07_tinyllama_table_smollm2_recommended: skipped, results/laptop has no table of smollm2_recommended",
+        "07_tinyllama_table_smollm2_recommended_ranks: skipped, results/laptop has no table of smollm2_recommended",
         "07_tinyllama_table_recommended: skipped, results/laptop has no table of recommended",
         "07_tinyllama_table_recommended_ranks: skipped, results/laptop has no table of recommended",
         "09_speedup: drawn",

@@ -109,7 +109,8 @@ def test_above_break_even_a_layer_is_pushed_less(tiny_bert, tmp_path):
     model = tiny_bert()
     factors = factorize(model)
     some, whole, key = (f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "value", "key"))
-    decompose(model, factors, ranks=dict.fromkeys(factors, 9) | {some: 20, whole: 31})
+    last = "bert.encoder.layer.0.attention.self.key"
+    decompose(model, factors, ranks=dict.fromkeys(factors, 9) | {some: 20, whole: 31, last: 1})
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     trainer = SoftTrainer(model, keep=0.5, args=args, weigh_by_saving=True)
     weights = dict(zip(trainer.soft_layers, trainer.layer_weights().tolist(), strict=True))
@@ -117,6 +118,7 @@ def test_above_break_even_a_layer_is_pushed_less(tiny_bert, tmp_path):
     # what cutting it down to one component saves, 15 of them, over how many go
     assert weights[some] == pytest.approx(15 / 19 * weights[key])
     assert weights[whole] == pytest.approx(15 / 30 * weights[key])
+    assert weights[last] == 0  # one component stays
     large = "bert.encoder.layer.1.output.dense"  # 32 x 64: a component of it saves half as much again
     assert weights[large] == pytest.approx(1.5 * weights[key])
 

@@ -110,7 +110,7 @@ def test_rates_while_compressing_are_constant_then_follow_the_arguments(tiny_ber
 
 def test_however_hard_the_push_the_weights_learn_the_same(tiny_bert, rows, tmp_path):
     """The push can grow a thousandfold; clipped together with it, the task's gradients would vanish."""
-    dense, learned, risen = tiny_bert(), {}, {}
+    dense, learned, risen, losses = tiny_bert(), {}, {}, {}
     for gamma in (1e-6, 1e6):
         run = trainer(decompose(copy.deepcopy(dense)), rows, tmp_path, steps=1, deadline=1.0, gamma=gamma)
         with pytest.raises(BudgetNotMet):
@@ -118,8 +118,40 @@ def test_however_hard_the_push_the_weights_learn_the_same(tiny_bert, rows, tmp_p
         alphas = {id(alpha) for alpha in run.alphas}
         learned[gamma] = [parameter for parameter in run.model.parameters() if id(parameter) not in alphas]
         risen[gamma] = run.alphas
+        losses[gamma] = run.state.log_history[0]["loss"]
+    assert losses[1e-6] == losses[1e6]
     torch.testing.assert_close(learned[1e-6], learned[1e6], rtol=0, atol=0)
     assert risen[1e-6] != risen[1e6] and all(alpha > 0 for alpha in risen[1e6])
+
+
+@pytest.mark.parametrize("gamma", [None, 0.5])
+def test_the_push_is_added_once_a_step_until_the_cut(tiny_bert, rows, tmp_path, gamma):
+    """Also to a threshold in which the task has no gradient."""
+
+    class Between(TrainerCallback):
+        """Sees what the schedule's callback, which comes later, adds."""
+
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            run.alphas[0].grad = None
+            self.before = [alpha.grad for alpha in run.alphas]
+
+    class After(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            pairs = zip(between.before, (alpha.grad for alpha in run.alphas), strict=True)
+            added = [None if new is None else new - (0 if old is None else old) for old, new in pairs]
+            seen.append((run.schedule.gamma, run.schedule.frozen_at, added, torch.stack(run.alphas).detach()))
+
+    between, seen = Between(), []
+    run = trainer(decompose(tiny_bert()), rows, tmp_path, gamma=gamma, callbacks=[between])
+    run.add_callback(After())
+    run.train()
+    for now, frozen_at, added, alphas in seen:
+        if frozen_at is None:
+            assert now > 0
+            torch.testing.assert_close(torch.stack(added), -now * torch.exp(-alphas))
+        else:
+            assert added[0] is None
+    assert {frozen_at for _, frozen_at, _, _ in seen} == {None, run.schedule.frozen_at}
 
 
 @pytest.mark.slow

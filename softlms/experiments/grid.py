@@ -27,7 +27,7 @@ from softlms.kernels.selective_scan import fast_scan
 from softlms.measure import interleaved, random_rows
 from softlms.methods.chain import parse
 from softlms.surgery import shrink
-from softlms.utils.machine import fast_bf16, use_threads
+from softlms.utils.machine import fast_bf16, hardware, use_threads
 
 __all__ = [
     "CLIFF",
@@ -415,7 +415,8 @@ def costs(
     Returns
     -------
     DataFrame
-        Columns row, gflops (per batch), flops_of_dense, ms (median), quartile1_ms, quartile3_ms, speedup.
+        Columns row, gflops (per batch), flops_of_dense, ms (median), quartile1_ms, quartile3_ms, speedup; its ``attrs``
+        name the hardware.
     """
     models = {"dense": bench.untrained_model().eval()}
     models |= {row: shrink(bench.prepare(bench.untrained_model()).eval(), ranks) for row, ranks in profiles.items()}
@@ -434,4 +435,6 @@ def costs(
         speedup, ms = times.pop("speed_up"), times.pop("median_ms")
         shares = {"gflops": flops[row] / 1e9, "flops_of_dense": flops[row] / flops["dense"]}
         table.append({"row": row, **shares, "ms": ms, **times, "speedup": speedup})
-    return pd.DataFrame(table)
+    made = pd.DataFrame(table)
+    made.attrs["hardware"] = hardware(1)
+    return made

@@ -49,7 +49,7 @@ class Recipe:
     start : {"fine-tuned", "pretrained"}
         The weights that are decomposed.
     calibration_rows : int
-        Training rows for data-aware factors, and for sensitivity (which uses a quarter of them).
+        Training rows for data-aware factors and for gradients, and for sensitivity (which uses a quarter of them).
     mask_learning_rate : float
         Learning rate of the mask scores.
     further_keeps : tuple of float

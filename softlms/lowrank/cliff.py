@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -55,9 +54,8 @@ def loss_increase(factors: Factors, statistics: LayerStatistics, *, kfac: bool =
     gram = statistics.gram.to(V.device, V.dtype)
     gradient = statistics.gradient.to(U.device, U.dtype)
     right = V * sigma
-    if not kfac:
-        gradient = gradient.diagonal().mean() * torch.eye(len(gradient), dtype=U.dtype, device=U.device)
-    pairs = (U.T @ gradient @ U) * (right.T @ gram @ right)
+    left = U.T @ gradient @ U if kfac else U.T @ U * gradient.diagonal().mean()
+    pairs = left * (right.T @ gram @ right)
     # the sum over all pairs of components from r on, for each r
     ends = pairs.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     return np.append(ends.clamp(min=0).cpu().numpy(), 0.0)

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FACTORIZATIONS = ("svd", "fwsvd", "asvd", "whitened", "kfac")
-NEEDS = {"fwsvd": "fisher", "asvd": "mean_abs", "whitened": "gram", "kfac": "gradient"}  # of the statistics
+NEEDS = {"fwsvd": ("fisher",), "asvd": ("mean_abs",), "whitened": ("gram",), "kfac": ("gram", "gradient")}
 # the gradients' second moments are of few rows, and noisy: averaged with equal ones for all outputs (ours; 1 was the
 # best on dev of SmolLM2 among 0.001 to 10)
 DAMPING = 1.0
@@ -99,7 +99,8 @@ def factorize_weight(weight: Tensor, method: str = "svd", statistics: LayerStati
     assert statistics is not None  # just checked
     W = weight.detach().double()
     if method == "kfac":  # whitened factors of L^T W, and back
-        upper = _damped_root(statistics).to(W.device)
+        assert statistics.gradient is not None  # just checked
+        upper = _damped_root(statistics.gradient.to(W.device, W.dtype))
         whitened = factorize_weight(upper @ W, "whitened", statistics)
         U, sigma, V = torch.linalg.solve_triangular(upper, whitened.U, upper=True), whitened.sigma, whitened.V
     else:
@@ -148,13 +149,13 @@ def check_method(method: str, names: Iterable[str], statistics: Statistics | Non
     if method == "svd":
         return
     known = statistics or {}
-    if not known or any(getattr(entry, NEEDS[method]) is None for entry in known.values()):
+    if not known or any(getattr(entry, needed) is None for entry in known.values() for needed in NEEDS[method]):
         also = {"fwsvd": ", fisher=True", "kfac": ", gradient_rows=..."}.get(method, "")
         raise ValueError(f"{method!r} needs statistics=softlms.calibrate(model, rows, collator{also}).")
     for name in names:
         if name not in known:
             raise ValueError(f"{name} is missing from the statistics: calibrate the same model with the same targets.")
-        if not getattr(known[name], NEEDS[method]).any():
+        if not all(getattr(known[name], needed).any() for needed in NEEDS[method]):
             raise ValueError(f"The statistics of {name} are all zero: the calibration rows never excite it.")
 
 
@@ -204,15 +205,14 @@ def _scored(W: Tensor, method: str, statistics: LayerStatistics) -> tuple[Tensor
     return U, sigma
 
 
-def _damped_root(statistics: LayerStatistics) -> Tensor:
+def _damped_root(gradient: Tensor) -> Tensor:
     """L^T, upper triangular, shape (m, m), with L L^T the damped second moments of the gradients over their mean.
 
     Over their mean, so that sigma are in units of the outputs, as with whitening.
     """
-    assert statistics.gradient is not None  # checked by the caller
-    gradient = statistics.gradient.double()
-    relative = gradient / gradient.diagonal().mean()
-    return torch.linalg.cholesky((relative + DAMPING * torch.eye(len(relative))) / (1 + DAMPING)).T
+    moments = gradient / gradient.diagonal().mean()
+    moments.diagonal().add_(DAMPING)
+    return torch.linalg.cholesky(moments / (1 + DAMPING)).T
 
 
 def _completed(W: Tensor, U: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,8 +89,8 @@ class Book:
     def save_table(self, table: pd.DataFrame, suffix: str = "", *, data: Mapping[str, str] | None = None) -> None:
         """Write a tidy table as CSV; every row names profile, task, data, encoder, hardware, versions and commit.
 
-        Rows of stored runs already have the last three, from the time of the run. In a table of several tasks `data`
-        is the source of each.
+        Rows of stored runs already have the last three, from the time of the run, and a table may say in its ``attrs``
+        on what hardware it was made. In a table of several tasks `data` is the source of each.
         """
         path = self.results / f"{self.name}{suffix}.csv"
         provenance = {"profile": self.profile.name}
@@ -100,7 +100,8 @@ class Book:
                 "data": self.bench.data.source if data is None else table["task"].map(data),
                 "encoder": self.bench.encoder.source,
             }
-        provenance |= {"hardware": hardware(), "versions": versions(), "commit": commit()}
+        made_on = table.attrs.get("hardware") or hardware(self.bench and self.bench.threads)
+        provenance |= {"hardware": made_on, "versions": versions(), "commit": commit()}
         missing = {name: value for name, value in provenance.items() if name not in table}
         with whole_file(path) as partial:
             table.assign(**missing).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
@@ -178,7 +179,7 @@ def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book
     """
     plotting.use_style()
     be_quiet()
-    torch.set_num_threads(1)  # as in the processes of runs, regardless of the number of cores
+    torch.set_num_threads(1)  # whatever the number of cores; a run has those of its bench
     root = project_root()
     return Book(name, profile, bench, root / "figures" / profile.name, root / "results" / profile.name, data)
 

@@ -18,7 +18,7 @@ __all__ = ["describe_budget", "draw_rank_bars", "plot_quality", "plot_ranks"]
 
 # Okabe and Ito's palette
 COLOURS = {"svd": "#D55E00", "fwsvd": "#E69F00", "asvd": "#CC79A7", "whitened": "#0072B2", "kfac": "#009E73"}
-OTHERS = ("#009E73", "#56B4E9", "#F0E442", "#000000")
+OTHERS = ("#56B4E9", "#F0E442", "#000000")
 MARKERS = {
     "uniform": "v", "energy": "P", "greedy": "X", "sensitivity": "D", "cliff": "^", "cliff-gradient": "<",
     "cliff-energy": ">", "cliff-greedy": "d", "mask": "s", "soft": "o", "cliff-soft": "h",
