@@ -41,6 +41,8 @@ LONG = [
     "export",
     "factorization",
     "figures",
+    "figures_refusals",
+    "figures_resuming",
     "folder_files",
     "folder_refusals",
     "full_size",
@@ -158,3 +160,15 @@ def rows():
             "length": [len(row) for row in ids],
         }
     )
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with one notebook that takes no time."""
+    from batches import GOOD, write_notebook  # seconds, which few modules need
+
+    (tmp_path / "pyproject.toml").touch()
+    write_notebook(tmp_path, "01_good", GOOD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOFTLMS_DATA", raising=False)
+    return tmp_path
