@@ -13,6 +13,7 @@ import softlms
 from softlms import cli
 from softlms.workbook import gallery
 from softlms.workbook.gallery import write_pages
+from softlms.workbook.plots.drawing import draw
 
 BOOKS = ("01_threshold_functions", "03_block_sensitivity")  # formulas, a widget; figures with and without tables
 
@@ -43,6 +44,29 @@ def test_each_figure_has_its_text_files_and_tables(checkout):
     assert len([link for link in links if link.endswith(".png")]) == 4 == page.count("[PDF]")
     assert all((checkout / "docs" / link).is_file() for link in links)
     assert "03_block_sensitivity.csv) (60 rows)" in page and page.count("without a table") == 2
+
+
+def test_a_notebook_draws_each_committed_figure(checkout):
+    """What the site needs, without building it."""
+    for folder in ("notebooks", "figures", "results"):
+        shutil.rmtree(checkout / folder)
+        shutil.copytree(ROOT / folder, checkout / folder)
+    write_pages(checkout / "docs", "laptop")
+    page = (checkout / "docs/figures.md").read_text("utf-8")
+    assert page.count(".png)") == len(list((ROOT / "figures/laptop").glob("*.png")))
+
+
+def test_the_figures_of_a_variant_are_beside_the_plain_ones(checkout):
+    toml = checkout / "notebooks/notebooks.toml"
+    text = toml.read_text("utf-8")
+    toml.write_text(text.replace(f"[{BOOKS[1]}]\n", f'[{BOOKS[1]}]\nvariants = ["beside", "never_run"]\n'), "utf-8")
+    figures, results = checkout / "figures/laptop", checkout / "results/laptop"
+    shutil.copy(results / f"{BOOKS[1]}.csv", results / f"{BOOKS[1]}_beside.csv")
+    draw(f"{BOOKS[1]}_beside", figures, results)
+    write_pages(checkout / "docs", "laptop")
+    page = (checkout / "docs/figures.md").read_text("utf-8")
+    assert "### One block at a time\n" in page and "### One block at a time: beside\n" in page
+    assert page.count(".png)") == 5 and "never_run" not in page
 
 
 def test_notebooks_say_where_their_outputs_come_from(checkout):

@@ -27,7 +27,7 @@ from softlms.utils.files import whole_file
 from softlms.utils.machine import hardware, versions
 from softlms.workbook.plots import style as plotting
 from softlms.workbook.plots.drawing import draw
-from softlms.workbook.registry import project_root
+from softlms.workbook.registry import project_root, variant_name
 
 __all__ = ["DATA_VARIABLE", "Book", "make_book", "open_book", "open_language_book", "open_speed_book"]
 
@@ -165,7 +165,7 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "", part:
     runs = project_root() / "runs"
     task = load_task(chosen.task, source)
     bench = Bench(find_encoder(model or chosen.encoder), task, runs, chosen.max_length, chosen.train_rows)
-    return make_book(_variant(name, part), chosen, bench, source)
+    return make_book(variant_name(name, part), chosen, bench, source)
 
 
 def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book:
@@ -273,7 +273,7 @@ def open_language_book(
         split=split,
         threads=chosen.threads,
     )
-    return make_book(_variant(name, beside, part), chosen, bench, source)
+    return make_book(variant_name(name, beside, part), chosen, bench, source)
 
 
 def open_speed_book(name: str, *, profile: str) -> Book:
@@ -285,8 +285,3 @@ def open_speed_book(name: str, *, profile: str) -> Book:
         Unknown profile.
     """
     return make_book(name, find_profile(profile, SPEED_PROFILES), None, "")
-
-
-def _variant(name: str, *of: str) -> str:
-    """The name of a notebook's files when it runs with a model beside or a part of its grid."""
-    return "_".join([name, *filter(None, of)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ import softlms
 from softlms.experiments.profiles import PROFILES, find_profile
 from softlms.utils.files import whole_file
 from softlms.workbook.plots.drawing import check_drawing
-from softlms.workbook.registry import project_root
+from softlms.workbook.registry import Notebook, project_root, read_registry, variant_name
 
 __all__ = ["build_gallery", "print_gallery", "write_pages"]
 
@@ -124,11 +124,12 @@ def _read_chapters(root: Path, profile: str) -> list[Chapter]:
         raise FileNotFoundError(f"{figures} has no figures: run softlms figures --profile {profile}.")
     if wrong := [line for name in sorted(left) for line in check_drawing(name, figures, root / "results" / profile)]:
         raise ValueError("; ".join(wrong))
-    chapters = []
+    chapters, registry = [], read_registry(root)
     for committed in sorted((root / "notebooks").glob("[0-9]*.ipynb")):
         executed = root / "executed" / profile / committed.name
         book = nbformat.read(committed, as_version=4)
-        pictures = [picture for picture in _pictures(committed.stem, book) if picture.name in left]
+        variants = registry.get(committed.stem, Notebook()).variants
+        pictures = [picture for picture in _pictures(committed.stem, book, variants) if picture.name in left]
         left -= {picture.name for picture in pictures}
         source, made = (executed, profile) if executed.is_file() else (committed, "quick")
         chapters.append(Chapter(source, made, book.cells[0].source.partition("\n")[0].lstrip("# "), pictures))
@@ -137,9 +138,9 @@ def _read_chapters(root: Path, profile: str) -> list[Chapter]:
     return chapters
 
 
-def _pictures(name: str, book: nbformat.NotebookNode) -> Iterator[Picture]:
-    """Each ``book.draw(suffix)``, with the last heading and the last Markdown before it."""
-    title = text = ""
+def _pictures(name: str, book: nbformat.NotebookNode, variants: Sequence[str]) -> Iterator[Picture]:
+    """Each ``book.draw(suffix)``, with the last heading and the last Markdown before it; then those of the variants."""
+    drawn, title, text = [], "", ""
     for cell in book.cells:
         if cell.cell_type == "markdown":
             heading, _, rest = cell.source.partition("\n")
@@ -147,8 +148,10 @@ def _pictures(name: str, book: nbformat.NotebookNode) -> Iterator[Picture]:
                 title, text = heading.lstrip("# "), rest.strip()
             else:
                 text = cell.source
-        for suffix in re.findall(r'book\.draw\((?:"(\w*)")?\)', cell.source):
-            yield Picture(name + suffix, title, text)
+        drawn += [(suffix, title, text) for suffix in re.findall(r'book\.draw\((?:"(\w*)")?\)', cell.source)]
+    for variant in ("", *variants):
+        for suffix, title, text in drawn:
+            yield Picture(variant_name(name, variant) + suffix, f"{title}: {variant}" if variant else title, text)
 
 
 def _notebook(chapter: Chapter, root: Path) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "project_root",
     "read_complete_registry",
     "read_registry",
+    "variant_name",
 ]
 
 REGISTRY = "notebooks.toml"
@@ -61,6 +62,11 @@ class Notebook:
     def typical_seconds(self, profile: str) -> float:
         """Its approximate time; the longest known time if there is none for this profile."""
         return self.seconds.get(profile) or max(self.seconds.values(), default=TYPICAL_SECONDS)
+
+
+def variant_name(notebook: str, *of: str) -> str:
+    """The name of a notebook's files when it runs with a model beside or a part of its grid; without them its own."""
+    return "_".join([notebook, *filter(None, of)])
 
 
 class Folders:
@@ -132,7 +138,7 @@ def _entry(name: str, entry: dict[str, Any]) -> Notebook:
         raise ValueError(f"{name} has the unknown lane {entry.get('lane')!r}; known: {', '.join(LANES)}.")
     figures = {}
     for variant in ("", *entry.get("variants", ())):
-        files = f"{name}_{variant}" if variant else name
+        files = variant_name(name, variant)
         for suffix, figure in entry.get("figures", {}).items():
             tables = tuple(files + table for table in figure.get("tables", ()))
             figures[files + suffix] = Drawing(figure["plot"], tables, variant)

@@ -24,7 +24,7 @@ from softlms.experiments.report import adaptive_differences, soft_verdicts
 from softlms.utils.files import whole_file
 from softlms.utils.machine import hardware, versions
 from softlms.workbook.book import DATA_VARIABLE
-from softlms.workbook.registry import Folders, Notebook, read_registry
+from softlms.workbook.registry import Folders, Notebook, read_registry, variant_name
 
 __all__ = [
     "check_derived",
@@ -144,7 +144,7 @@ def check_derived(results: Path) -> list[str]:
         raise ValueError(f"{results.parent.parent} has no notebooks.toml that names derived tables.")
     for name, notebook in registry.items():
         for variant in ("", *notebook.variants) if notebook.derived else ():
-            table = f"{name}_{variant}" if variant else name
+            table = variant_name(name, variant)
             if variant and not (results / f"{table}.csv").is_file():
                 continue  # the notebook did not run with that
             rows = pd.read_csv(results / f"{table}.csv")
