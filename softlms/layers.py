@@ -188,9 +188,8 @@ class SoftLinear(Ranked):
         gain = None
         if factors is not None:
             lengths = [factor.norm(dim=0).clamp(min=torch.finfo(factor.dtype).tiny) for factor in (U, V)]
-            if any(
-                (length - 1).abs().max() > 1e-3 for length in lengths
-            ):  # those of a plain SVD are 1 but for rounding
+            # those of a plain SVD are 1 but for rounding, and need none
+            if any((length - 1).abs().max() > 1e-3 for length in lengths):
                 U, V = U / lengths[0], V / lengths[1]
                 gain = (lengths[0] * lengths[1]).to(torch.promote_types(dtype, torch.float32))
         # copy: the caller may reuse the factors, and parameters change in place

@@ -200,8 +200,8 @@ class SoftTrainer(DistillingTrainer):
     def add_push(self) -> None:
         """Add the gradient of gamma L_cmp to that of the thresholds.
 
-        To the gradients, not to the loss, and after they are clipped: the push can grow to a thousand times the task's
-        gradient, and within a common norm it would take from the weights what they learn (ours).
+        To the gradients, not to the loss, and after they are clipped: the push can grow to hundreds of times the
+        task's gradient, and within a common norm it would take from the weights what they learn (ours).
         """
         with torch.enable_grad():
             alpha = torch.stack(self.alphas).detach().requires_grad_()

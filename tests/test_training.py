@@ -109,7 +109,7 @@ def test_rates_while_compressing_are_constant_then_follow_the_arguments(tiny_ber
 
 
 def test_however_hard_the_push_the_weights_learn_the_same(tiny_bert, rows, tmp_path):
-    """The push can grow a thousandfold; clipped together with it, the task's gradients would vanish."""
+    """The push can grow to hundreds of times the task's gradients, which clipped together with it would vanish."""
     dense, learned, risen, losses = tiny_bert(), {}, {}, {}
     for gamma in (1e-6, 1e6):
         run = trainer(decompose(copy.deepcopy(dense)), rows, tmp_path, steps=1, deadline=1.0, gamma=gamma)
@@ -122,6 +122,18 @@ def test_however_hard_the_push_the_weights_learn_the_same(tiny_bert, rows, tmp_p
     assert losses[1e-6] == losses[1e6]
     torch.testing.assert_close(learned[1e-6], learned[1e6], rtol=0, atol=0)
     assert risen[1e-6] != risen[1e6] and all(alpha > 0 for alpha in risen[1e6])
+
+
+def test_gradients_that_overflow_at_first_set_no_push(tiny_bert, rows, tmp_path):
+    """As a step in half precision that the scaler then skips; a gamma of NaN would never adapt again."""
+    run = trainer(decompose(tiny_bert()), rows, tmp_path)
+    for alpha, size in zip(run.alphas, (float("nan"), *[2.0] * len(run.alphas)), strict=False):
+        alpha.grad = torch.full_like(alpha, size)
+    run.schedule.on_pre_optimizer_step()
+    assert run.schedule.gamma == 0 and run.alphas[1].grad == 2
+    run.alphas[0].grad.fill_(2)
+    run.schedule.on_pre_optimizer_step()
+    assert run.schedule.gamma == 2 and run.alphas[1].grad < 2
 
 
 @pytest.mark.parametrize("gamma", [None, 0.5])
