@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from softlms.kernels.lazy import lazy_product
 from softlms.modules import Replacement, as_linear, make_linear, stand_in
-from softlms.thresholds import SHARPNESS, SoftThreshold, inverse_soft_threshold
+from softlms.thresholds import SHARPNESS, SoftThreshold, inverse_soft_threshold, soft_threshold
 
 __all__ = [
     "LowRankLinear",
@@ -202,6 +202,7 @@ class SoftLinear(Ranked):
             "components": len(self.sigma),
             "s": self.threshold.s,
             "hard": self.threshold.hard,
+            "start": self.threshold.start,
             "learns": self.threshold.alpha.requires_grad,
             "transposed": self.transposed,
         } | ({} if self.gain is None else {"gain": True})
@@ -211,8 +212,8 @@ class SoftLinear(Ranked):
         linear = as_linear(dense)
         m, n = linear.weight.shape
         r = description["components"]
-        hard = description.get("hard", False)  # missing in older files
-        threshold = SoftThreshold(0.0, description["s"], hard=hard).to(linear.weight.device)
+        start, hard = description.get("start", 0.0), description.get("hard", False)  # missing in older files
+        threshold = SoftThreshold(start, description["s"], hard=hard).to(linear.weight.device)
         threshold.alpha.requires_grad_(description["learns"])
         new = linear.weight.new_empty
         sigma, gain = (new(r, dtype=torch.promote_types(linear.weight.dtype, torch.float32)) for _ in range(2))
@@ -321,9 +322,22 @@ class SoftLinear(Ranked):
 
     @torch.no_grad()
     def freeze_(self) -> None:
-        """Fix the rank permanently: alpha stops learning, and the sigma of dead components become exactly zero."""
-        self.threshold.alpha.requires_grad_(False)
-        self.sigma.mul_(self.threshold.is_live(self.sigma))
+        """Fix the rank permanently: alpha stops learning, dead sigma become exactly zero, and T shrinks no others.
+
+        As the lasso is refitted after it has selected: T takes from the components near alpha, to have a gradient
+        there, and sigma learn too slowly to regain it. If nothing was learned, what is live becomes exact again (ours).
+        """
+        threshold, sigma = self.threshold, self.sigma
+        alpha, unit = threshold.alpha.requires_grad_(False), threshold.unit
+        live = threshold.is_live(sigma)
+        if not threshold.hard:
+            threshold.hard = True
+            exact = soft_threshold(sigma / unit, threshold.start, threshold.s) * unit
+            smallest = torch.finfo(sigma.dtype).tiny  # where the product underflows
+            sigma.copy_(torch.where(sigma / unit > threshold.start, exact.clamp(min=smallest), sigma))
+        sigma.mul_(live)
+        if live.any():  # unless training has diverged
+            alpha.clamp_(max=(sigma[live].min() / unit).item() * (1 - 1e-3))
 
     @torch.no_grad()
     def project_(self) -> None:

@@ -62,8 +62,9 @@ class SoftSchedule(TrainerCallback):
             if self.frozen_at is not None:
                 self.note = stored.get("note", {})
                 self.trainer.write_note()
-        for alpha in self.trainer.alphas:
-            alpha.requires_grad_(self.frozen_at is None)
+        for layer in self.trainer.soft_layers.values():
+            layer.threshold.alpha.requires_grad_(self.frozen_at is None)
+            layer.threshold.hard |= self.frozen_at is not None
 
     def changed(self, state: TrainerState) -> list[str]:
         """Settings that differ from those of the run that wrote a checkpoint."""

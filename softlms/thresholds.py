@@ -184,8 +184,13 @@ class SoftThreshold(nn.Module):
         One unit of alpha in units of sigma: 1 for raw singular values, else the layer's largest singular value or
         their mean.
     hard : bool
-        For frozen sigma, which cannot compensate for the shrinkage by T: surviving values do not change, as with
-        `hard_threshold`, and only alpha has T's gradient.
+        Surviving values do not change, as with `hard_threshold`, and only alpha has T's gradient. For frozen sigma,
+        which cannot compensate for the shrinkage by T, and once a rank is fixed (`SoftLinear.freeze_`).
+
+    Attributes
+    ----------
+    start : float
+        The initial alpha, where T shrinks nothing: sigma were set for it (`inverse_soft_threshold`).
 
     Raises
     ------
@@ -205,6 +210,7 @@ class SoftThreshold(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(float(alpha), dtype=torch.float32))
         self.s = float(s)
         self.hard = hard
+        self.start = float(alpha)
         self.register_buffer("unit", torch.tensor(float(unit), dtype=torch.float32))
 
     def forward(self, sigma: Tensor) -> Tensor:

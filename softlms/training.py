@@ -4,7 +4,7 @@ The schedule follows the paper's successor (STAR-KV, arXiv 2606.08382):
 
 1. compress: weights and thresholds train together on L = L_task + gamma L_cmp, alpha at its own, much larger rate,
    until the budget is met; gamma adapts, so that it is met in time (`add_push`: L_task's gradient alone is clipped);
-2. freeze: alpha stops learning, and the ranks are filled up exactly to the budget;
+2. freeze: alpha stops learning, the ranks are filled up exactly to the budget, and T shrinks no survivor any more;
 3. recover: L_task only, with a fresh optimizer and learning-rate schedule, for the remaining steps.
 """
 
@@ -313,7 +313,8 @@ class SoftTrainer(DistillingTrainer):
     def layer_forms(self) -> dict[str, dict[str, Any]]:
         """Properties of each layer that no tensor stores; a resumed run must match them."""
         forms = {name: layer.description() for name, layer in self.soft_layers.items()}
-        return {name: {n: v for n, v in form.items() if n != "learns"} for name, form in forms.items()}
+        changing = ("learns", "hard")  # once the ranks are fixed
+        return {name: {n: v for n, v in form.items() if n not in changing} for name, form in forms.items()}
 
     def _check_resumed(self, checkpoint: str | bool | None) -> None:
         """Report settings that changed since a checkpoint; refuse changes that cannot be applied.

@@ -193,6 +193,35 @@ def test_projection_holds_the_rank_once_frozen():
     assert soft.rank == 6 and (soft.sigma == 0).sum() == 4
 
 
+@pytest.mark.parametrize("unit", ["raw", "max", "mean"])
+@pytest.mark.parametrize("start", [{"alpha": 0.0}, {"alpha": 0.05}, {"rank": 7}])
+@pytest.mark.parametrize("rank", [1, 4, 7, 10])
+def test_a_fixed_rank_regains_what_the_threshold_took(unit, start, rank):
+    """If nothing was learned, the layer is its factors, cut: also where alpha rose or fell past a component."""
+    linear = nn.Linear(12, 10)
+    U, sigma, V = svd(linear.weight)
+    soft = SoftLinear.from_linear(linear, (U, sigma, V), unit=unit, **start)
+    soft.set_rank_(rank)
+    cut = (U[:, :rank] * sigma[:rank]) @ V[:, :rank].T
+    before = (soft.weight - cut).norm()
+    soft.freeze_()
+    torch.testing.assert_close(soft.weight, cut, rtol=1e-5, atol=1e-6)
+    if rank == 4:  # the threshold rose to it
+        assert before > 0.01 * cut.norm()
+    for again in (soft.freeze_, soft.project_):
+        again()
+        assert soft.rank == rank
+        torch.testing.assert_close(soft.weight, cut, rtol=2e-3, atol=1e-6)
+
+
+def test_sigma_of_a_fixed_rank_learn_as_a_plain_factor():
+    soft = SoftLinear.from_linear(nn.Linear(10, 10))
+    soft.set_rank_(6)
+    soft.freeze_()
+    gradient = torch.autograd.grad(soft.weight.diagonal().sum(), soft.sigma)[0]
+    torch.testing.assert_close(gradient, torch.where(soft.sigma > 0, (soft.U * soft.V).sum(0), 0.0))
+
+
 def test_set_rank_keeps_alpha_in_range_after_a_sigma_overshoots():
     soft = SoftLinear.from_linear(nn.Linear(10, 10))
     soft.sigma.data[9] = -0.5
