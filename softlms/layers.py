@@ -106,8 +106,8 @@ class SoftLinear(Ranked):
     Notes
     -----
     The columns of factors that know the data have any length: a hundredth, or thousands. An optimizer's step, which
-    does not know it, would change short columns many times as much as the thin layer's. So U and V have columns of
-    length 1, and their lengths are the gain (ours).
+    does not know it, would change short columns many times as much as the thin layer's. So they start as in the thin
+    layer: V with columns of length 1, U with all the scale. T(sigma) gain is a gate, 1 at first (ours).
 
     Fig. 2 and 3 of the paper; the choice between factors and recomposed W is ours. sigma and alpha are kept in float32
     or wider for any dtype of U and V: in half precision, rounding would decide which components live.
@@ -172,6 +172,7 @@ class SoftLinear(Ranked):
         """
         weight = linear.weight
         U, sigma, V = svd(weight) if factors is None else factors
+        exact = sigma
         # a zero matrix has no scale
         scale = UNITS[unit](sigma) if sigma[0] > 0 else 1.0
         frozen = not weight.requires_grad
@@ -187,11 +188,12 @@ class SoftLinear(Ranked):
         bias = None if linear.bias is None else linear.bias.detach().clone()
         gain = None
         if factors is not None:
-            lengths = [factor.norm(dim=0).clamp(min=torch.finfo(factor.dtype).tiny) for factor in (U, V)]
-            # those of a plain SVD are 1 but for rounding, and need none
+            smallest = torch.finfo(V.dtype).tiny
+            lengths = [factor.norm(dim=0).clamp(min=smallest) for factor in (U, V)]
+            # those of a plain SVD are 1 but for rounding: the paper's own form
             if any((length - 1).abs().max() > 1e-3 for length in lengths):
-                U, V = U / lengths[0], V / lengths[1]
-                gain = (lengths[0] * lengths[1]).to(torch.promote_types(dtype, torch.float32))
+                U, V = U * (exact * lengths[1]), V / lengths[1]
+                gain = (1 / exact.clamp(min=smallest)).to(torch.promote_types(dtype, torch.float32))
         # copy: the caller may reuse the factors, and parameters change in place
         U, V = (factor.to(dtype).clone(memory_format=torch.contiguous_format) for factor in (U, V))
         sigma = sigma.to(torch.promote_types(dtype, torch.float32))

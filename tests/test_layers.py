@@ -100,7 +100,7 @@ def whitened(m, n, *, scale):
 
 @given(sizes, sizes, st.integers(0, 9))
 def test_lengths_of_the_factors_columns_change_nothing(m, n, seed):
-    """Neither the output nor any step of an optimizer: U and V start with columns of length 1."""
+    """Neither the output nor any step of an optimizer: both start as the thin layer's factors."""
     torch.manual_seed(seed)
     linear, factors = whitened(m, n, scale=1.0)
     scale = torch.logspace(-3, 3, min(m, n))
@@ -108,8 +108,9 @@ def test_lengths_of_the_factors_columns_change_nothing(m, n, seed):
     x, wanted = torch.randn(4, n), torch.randn(4, m)
     torch.testing.assert_close(layers[0](x), linear(x), rtol=1e-3, atol=1e-4)
     for layer in layers:
-        for factor in (layer.U, layer.V):
-            torch.testing.assert_close(factor.norm(dim=0), torch.ones(min(m, n)))
+        thin = LowRankLinear.from_factors(*factors, None, min(m, n))
+        torch.testing.assert_close(layer.U, thin.up.weight)
+        torch.testing.assert_close(layer.V, thin.down.weight.T)
         optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
         F.mse_loss(layer(x), wanted).backward()
         optimizer.step()
@@ -123,7 +124,8 @@ def test_a_step_changes_factors_that_know_the_data_as_much_as_the_thin_layer():
     soft = SoftLinear.from_linear(linear, factors)
     thin = LowRankLinear.from_factors(*factors, linear.bias, 16)
     x, wanted, moved = torch.randn(64, 16), torch.randn(64, 24), []
-    for part, chosen in ((soft, [soft.V]), (thin, [thin.down.weight])):
+    pairs = ((soft, [soft.U, soft.V]), (thin, [thin.up.weight, thin.down.weight]))
+    for part, chosen in pairs:
         before = part.weight @ torch.eye(16)
         optimizer = torch.optim.Adam(chosen, lr=1e-3)
         F.mse_loss(part(x), wanted).backward()
