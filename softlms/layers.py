@@ -204,10 +204,9 @@ class SoftLinear(Ranked):
             "components": len(self.sigma),
             "s": self.threshold.s,
             "hard": self.threshold.hard,
-            "start": self.threshold.start,
             "learns": self.threshold.alpha.requires_grad,
             "transposed": self.transposed,
-        } | ({} if self.gain is None else {"gain": True})
+        } | {name: value for name, value in (("start", self.threshold.start), ("gain", self.gain is not None)) if value}
 
     @classmethod
     def skeleton(cls, dense: Any, description: Mapping[str, Any]) -> Self:

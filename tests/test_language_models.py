@@ -75,8 +75,9 @@ def test_every_family_learns_and_is_compressed(folder, tmp_path, family):
     assert dense.result["scores"]["test"]["perplexity"] < 6 and dense.result["kept_linear"] == 1
     assert bench.run("dense", RECIPE, 0).result == dense.result  # one checkpoint for all seeds
     for method in ("svd+uniform", "whitened+soft"):
-        runs = [bench.run(method, RECIPE.changed(epochs=epochs), 0).result for epochs in (1, 0)]
-        assert all(0.45 < result["kept_linear"] <= 0.5 for result in runs)
+        # at half, this text leaves nothing to recover
+        runs = [bench.run(method, RECIPE.changed(epochs=epochs, keep=0.2), 0).result for epochs in (1, 0)]
+        assert all(0.15 < result["kept_linear"] <= 0.2 for result in runs)
         tuned, untuned = (result["scores"]["dev"]["perplexity"] for result in runs)
         assert tuned < untuned
         assert runs[0]["encoder"].startswith(family) and runs[0]["data"] == "folder: wiki"
