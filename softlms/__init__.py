@@ -20,6 +20,7 @@ __all__ = [
     "SoftTrainer",
     "allocate",
     "calibrate",
+    "compress_embeddings",
     "count_flops",
     "count_parameters",
     "decompose",
@@ -38,4 +39,5 @@ __all__ = [
 ]
 
 when_imported("transformers.modeling_utils", "softlms.saving.registration")  # from_pretrained loads our folders
-when_imported("peft", "softlms.adapters")  # LoRA wraps thin layers
+# LoRA wraps thin layers, and PEFT knows LoRA-XS
+when_imported("peft", "softlms.adapters", "softlms.methods.lora_xs.model")

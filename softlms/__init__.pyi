@@ -65,6 +65,8 @@ from .lowrank.factorization import factorize as factorize
 from .lowrank.masks import MaskTrainer as MaskTrainer
 from .measure import count_flops as count_flops
 from .measure import measure_latency as measure_latency
+from .methods.embeddings.surgery import compress_embeddings as compress_embeddings
+from .methods.lora_xs.config import LoraXSConfig as LoraXSConfig
 from .origin import SoftLMsConfig as SoftLMsConfig
 from .surgery import decompose as decompose
 from .surgery import deploy as deploy

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Replacement", "as_conv1d", "as_linear", "make_linear", "replace", "stand_in"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Replacement", "as_conv1d", "as_linear", "make_linear", "replace", "retie", "stand_in"]
 
 
 class Replacement(nn.Module):
@@ -118,6 +121,21 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     if hasattr(old, "_hf_hook"):  # accelerate's hook: moves the input to the layer's device
         add_hook_to_module(layer, old._hf_hook)
     model.set_submodule(name, layer)
+
+
+def retie(model: PreTrainedModel, shared: Mapping[str, str]) -> None:
+    """Tell transformers which tensors are shared now: it ties them by name, at loading and after resizing.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    shared : mapping
+        Further names of tensors, each with the first name. Ties of tensors that are gone are dropped.
+    """
+    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = model.all_tied_weights_keys.items()
+    ties = {name: first for name, first in known if {name, first} <= present} | {**shared}
+    model._tied_weights_keys, model.all_tied_weights_keys = ties, {**ties}
 
 
 def as_linear(layer: nn.Linear | Conv1D) -> nn.Linear:

@@ -9,7 +9,13 @@ from softlms.modules import Replacement
 
 __all__ = ["forms", "methods", "register"]
 
-BUILT_IN = ("softlms.methods.static", "softlms.methods.masks", "softlms.methods.soft")  # each has METHODS
+BUILT_IN = (  # each has METHODS
+    "softlms.methods.static",
+    "softlms.methods.masks",
+    "softlms.methods.soft",
+    "softlms.methods.embeddings",
+    "softlms.methods.lora_xs.recovery",
+)
 
 _registered: dict[str, Method] = {}
 

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from softlms.methods.registry import forms
+from softlms.modules import retie
 from softlms.origin import DENSE, FORMAT, METHOD, REGISTRIES, SoftLMsConfig, mark, note_dense
 
 __all__ = ["SoftLMsQuantizer", "digest", "make_quantizer", "put_in", "sha256", "share", "verify"]
@@ -224,8 +225,7 @@ def share(model: nn.Module, shared: Mapping[str, str]) -> None:
         (place, leaf), (source, original) = (n.rpartition(".")[::2] for n in (name, stored))
         setattr(model.get_submodule(place), leaf, getattr(model.get_submodule(source), original))
     if shared and isinstance(model, PreTrainedModel):
-        # loading creates new parameters, and ties only those that it knows
-        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **shared}
+        retie(model, shared)  # loading creates new parameters, and ties only those that it knows
 
 
 def _shared_here(model: PreTrainedModel, shared: Mapping[str, str]) -> dict[str, str]:

@@ -12,9 +12,9 @@ __all__ = ["when_imported"]
 
 
 class _Watcher(MetaPathFinder):
-    """Imports one of our modules as soon as a library's module has been imported."""
+    """Imports modules of ours as soon as a library's module has been imported."""
 
-    def __init__(self, library: str, ours: str) -> None:
+    def __init__(self, library: str, ours: tuple[str, ...]) -> None:
         self.library, self.ours = library, ours
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
@@ -30,21 +30,23 @@ class _Watcher(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-                importlib.import_module(self.ours)
+                for ours in self.ours:
+                    importlib.import_module(ours)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def when_imported(library: str, ours: str) -> None:
-    """Import `ours`, which registers itself, once `library` is imported; now if it already is.
+def when_imported(library: str, *ours: str) -> None:
+    """Import modules of ours, which register themselves, once `library` is imported; now if it already is.
 
     Parameters
     ----------
-    library, ours : str
-        Full module names.
+    library, *ours : str
+        Full module names. A library is given once, with all of ours.
     """
     if library in sys.modules:
-        importlib.import_module(ours)
+        for name in ours:
+            importlib.import_module(name)
     else:
         sys.meta_path.insert(0, _Watcher(library, ours))

@@ -1,0 +1,149 @@
+"""`LoraXSLinear`: LoRA-XS beside one layer, dense or thin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from softlms.layers import LowRankLinear
+from softlms.methods.lora_xs.basis import Basis, same_basis
+from softlms.methods.lora_xs.config import LoraXSConfig
+from softlms.modules import make_linear, replace
+
+__all__ = ["LoraXSLinear"]
+
+
+class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-ignore]
+    """y = base(x) + (alpha / r) B R A x for each active adapter.
+
+    Parameters
+    ----------
+    base_layer : nn.Linear, Conv1D or LowRankLinear
+    adapter_name, config, basis
+        Of the first adapter; see `update_layer`.
+    """
+
+    adapter_layer_names = ("lora_xs_R",)
+    get_base_layer: Any  # these are BaseTunerLayer's
+    set_adapter: Any
+    active_adapters: Any
+    _cast_input_dtype: Any
+    _move_adapter_to_device_of_base_layer: Any
+    other_param_names = ("lora_xs_A", "lora_xs_B", "lora_xs_fingerprint", "scaling", "grow")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraXSConfig, basis: Basis) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_xs_R = nn.ParameterDict()
+        self.lora_xs_A, self.lora_xs_B = BufferDict(), BufferDict()  # not stored: the base determines them
+        self.lora_xs_fingerprint = BufferDict(persistent=True)
+        self.scaling: dict[str, float] = {}
+        self.grow: dict[str, bool] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, basis)
+
+    def update_layer(self, adapter_name: str, config: LoraXSConfig, basis: Basis) -> None:
+        """Add an adapter, or start it anew."""
+        r = len(basis.A)
+        self.scaling[adapter_name], self.grow[adapter_name] = config.alpha / r, config.grow
+        self.lora_xs_R[adapter_name] = nn.Parameter(torch.randn(r, r) * config.init_std)
+        self.lora_xs_A[adapter_name] = basis.A.contiguous()
+        self.lora_xs_B[adapter_name] = basis.B.contiguous()
+        self._move_adapter_to_device_of_base_layer(adapter_name)  # and to its dtype, too coarse for a fingerprint
+        self.lora_xs_fingerprint[adapter_name] = basis.fingerprint().float()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """(alpha / r) B R A, shape (m, n)."""
+        return self._left(adapter_name) @ self.lora_xs_A[adapter_name]
+
+    def _left(self, name: str) -> Tensor:
+        """(alpha / r) B R, shape (m, r)."""
+        return self.scaling[name] * self.lora_xs_B[name] @ self.lora_xs_R[name]
+
+    def _at_work(self) -> Iterator[str]:
+        """Active adapters of this layer that are not merged."""
+        if not self.disable_adapters:
+            yield from (n for n in self.active_adapters if n in self.lora_xs_R and n not in self.merged_adapters)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, in its own layout, with what the adapters add: Mamba's fused kernels read it."""
+        weight = self.get_base_layer().weight
+        for name in self._at_work():
+            delta = self.get_delta_weight(name).to(weight.dtype)
+            weight = weight + (delta.T if isinstance(self.get_base_layer(), Conv1D) else delta)
+        return weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., n) to (..., m)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for name in self._at_work():
+            R = self.lora_xs_R[name]
+            reduced = F.linear(self._cast_input_dtype(x, R.dtype), self.lora_xs_A[name])
+            result = result + self.scaling[name] * F.linear(F.linear(reduced, R), self.lora_xs_B[name])
+        return result.to(dtype)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base layer's weight or factors."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_xs_R:
+                continue
+            if safe_merge and not self.lora_xs_R[name].isfinite().all():
+                raise ValueError(f"The adapter {name} contains NaN or infinite values: train it again.")
+            self._add(name, 1)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take them out again."""
+        while self.merged_adapters:
+            self._add(self.merged_adapters.pop(), -1)
+
+    def _add(self, name: str, sign: int) -> None:
+        base = self.get_base_layer()
+        if not isinstance(base, LowRankLinear):
+            delta = self.get_delta_weight(name)
+            base.weight += sign * (delta.T if isinstance(base, Conv1D) else delta).to(base.weight)
+            return
+        up, down, left, A = base.up.weight, base.down.weight, self._left(name), self.lora_xs_A[name]
+        if not self.grow[name]:
+            # A is within the rows of down: A = G down
+            G = torch.linalg.lstsq(down.T.double(), A.T.double()).solution.T
+            up += sign * (left.double() @ G).to(up)
+        elif sign > 0:
+            _set_factors(base, torch.cat([down, A.to(down)]), torch.cat([up, left.to(up)], dim=1))
+        else:
+            _set_factors(base, down[: -len(A)], up[:, : -len(A)])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse an adapter of another base: there its R would mean something else."""
+        for name in self.lora_xs_R:
+            stored = state_dict.get(f"{prefix}lora_xs_fingerprint.{name}")
+            if stored is not None and not same_basis(self.lora_xs_fingerprint[name], stored):
+                raise ValueError(
+                    f"This LoRA-XS adapter belongs to another base: {prefix.rstrip('.')} has other singular vectors. "
+                    "Load the base it was trained on, in the same precision; `.to(dtype)` the whole afterwards."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __repr__(self) -> str:
+        return f"lora_xs.{super().__repr__()}"
+
+
+def _set_factors(thin: LowRankLinear, down: Tensor, up: Tensor) -> None:
+    replace(thin, "down", make_linear(down, None))
+    replace(thin, "up", make_linear(up, thin.bias))
