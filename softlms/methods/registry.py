@@ -15,6 +15,7 @@ BUILT_IN = (  # each has METHODS
     "softlms.methods.soft",
     "softlms.methods.embeddings",
     "softlms.methods.lora_xs.recovery",
+    "softlms.methods.shared_decoder",
 )
 
 _registered: dict[str, Method] = {}

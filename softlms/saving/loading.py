@@ -38,6 +38,7 @@ class Loading(HfQuantizer):
 
     mark: SoftLMsConfig
     layers: Mapping[str, dict[str, Any]] = {}
+    shared_buffers: Mapping[str, str] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse formats of newer versions."""
@@ -93,12 +94,17 @@ class Loading(HfQuantizer):
         precise = [f"{name}.{part}" for name, layer in self.layers.items() for part in known[layer["form"]].precise]
         exactly = {f"{re.escape(name)}$" for name in precise}
         model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *exactly}
+        # transformers ties parameters alone
+        self.shared_buffers = {name: first for name, first in shared.items() if not _is_parameter(model, name)}
+        absent = {f"^{re.escape(name)}$" for name in self.shared_buffers}
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *absent}
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         markers = description.get("markers", [f"{name}.weight" for name in description["layers"]])
         names = "|".join(map(re.escape, markers))
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"(^|\.)({names})$"}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        share(model, self.shared_buffers)
         for name, layer in self.layers.items():
             module: Any = model.get_submodule(name)
             module.restore(name, layer)
@@ -224,8 +230,14 @@ def share(model: nn.Module, shared: Mapping[str, str]) -> None:
     for name, stored in shared.items():
         (place, leaf), (source, original) = (n.rpartition(".")[::2] for n in (name, stored))
         setattr(model.get_submodule(place), leaf, getattr(model.get_submodule(source), original))
-    if shared and isinstance(model, PreTrainedModel):
-        retie(model, shared)  # loading creates new parameters, and ties only those that it knows
+    parameters = {name: stored for name, stored in shared.items() if _is_parameter(model, name)}
+    if parameters and isinstance(model, PreTrainedModel):
+        retie(model, parameters)  # loading creates new parameters, and ties only those that it knows
+
+
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    place, _, leaf = name.rpartition(".")
+    return leaf in model.get_submodule(place)._parameters
 
 
 def _shared_here(model: PreTrainedModel, shared: Mapping[str, str]) -> dict[str, str]:
