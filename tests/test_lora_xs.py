@@ -297,17 +297,18 @@ def small_recipe(**settings):
 
 @pytest.mark.parametrize("method", ["lora-xs", "lora", "head"])
 def test_recovery_is_a_method_that_trains_few_numbers_and_leaves_an_ordinary_model(bench, method):
-    settings = {"lora-xs": {"r": 4}, "lora": {"r": 2}, "head": {}}[method]
+    settings = {"lora-xs": {"r": 4}, "lora": {"r": 2, "symbols": ("W_Q", "W_V")}, "head": {}}[method]
     run = bench.run(f"whitened+uniform+{method}", small_recipe(**{method: settings}), 0).result
     targets = bench.targets()
     head = sum(p.numel() for p in bench.untrained_model().classifier.parameters())
     expected = {
         "lora-xs": sum(min(4, rank) ** 2 for rank in run["ranks"].values()) + head,
-        "lora": sum(min(2, run["ranks"][name]) * sum(shape) for name, shape in targets.items()) + head,
+        "lora": sum(2 * sum(shape) for name, shape in targets.items() if name.endswith(("query", "value"))) + head,
         "head": head,
     }
     assert run["trained"] == expected[method]
     assert run["steps"] == 3
+    assert run["adapter_bytes"] >= 4 * run["trained"]
     assert run["kept_linear"] <= 0.5 or method == "lora"  # LoRA's components stay, beside those of the layer
     assert "dev" in run["untuned"]
 
@@ -327,6 +328,8 @@ def test_what_learned_learns_again_after_recovery(bench):
     assert before == {name: values.requires_grad for name, values in model.named_parameters()}
     with pytest.raises(ValueError, match="LlamaForCausalLM has no head of a task to train: choose lora-xs or lora"):
         apply(dense(), AdapterConfig("head"), work)
+    with pytest.raises(ValueError, match="No linears of the kind W_up: choose others, or all"):
+        apply(model, AdapterConfig(symbols=("W_up",)), work)
 
 
 def test_bad_settings_of_recovery_are_refused():

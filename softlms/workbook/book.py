@@ -23,13 +23,22 @@ from softlms.experiments.profiles import LANGUAGE_PROFILES, PROFILES, SPEED_PROF
 from softlms.experiments.provenance import commit
 from softlms.experiments.report import Report
 from softlms.experiments.tokenized import TokenizedText, tokenize_text
+from softlms.experiments.variants import Comparison
 from softlms.utils.files import whole_file
 from softlms.utils.machine import hardware, versions
 from softlms.workbook.plots import style as plotting
 from softlms.workbook.plots.drawing import draw
 from softlms.workbook.registry import project_root, variant_name
 
-__all__ = ["DATA_VARIABLE", "Book", "make_book", "open_book", "open_language_book", "open_speed_book"]
+__all__ = [
+    "DATA_VARIABLE",
+    "Book",
+    "make_book",
+    "open_book",
+    "open_companion_book",
+    "open_language_book",
+    "open_speed_book",
+]
 
 DATA_VARIABLE = "SOFTLMS_DATA"
 ZERO_SHOT = "sst2 zero-shot"  # in the column of splits
@@ -166,6 +175,41 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "", part:
     task = load_task(chosen.task, source)
     bench = Bench(find_encoder(model or chosen.encoder), task, runs, chosen.max_length, chosen.train_rows)
     return make_book(variant_name(name, part), chosen, bench, source)
+
+
+def open_companion_book(
+    name: str, comparisons: Mapping[str, Comparison], *, profile: str, data: str = "", model: str = ""
+) -> tuple[Book, dict[str, Bench]]:
+    """Open a companion notebook for a profile; return its book, and a bench for each task of its comparison.
+
+    Parameters
+    ----------
+    name : str
+        The notebook's name without ending.
+    comparisons : mapping
+        Profile to comparison; see `softlms.experiments.companions`.
+    profile : str
+        A key of `comparisons`.
+    data, model : str
+        As for `open_book`.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        As from `open_book`.
+
+    Notes
+    -----
+    It changes settings of the whole kernel; see `make_book`.
+    """
+    chosen = find_profile(profile, comparisons)
+    source = data or (os.environ.get(DATA_VARIABLE, "") if chosen.data == "hub" else "") or chosen.data
+    encoder, runs = find_encoder(model or chosen.encoder), project_root() / "runs"
+    benches = {
+        task: Bench(encoder, load_task(task, source), runs, setting.max_length, setting.train_rows)
+        for task, setting in chosen.tasks.items()
+    }
+    return make_book(name, chosen, next(iter(benches.values())), source), benches
 
 
 def make_book(name: str, profile: Named, bench: Bench | None, data: str) -> Book:

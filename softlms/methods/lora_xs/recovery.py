@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +20,7 @@ from softlms.utils.ranges import check_at_least_one, check_positive
 __all__ = ["METHODS", "AdapterConfig"]
 
 KINDS = ("lora-xs", "lora", "head")
+HEADS = ("classifier", "score", "qa_outputs")  # names of a task's head in transformers' models
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class AdapterConfig(Config):
         Of each layer that softlms factors; its rank, where that is smaller.
     alpha : float
         See `softlms.LoraXSConfig`, or PEFT's ``LoraConfig``.
+    symbols : tuple of str
+        Kinds of layers that are adapted, such as "W_Q"; by default all that softlms factors.
     components : {"top", "random", "bottom"}
         For LoRA-XS.
     epochs : float
@@ -46,6 +51,7 @@ class AdapterConfig(Config):
     kind: str = "lora-xs"
     r: int = 16
     alpha: float = 16.0
+    symbols: tuple[str, ...] = ()
     components: str = "top"
     epochs: float = 3
     adapter_learning_rate: float = 1e-3
@@ -63,7 +69,7 @@ class AdapterConfig(Config):
         return {
             "lora-xs": (),
             "lora": ("components",),
-            "head": ("r", "alpha", "components", "adapter_learning_rate"),
+            "head": ("r", "alpha", "symbols", "components", "adapter_learning_rate"),
         }[self.kind]
 
 
@@ -73,51 +79,61 @@ def apply(model: PreTrainedModel, config: AdapterConfig, work: Work) -> dict[str
     Returns
     -------
     dict
-        "steps", "history", and "trained": the numbers that were trained.
+        "steps", "history", "trained": the numbers that were trained, and "adapter_bytes": of the file that holds them.
 
     Raises
     ------
     ValueError
-        The head alone is to learn, and the model has none.
+        The head alone is to learn, and the model has none; or a kind of layer that the model does not have.
     """
-    head = _head(model)
+    head = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
     if config.kind == "head" and not head:
         raise ValueError(f"{type(model).__name__} has no head of a task to train: choose lora-xs or lora.")
-    learns = [values for values in model.parameters() if values.requires_grad]
-    adapted = _adapted(model, config) if config.kind != "head" else model.requires_grad_(False)
-    for values in head:
-        values.requires_grad_(True)
-    try:
-        own = {id(values) for values in head}
-        trained = [values for values in adapted.parameters() if values.requires_grad]
-        groups = [
-            {"params": [values for values in trained if id(values) not in own], "lr": config.adapter_learning_rate},
-            {"params": [values for values in trained if id(values) in own], "lr": config.head_learning_rate},
-        ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
-        options = work.training("adapting", config.adapter_learning_rate, config.epochs)
-        trainer = work.train(DistillingTrainer(adapted, optimizers=(optimizer, None), **options))
-        if adapted is not model:
-            adapted.merge_and_unload(safe_merge=True)
-    finally:
-        model.requires_grad_(False)
-        for values in learns:
-            values.requires_grad_(True)
+    learns = {name for name, values in model.named_parameters() if values.requires_grad}
+    adapted = _adapted(model, config, head)
+    trained = {name: values for name, values in adapted.named_parameters() if values.requires_grad}
+    groups = [
+        {"params": [v for name, v in trained.items() if _in_head(name, head) == chosen], "lr": rate}
+        for chosen, rate in ((False, config.adapter_learning_rate), (True, config.head_learning_rate))
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
+    options = work.training("adapting", config.adapter_learning_rate, config.epochs)
+    trainer = work.train(DistillingTrainer(adapted, optimizers=(optimizer, None), **options))
+    stored = work.folder / "adapter.safetensors"
+    if adapted is model:
+        save_file({name: values.detach() for name, values in trained.items()}, stored)
+    else:
+        adapted.save_pretrained(work.folder / "adapter")
+        stored = work.folder / "adapter" / "adapter_model.safetensors"
+        adapted.merge_and_unload(safe_merge=True)
+    for name, values in model.named_parameters():
+        values.requires_grad_(name in learns)
     return {
-        "trained": sum(values.numel() for values in trained),
+        "trained": sum(values.numel() for values in trained.values()),
+        "adapter_bytes": stored.stat().st_size,
         "steps": trainer.state.global_step,
         "history": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
 
 
-def _adapted(model: PreTrainedModel, config: AdapterConfig) -> Any:
+def _adapted(model: PreTrainedModel, config: AdapterConfig, head: list[str]) -> Any:
+    """The model of which only an adapter and the head learn; in PEFT's wrapper, unless it is the head alone."""
+    if config.kind == "head":
+        for name, values in model.named_parameters():
+            values.requires_grad_(_in_head(name, head))
+        return model
     import peft
 
-    targets = {target.name: target for target in find_targets(model)}
-    rank = {name: _rank(target.module) for name, target in targets.items()}
+    # PEFT asks transformers for an older name of gradient checkpointing
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    targets = find_targets(model)
+    if unknown := set(config.symbols) - {target.symbol for target in targets}:
+        raise ValueError(f"No linears of the kind {', '.join(sorted(unknown))}: choose others, or all.")
+    rank = {t.name: _rank(t.module) for t in targets if not config.symbols or t.symbol in config.symbols}
     common: dict[str, Any] = {
         "r": config.r,
-        "target_modules": list(targets),
+        "target_modules": list(rank),
+        "modules_to_save": head,
         "rank_pattern": {name.replace(".", r"\."): most for name, most in rank.items() if most < config.r},
     }
     if config.kind == "lora":
@@ -127,14 +143,12 @@ def _adapted(model: PreTrainedModel, config: AdapterConfig) -> Any:
     return peft.get_peft_model(model, LoraXSConfig(alpha=config.alpha, components=config.components, **common))
 
 
+def _in_head(name: str, head: list[str]) -> bool:
+    return any(part in head for part in name.split("."))
+
+
 def _rank(layer: Any) -> int:
     return layer.rank if isinstance(layer, LowRankLinear) else min(layer.weight.shape)
-
-
-def _head(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Parameters of a classifier's head; none for a language model."""
-    heads = (getattr(model, name, None) for name in ("classifier", "score", "qa_outputs"))
-    return [values for head in heads if isinstance(head, nn.Module) for values in head.parameters()]
 
 
 METHODS = tuple(Method(kind, AdapterConfig, apply, fixed={"kind": kind}) for kind in KINDS)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from softlms.utils.files import whole_file
 
-__all__ = ["COLUMN", "PALETTE", "as_formula", "figure", "save_figure", "use_style"]
+__all__ = ["COLUMN", "PAGE", "PALETTE", "as_formula", "figure", "save_figure", "use_style"]
 
 # inches: one column of a two-column paper, and its full width
 COLUMN, PAGE = 3.4, 7.0
