@@ -20,6 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -39,6 +41,7 @@ GPT2 = {"vocab_size": WORDS, "n_embd": SIZE, "n_layer": 2, "n_head": 4, "n_posit
 FAMILIES = {
     "bert": (lambda: BertForSequenceClassification(BertConfig(**BERT)), AutoModelForSequenceClassification),
     "bert with a head": (lambda: BertForMaskedLM(BertConfig(**BERT)), AutoModelForMaskedLM),
+    "roberta with a head": (lambda: RobertaForMaskedLM(RobertaConfig(**BERT)), AutoModelForMaskedLM),
     "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), AutoModelForCausalLM),
     "llama": (lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)), AutoModelForCausalLM),
     "llama, untied": (
@@ -46,7 +49,7 @@ FAMILIES = {
         AutoModelForCausalLM,
     ),
 }
-TIED = ("bert with a head", "gpt2", "llama")
+TIED = ("bert with a head", "roberta with a head", "gpt2", "llama")
 
 
 def dense(family):
@@ -81,15 +84,15 @@ def test_outputs_are_those_of_the_decoded_table_and_fewer_numbers_are_stored(fam
     model = small(family)
     table = model.get_input_embeddings()
     assert isinstance(table, CompressedEmbedding)
-    assert isinstance(model.get_output_embeddings(), CompressedHead) == (
-        family in ("bert with a head", "gpt2", "llama")
-    )
+    assert isinstance(model.get_output_embeddings(), CompressedHead) == (family in TIED)
     torch.testing.assert_close(outputs(model), outputs(decompressed(model, family)), rtol=0, atol=2e-5)
     k = latent_size(WORDS, SIZE, 3.0)
     stored = sum(values.numel() for values in table.parameters())
     assert stored == WORDS * k + SIZE * k + SIZE <= WORDS * SIZE / 3 < stored + WORDS + SIZE
     whole, now = (sum(p.numel() for p in m.parameters()) for m in (dense(family), model))
     assert whole - now == WORDS * SIZE - stored
+    if "roberta" in family:
+        return  # whose linears are not in the table
     count = softlms.count_parameters(model)
     saved = WORDS * SIZE - stored
     assert count.kept("total") == pytest.approx(1 - saved / (count.total + saved))
@@ -99,7 +102,8 @@ def test_outputs_are_those_of_the_decoded_table_and_fewer_numbers_are_stored(fam
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_saved_and_loaded_bit_for_bit_and_beside_low_rank_linears(family, tmp_path):
     model = small(family)
-    softlms.deploy(softlms.decompose(model), keep=0.5, count="linear")
+    blocks = (lambda name, module: "encoder.layer" in name) if "roberta" in family else None  # not in the table
+    softlms.deploy(softlms.decompose(model, targets=blocks), keep=0.5, count="linear")
     model.save_pretrained(tmp_path)
     again = FAMILIES[family][1].from_pretrained(tmp_path)
     assert torch.equal(outputs(again), outputs(model))
@@ -313,5 +317,23 @@ def test_what_cannot_be_compressed_is_refused_before_any_work(change, options, m
 
 def test_a_table_that_more_than_the_head_shares_is_refused():
     config = T5Config(vocab_size=WORDS, d_model=SIZE, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    model = T5ForConditionalGeneration(config)
     with pytest.raises(ValueError, match="shares the table of embeddings, and would come untied"):
-        compress_embeddings(T5ForConditionalGeneration(config), 3.0)
+        compress_embeddings(model, 3.0)
+    model.resize_token_embeddings(WORDS + 1)  # now they are one module
+    with pytest.raises(ValueError, match="The embeddings are in .*, and would come untied"):
+        compress_embeddings(model, 3.0)
+
+
+def test_adapters_leave_the_decoder_alone_and_hooks_stay_after_resizing():
+    peft = pytest.importorskip("peft")
+    model = small("llama")
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model.resize_token_embeddings(WORDS - 110, mean_resizing=True)
+    outputs_of = model(TEXT.clamp(max=9)).logits
+    assert seen == [(2, 11, SIZE)] and outputs_of.shape[-1] == 10
+    with pytest.raises(ValueError, match="leave mean_resizing at True"):
+        model.resize_token_embeddings(WORDS, mean_resizing=False)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    assert not any("embed_tokens" in name for name, _ in wrapped.named_parameters() if "lora" in name)

@@ -28,8 +28,8 @@ RECOVERIES = {
     "LoRA-XS, r = 25": _recovered("lora-xs", r=25),
     "LoRA-XS, r = 16, random": _recovered("lora-xs", r=16, components="random"),
     "LoRA-XS, r = 16, bottom": _recovered("lora-xs", r=16, components="bottom"),
-    "LoRA on W_Q and W_V, r = 1": _recovered("lora", r=1, symbols=("W_Q", "W_V")),
-    "LoRA on W_Q and W_V, r = 8": _recovered("lora", r=8, symbols=("W_Q", "W_V")),
+    "LoRA on W_Q and W_V, r = 1": _recovered("lora", r=1, alpha=1.0, symbols=("W_Q", "W_V")),
+    "LoRA on W_Q and W_V, r = 8": _recovered("lora", r=8, alpha=8.0, symbols=("W_Q", "W_V")),
     "head alone": _recovered("head"),
 }
 FEW = ("all weights", "LoRA-XS, r = 16", "LoRA-XS, r = 16, bottom", "LoRA on W_Q and W_V, r = 1", "head alone")

@@ -147,7 +147,7 @@ def paired(rows: pd.DataFrame, one: str, other: str, columns: Sequence[str] = ("
     rows : DataFrame
         From `run_comparison`, of one split and one metric.
     one, other : str
-        Variants; above zero, the first is better.
+        Variants; above zero, the first is better. Fewer than two pairs have no row.
     columns : sequence of str
         A row of the answer for each combination of their values.
 
@@ -159,7 +159,10 @@ def paired(rows: pd.DataFrame, one: str, other: str, columns: Sequence[str] = ("
     index = [*columns, "seed"]
     table = rows[rows.recovered].pivot_table(index=index, columns="variant", values="value", sort=False)
     made = []
-    for place, part in table[[one, other]].dropna().groupby(level=list(columns), sort=False):
+    pairs = table.reindex(columns=[one, other]).dropna().groupby(level=list(columns), sort=False)
+    for place, part in pairs:
+        if len(part) < 2:
+            continue
         mean, low, high = (100 * value for value in paired_difference(part[one], part[other]))
         where = dict(zip(columns, place, strict=True))
         made.append(

@@ -108,6 +108,7 @@ class Loading(HfQuantizer):
         for name, layer in self.layers.items():
             module: Any = model.get_submodule(name)
             module.restore(name, layer)
+        share(model, self.shared_buffers)  # a module may have moved them
         _align(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
 

@@ -15,14 +15,34 @@ from torch import Tensor, nn
 from softlms.kernels.lazy import lazy_product
 from softlms.modules import Replacement
 
-__all__ = ["CompressedEmbedding", "CompressedHead", "Table"]
+__all__ = ["CompressedEmbedding", "CompressedHead", "Decoder", "Table"]
+
+
+class Decoder(nn.Module):
+    """c W^T + b. It is no nn.Linear, which adapters would wrap, and a tied head would not see.
+
+    Parameters
+    ----------
+    weight : Tensor
+        W, shape (d, k).
+    bias : Tensor
+        b, shape (d,).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """(..., k) to (..., d)."""
+        return F.linear(codes, self.weight, self.bias)
 
 
 class Table(Replacement):
     """E' = C W^T + b: V k + d k + d numbers instead of V d."""
 
     codes: nn.Embedding
-    decoder: nn.Linear
+    decoder: Decoder
 
     def description(self) -> dict[str, Any]:
         return {"latent": self.codes.weight.shape[1], "words": len(self.codes.weight)}
@@ -40,13 +60,12 @@ class CompressedEmbedding(Table):
     ----------
     codes : nn.Embedding
         Shape (V, k), with the padding index of the dense table.
-    decoder : nn.Linear
-        k to d, with a bias.
+    decoder : Decoder
     """
 
     form = "compressed embedding"
 
-    def __init__(self, codes: nn.Embedding, decoder: nn.Linear) -> None:
+    def __init__(self, codes: nn.Embedding, decoder: Decoder) -> None:
         super().__init__()
         self.codes, self.decoder = codes, decoder
 
@@ -55,8 +74,7 @@ class CompressedEmbedding(Table):
         k, V, d = description["latent"], description["words"], dense.embedding_dim
         weight = dense.weight
         codes = nn.Embedding(V, k, dense.padding_idx, _weight=weight.new_empty(V, k))
-        decoder = nn.utils.skip_init(nn.Linear, k, d, device=weight.device, dtype=weight.dtype)
-        return cls(codes, decoder)
+        return cls(codes, Decoder(weight.new_empty(d, k), weight.new_empty(d)))
 
     @property
     def num_embeddings(self) -> int:
@@ -66,7 +84,7 @@ class CompressedEmbedding(Table):
     @property
     def embedding_dim(self) -> int:
         """d."""
-        return self.decoder.out_features
+        return len(self.decoder.bias)
 
     @property
     def padding_idx(self) -> int | None:
@@ -88,9 +106,10 @@ class CompressedEmbedding(Table):
         """The same with other rows at the end, or without some: a new row is the mean of all."""
         old = self.codes.weight.detach()
         added = old.mean(0, keepdim=True).expand(max(0, words - len(old)), -1)
-        codes = nn.Embedding(words, old.shape[1], self.padding_idx, _weight=torch.cat([old[:words], added]))
+        padding = self.padding_idx if self.padding_idx is not None and self.padding_idx < words else None
+        codes = nn.Embedding(words, old.shape[1], padding, _weight=torch.cat([old[:words], added]))
         codes.weight.requires_grad_(self.codes.weight.requires_grad)
-        return CompressedEmbedding(codes, self.decoder).train(self.training)
+        return CompressedEmbedding(codes, self.decoder)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
@@ -110,7 +129,7 @@ class CompressedHead(Table):
     form = "compressed head"
     bias: nn.Parameter | None
 
-    def __init__(self, codes: nn.Embedding, decoder: nn.Linear, bias: nn.Parameter | None) -> None:
+    def __init__(self, codes: nn.Embedding, decoder: Decoder, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.codes, self.decoder = codes, decoder
         self.register_parameter("bias", bias)  # it may be tied too, as BERT's
@@ -120,7 +139,7 @@ class CompressedHead(Table):
         k, V = description["latent"], description["words"]
         weight = dense.weight
         codes = nn.Embedding(V, k, _weight=weight.new_empty(V, k))
-        decoder = nn.utils.skip_init(nn.Linear, k, dense.in_features, device=weight.device, dtype=weight.dtype)
+        decoder = Decoder(weight.new_empty(dense.in_features, k), weight.new_empty(dense.in_features))
         return cls(codes, decoder, None if dense.bias is None else nn.Parameter(weight.new_empty(V)))
 
     @property
@@ -131,7 +150,7 @@ class CompressedHead(Table):
     @property
     def in_features(self) -> int:
         """d."""
-        return self.decoder.out_features
+        return len(self.decoder.bias)
 
     def resized(self, embedding: CompressedEmbedding) -> CompressedHead:
         """The head of a resized embedding; new words have a bias of 0."""
@@ -140,7 +159,7 @@ class CompressedHead(Table):
             added = embedding.words - len(bias)
             kept = bias.detach()[: embedding.words]
             bias = nn.Parameter(F.pad(kept, (0, max(0, added))), requires_grad=bias.requires_grad)
-        return CompressedHead(embedding.codes, embedding.decoder, bias).train(self.training)
+        return CompressedHead(embedding.codes, embedding.decoder, bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., d) to (..., V)."""

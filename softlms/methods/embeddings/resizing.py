@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from softlms.methods.embeddings.module import CompressedEmbedding, CompressedHead
-from softlms.modules import retie
+from softlms.methods.embeddings.module import CompressedEmbedding, CompressedHead, Table
+from softlms.modules import replace, retie
 
-__all__ = ["tied_names"]
+__all__ = ["put", "tied_names"]
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
@@ -18,6 +18,14 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     names = {id(module): name for name, module in model.named_modules()}
     outer, inner = names[id(model.get_output_embeddings())], names[id(model.get_input_embeddings())]
     return {f"{outer}.{part}": f"{inner}.{part}" for part in ("codes.weight", "decoder.weight", "decoder.bias")}
+
+
+def put(model: PreTrainedModel, name: str, module: Table) -> None:
+    """Replace a module: mode and hooks are taken over, and what learns in the new one is as it is there."""
+    learns = {values: values.requires_grad for values in module.parameters()}
+    replace(model, name, module)
+    for values, learned in learns.items():
+        values.requires_grad_(learned)
 
 
 _present: Any = PreTrainedModel._resize_token_embeddings
@@ -31,6 +39,8 @@ def _resize_token_embeddings(
     old: Any = self.get_input_embeddings()
     if not isinstance(old, CompressedEmbedding):
         return _original(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+    if not mean_resizing:
+        raise ValueError("A new word of compressed embeddings starts as the mean of all: leave mean_resizing at True.")
     words = old.words if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of is not None:
         words = -(-words // pad_to_multiple_of) * pad_to_multiple_of
@@ -38,9 +48,15 @@ def _resize_token_embeddings(
         return old
     new = old.resized(words)
     head: Any = self.get_output_embeddings()
-    self.set_input_embeddings(new)
+    names = {id(module): name for name, module in self.named_modules()}
+    put(self, names[id(old)], new)
     if isinstance(head, CompressedHead):
-        self.set_output_embeddings(head.resized(new))
+        wide, outer = head.resized(new), names[id(head)]
+        put(self, outer, wide)
+        for pair in self.all_tied_weights_keys.items():  # the bias may have another name too, as BERT's has
+            if f"{outer}.bias" in pair:
+                place, _, leaf = pair[1 - pair.index(f"{outer}.bias")].rpartition(".")
+                setattr(self.get_submodule(place), leaf, wide.bias)
         retie(self, tied_names(self))
     elif head is not None:
         self.set_output_embeddings(self._get_resized_lm_head(head, words, mean_resizing=mean_resizing))

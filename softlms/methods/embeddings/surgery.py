@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from softlms.architectures import FLOATS
 from softlms.methods.embeddings.fit import FITS, Codes, latent_size
-from softlms.methods.embeddings.module import CompressedEmbedding, CompressedHead, Table
-from softlms.methods.embeddings.resizing import tied_names
-from softlms.modules import make_linear, replace, retie
+from softlms.methods.embeddings.module import CompressedEmbedding, CompressedHead, Decoder, Table
+from softlms.methods.embeddings.resizing import put, tied_names
+from softlms.modules import retie
 from softlms.origin import remember
 
 __all__ = ["check_table", "compress_embeddings", "put_codes"]
@@ -86,6 +86,9 @@ def check_table(model: PreTrainedModel, times: float, fit: str) -> Tensor:
     if weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():
         raise ValueError("The embeddings are offloaded, quantized, NaN or infinite: load the model whole, unquantized.")
     head = model.get_output_embeddings()
+    places = [name for name, module in model.named_modules(remove_duplicate=False) if module is table]
+    if len(places) > 1:
+        raise ValueError(f"The embeddings are in {' and '.join(places)}, and would come untied: leave them out.")
     for name, module in model.named_modules(remove_duplicate=False):
         held = any(values is table.weight for values in module.parameters(recurse=False))
         if held and module not in (table, head):
@@ -111,14 +114,9 @@ def put_codes(model: M, found: Codes) -> M:
     found = Codes(*(part.to(table.weight.dtype).contiguous() for part in (found.codes, found.decoder, found.bias)))
     words, k = found.codes.shape
     codes = nn.Embedding(words, k, table.padding_idx, _weight=found.codes)
-    decoder = make_linear(found.decoder, found.bias)
-    replace(model, names[id(table)], CompressedEmbedding(codes, decoder))
-    decoder.bias.requires_grad_(codes.weight.requires_grad)  # a table has no bias that says whether it learns
+    decoder = Decoder(found.decoder, found.bias)
+    put(model, names[id(table)], CompressedEmbedding(codes, decoder).requires_grad_(table.weight.requires_grad))
     if tied:
-        new = CompressedHead(codes, decoder, head.bias)
-        learns = {values: values.requires_grad for values in new.parameters()}
-        replace(model, names[id(head)], new)
-        for values, learned in learns.items():
-            values.requires_grad_(learned)
+        put(model, names[id(head)], CompressedHead(codes, decoder, head.bias))
         retie(model, tied_names(model))
     return model

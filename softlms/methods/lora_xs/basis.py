@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from softlms.layers import LowRankLinear
-from softlms.modules import as_linear
 
 __all__ = ["COMPONENTS", "Basis", "basis_of", "same_basis"]
 
 COMPONENTS = ("top", "random", "bottom")
 NOTHING = 1e-10  # a singular value below this share of the largest is zero
-TOLERANCE = 1e-4  # of a fingerprint, whose entries are about 1
+UNIT = 2.0**-16  # of a fingerprint
+TOLERANCE = 1e-4  # of its entries, and of 1
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,21 @@ class Basis:
     A: Tensor
 
     def fingerprint(self) -> Tensor:
-        """A projection of each left vector, shape (r,): it changes with their order, their signs and the base."""
-        m = len(self.B)
-        return self.B.T @ torch.arange(m, dtype=self.B.dtype, device=self.B.device).cos()
+        """A projection of each component, shape (r,): it changes with their order, signs and size, and with the base.
+
+        In whole multiples of `UNIT`: whole numbers are not rounded when a model changes its precision.
+        """
+        m, n = len(self.B), self.A.shape[1]
+        left, right = (torch.arange(size, dtype=self.B.dtype, device=self.B.device) for size in (m, n))
+        return ((self.B.T @ left.cos() + self.A @ right.sin()) / UNIT).round().to(torch.int32)
 
 
 def same_basis(fingerprint: Tensor, other: Tensor) -> bool:
     """Whether two fingerprints are those of the same basis."""
-    return fingerprint.shape == other.shape and bool((fingerprint - other.to(fingerprint)).abs().max() < TOLERANCE)
+    if fingerprint.shape != other.shape:
+        return False
+    one, two = fingerprint.double(), other.to(fingerprint.device).double()
+    return bool(((one - two).abs() <= TOLERANCE * (1 / UNIT + one.abs())).all())
 
 
 def basis_of(layer: Any, r: int, components: str = "top", seed: int = 0) -> Basis:
@@ -71,7 +79,9 @@ def basis_of(layer: Any, r: int, components: str = "top", seed: int = 0) -> Basi
         U, sigma, Vh = torch.linalg.svd(_finite(up @ down.T))
         U, Vh = left @ U, Vh @ right.T
     else:
-        U, sigma, Vh = torch.linalg.svd(_finite(as_linear(layer).weight.detach().double()), full_matrices=False)
+        stored = layer.weight.detach()
+        W = stored.T if isinstance(layer, Conv1D) else stored
+        U, sigma, Vh = torch.linalg.svd(_finite(W.double()), full_matrices=False)
     rank = int((sigma > sigma[0] * NOTHING).sum())
     if r > rank:
         raise ValueError(

@@ -89,7 +89,9 @@ class LoraXSConfig(PeftConfig):  # type: ignore[misc, unused-ignore]
         check_positive(alpha=self.alpha, init_std=self.init_std)
         if self.components not in COMPONENTS:
             raise ValueError(f"components must be one of {', '.join(map(repr, COMPONENTS))}, got {self.components!r}.")
-        if self.layers_pattern and not self.layers_to_transform:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform needs names in target_modules, not one pattern: give a list.")
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform: give the layers' indices, or leave it out.")
         self.peft_type = PeftType[NAME]
         self.target_modules, self.exclude_modules = (

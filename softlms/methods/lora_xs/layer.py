@@ -36,7 +36,7 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-igno
     active_adapters: Any
     _cast_input_dtype: Any
     _move_adapter_to_device_of_base_layer: Any
-    other_param_names = ("lora_xs_A", "lora_xs_B", "lora_xs_fingerprint", "scaling", "grow")
+    other_param_names = ("lora_xs_A", "lora_xs_B", "lora_xs_fingerprint", "scaling", "grow", "computed")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraXSConfig, basis: Basis) -> None:
         super().__init__()
@@ -46,6 +46,8 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-igno
         self.lora_xs_fingerprint = BufferDict(persistent=True)
         self.scaling: dict[str, float] = {}
         self.grow: dict[str, bool] = {}
+        self.computed: dict[str, Tensor] = {}  # fingerprints of this base
+        self.trusted: dict[str, Tensor] = {}  # those that were compared
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -58,13 +60,24 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-igno
         self.lora_xs_R[adapter_name] = nn.Parameter(torch.randn(r, r) * config.init_std)
         self.lora_xs_A[adapter_name] = basis.A.contiguous()
         self.lora_xs_B[adapter_name] = basis.B.contiguous()
-        self._move_adapter_to_device_of_base_layer(adapter_name)  # and to its dtype, too coarse for a fingerprint
-        self.lora_xs_fingerprint[adapter_name] = basis.fingerprint().float()
+        self.computed[adapter_name] = basis.fingerprint()
+        self.lora_xs_fingerprint[adapter_name] = self.computed[adapter_name].clone()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """(alpha / r) B R A, shape (m, n)."""
         return self._left(adapter_name) @ self.lora_xs_A[adapter_name]
+
+    def _check(self, name: str, stored: Tensor) -> None:
+        """Refuse an adapter that was trained on another base: between other vectors its R means something else."""
+        if not same_basis(self.computed[name], stored):
+            m, n = len(self.lora_xs_B[name]), self.lora_xs_A[name].shape[1]
+            raise ValueError(
+                f"The LoRA-XS adapter {name!r} belongs to another base: a layer of {m} x {n} has other singular "
+                "vectors than when it was trained. Load the base it was trained on, in the same precision; "
+                "`.to(dtype)` the whole afterwards."
+            )
 
     def _left(self, name: str) -> Tensor:
         """(alpha / r) B R, shape (m, r)."""
@@ -72,8 +85,17 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-igno
 
     def _at_work(self) -> Iterator[str]:
         """Active adapters of this layer that are not merged."""
-        if not self.disable_adapters:
-            yield from (n for n in self.active_adapters if n in self.lora_xs_R and n not in self.merged_adapters)
+        for name in () if self.disable_adapters else self.active_adapters:
+            if name in self.lora_xs_R and name not in self.merged_adapters:
+                self._trust(name)
+                yield name
+
+    def _trust(self, name: str) -> None:
+        """Check a fingerprint once: transformers' own loading sets tensors without asking the module."""
+        stored = self.lora_xs_fingerprint[name]
+        if self.trusted.get(name) is not stored:
+            self._check(name, stored)
+            self.trusted[name] = stored
 
     @property
     def weight(self) -> Tensor:
@@ -102,6 +124,7 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-igno
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_xs_R:
                 continue
+            self._trust(name)
             if safe_merge and not self.lora_xs_R[name].isfinite().all():
                 raise ValueError(f"The adapter {name} contains NaN or infinite values: train it again.")
             self._add(name, 1)
@@ -121,8 +144,7 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-igno
             return
         up, down, left, A = base.up.weight, base.down.weight, self._left(name), self.lora_xs_A[name]
         if not self.grow[name]:
-            # A is within the rows of down: A = G down
-            G = torch.linalg.lstsq(down.T.double(), A.T.double()).solution.T
+            G = A.double() @ torch.linalg.pinv(down.double())  # A is within the rows of down: A = G down
             up += sign * (left.double() @ G).to(up)
         elif sign > 0:
             _set_factors(base, torch.cat([down, A.to(down)]), torch.cat([up, left.to(up)], dim=1))
@@ -133,11 +155,10 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-igno
         """Refuse an adapter of another base: there its R would mean something else."""
         for name in self.lora_xs_R:
             stored = state_dict.get(f"{prefix}lora_xs_fingerprint.{name}")
-            if stored is not None and not same_basis(self.lora_xs_fingerprint[name], stored):
-                raise ValueError(
-                    f"This LoRA-XS adapter belongs to another base: {prefix.rstrip('.')} has other singular vectors. "
-                    "Load the base it was trained on, in the same precision; `.to(dtype)` the whole afterwards."
-                )
+            if stored is not None:
+                self._check(name, stored)
+            elif f"{prefix}lora_xs_R.{name}" in state_dict:
+                raise ValueError(f"The LoRA-XS adapter {name!r} has no fingerprint of its base: it is damaged.")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
@@ -11,8 +13,9 @@ from peft.utils.peft_types import PeftType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from softlms.architectures import FLOATS, named_targets
-from softlms.layers import LowRankLinear, Ranked
+from softlms.architectures import ARCHITECTURES, FLOATS, named_targets
+from softlms.fused import SplitLinear
+from softlms.layers import LowRankLinear
 from softlms.methods.lora_xs.basis import Basis, basis_of
 from softlms.methods.lora_xs.config import NAME, LoraXSConfig
 from softlms.methods.lora_xs.layer import LoraXSLinear
@@ -39,8 +42,12 @@ class LoraXSModel(BaseTuner):  # type: ignore[misc, unused-ignore]
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         model = self.model
         if peft_config.target_modules is None:
-            names = {name for name in named_targets(model) if isinstance(_base(model.get_submodule(name)), ADAPTABLE)}
-            peft_config.target_modules = names or None
+            named = {name: model.get_submodule(name) for name in named_targets(model)}
+            # of a split projection its parts; what cannot be adapted is refused below, not left out
+            names = [name for name, module in named.items() if not isinstance(module, SplitLinear)]
+            kinds = ARCHITECTURES[model_config["model_type"]].targets if names else {}
+            ends = {kind for kind in kinds if any(name.endswith(f".{kind}") for name in names)}
+            peft_config.target_modules = ends or None
         elif peft_config.target_modules == "all-linear":
             # PEFT finds a thin layer's factors: take the layer itself instead
             thin = {name for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
@@ -54,6 +61,12 @@ class LoraXSModel(BaseTuner):  # type: ignore[misc, unused-ignore]
         """Compute every basis, before any layer is replaced."""
         chosen = [(n, m) for n, m in model.named_modules() if self._check_target_module_exists(peft_config, n)]
         self._bases: dict[str, Basis] = {name: _basis(name, module, peft_config) for name, module in chosen}
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **options: Any) -> Iterator[None]:
+        if adapter_names is not None:
+            raise ValueError("LoRA-XS has one adapter for a whole batch: use set_adapter, without adapter_names.")
+        yield
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own hands the weight of the old module to the new one; a thin layer's is computed
@@ -85,13 +98,15 @@ def _base(module: nn.Module) -> nn.Module:
 
 def _basis(name: str, module: nn.Module, config: LoraXSConfig) -> Basis:
     layer: Any = _base(module)
-    if isinstance(layer, Ranked) and not isinstance(layer, LowRankLinear):
-        raise ValueError(f"{name} still learns its rank: call softlms.deploy(model) first.")
-    if not isinstance(layer, ADAPTABLE) or isinstance(layer, BaseTunerLayer):
+    if isinstance(layer, BaseTunerLayer):
+        raise ValueError(f"{name} has an adapter of another method: merge_and_unload() or delete it first.")
+    if not isinstance(layer, ADAPTABLE):
         raise ValueError(
-            f"{name} is a {type(layer).__name__}: LoRA-XS adapts nn.Linear, GPT-2's Conv1D and thin layers. Choose "
-            "others with target_modules."
+            f"{name} is a {type(layer).__name__}: LoRA-XS adapts nn.Linear, GPT-2's Conv1D and thin layers. Deploy a "
+            "layer that learns its rank (softlms.deploy); leave others out with exclude_modules."
         )
+    if layer.weight.is_meta or not layer.weight.numel():
+        raise ValueError(f"{name} is offloaded or sharded: load the model whole, without device_map.")
     if layer.weight.dtype not in FLOATS:
         raise ValueError(f"{name} is quantized ({layer.weight.dtype}): load the model unquantized.")
     if isinstance(module, LoraXSLinear) and module.merged:

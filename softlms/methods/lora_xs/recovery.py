@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class AdapterConfig(Config):
     symbols : tuple of str
         Kinds of layers that are adapted, such as "W_Q"; by default all that softlms factors.
     components : {"top", "random", "bottom"}
-        For LoRA-XS.
+        For LoRA-XS; "random" draws them by the run's seed.
     epochs : float
     adapter_learning_rate, head_learning_rate : float
 
@@ -60,6 +61,8 @@ class AdapterConfig(Config):
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {self.kind!r}.")
+        if self.kind != "head" and find_spec("peft") is None:
+            raise ValueError(f"{self.kind} needs peft, which is not installed: pip install 'softlms[adapters]'.")
         check_at_least_one(r=self.r)
         check_positive(alpha=self.alpha, epochs=self.epochs)
         check_positive(most=1, adapter_learning_rate=self.adapter_learning_rate)
@@ -90,7 +93,7 @@ def apply(model: PreTrainedModel, config: AdapterConfig, work: Work) -> dict[str
     if config.kind == "head" and not head:
         raise ValueError(f"{type(model).__name__} has no head of a task to train: choose lora-xs or lora.")
     learns = {name for name, values in model.named_parameters() if values.requires_grad}
-    adapted = _adapted(model, config, head)
+    adapted = _adapted(model, config, head, work.seed)
     trained = {name: values for name, values in adapted.named_parameters() if values.requires_grad}
     groups = [
         {"params": [v for name, v in trained.items() if _in_head(name, head) == chosen], "lr": rate}
@@ -116,7 +119,7 @@ def apply(model: PreTrainedModel, config: AdapterConfig, work: Work) -> dict[str
     }
 
 
-def _adapted(model: PreTrainedModel, config: AdapterConfig, head: list[str]) -> Any:
+def _adapted(model: PreTrainedModel, config: AdapterConfig, head: list[str], seed: int) -> Any:
     """The model of which only an adapter and the head learn; in PEFT's wrapper, unless it is the head alone."""
     if config.kind == "head":
         for name, values in model.named_parameters():
@@ -124,6 +127,12 @@ def _adapted(model: PreTrainedModel, config: AdapterConfig, head: list[str]) -> 
         return model
     import peft
 
+    from softlms.adapters import ThinLora
+    from softlms.methods.lora_xs.config import LoraXSConfig
+    from softlms.methods.lora_xs.model import LoraXSModel
+
+    # PEFT finds these by itself; a stored run depends on the code that is named here
+    kinds = {"lora": (peft.LoraConfig, ThinLora), "lora-xs": (LoraXSConfig, LoraXSModel)}
     # PEFT asks transformers for an older name of gradient checkpointing
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     targets = find_targets(model)
@@ -136,11 +145,11 @@ def _adapted(model: PreTrainedModel, config: AdapterConfig, head: list[str]) -> 
         "modules_to_save": head,
         "rank_pattern": {name.replace(".", r"\."): most for name, most in rank.items() if most < config.r},
     }
-    if config.kind == "lora":
-        return peft.get_peft_model(model, peft.LoraConfig(lora_alpha=config.alpha, **common))
-    from softlms.methods.lora_xs.config import LoraXSConfig
-
-    return peft.get_peft_model(model, LoraXSConfig(alpha=config.alpha, components=config.components, **common))
+    settings: dict[str, dict[str, Any]] = {
+        "lora": {"lora_alpha": config.alpha},
+        "lora-xs": {"alpha": config.alpha, "components": config.components, "seed": seed},
+    }
+    return peft.get_peft_model(model, kinds[config.kind][0](**common, **settings[config.kind]))
 
 
 def _in_head(name: str, head: list[str]) -> bool:

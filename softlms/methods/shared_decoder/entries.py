@@ -15,7 +15,8 @@ from softlms.methods.shared_decoder.factored import EMPTY
 
 __all__ = ["FewBits", "Pruned"]
 
-GROUP = 64  # entries of a row that share a scale and an offset
+GROUP = 64  # entries of a row that share a scale and an offset, at most
+RANGES = [1 - i / 20 for i in range(14)]  # parts of the range from the least to the largest entry
 MOST_BITS = 8
 
 
@@ -49,9 +50,10 @@ class Pruned(Codec):
 
 
 class FewBits(Codec):
-    """k bits for each entry, evenly from the least to the largest of its group; some matrices have k + 1.
+    """k bits for each entry, evenly over a range of its group, the best of `RANGES`; some matrices have k + 1.
 
-    A scale and an offset in float16 for each `GROUP` entries of a row. The further bits go to the matrices in order.
+    A group is about `GROUP` entries of a row, with a scale and an offset in float16. The further bits go where they
+    save the largest squared error.
     """
 
     name = "few-bits"
@@ -63,33 +65,58 @@ class FewBits(Codec):
         count = len(source.weights)
         sizes = {bits: self._bytes(source.shape, bits) for bits in range(1, MOST_BITS + 1)}
         bits = max(b for b, size in sizes.items() if size * count <= limit)
-        more = (limit - sizes[bits] * count) // (sizes[bits + 1] - sizes[bits]) if bits < MOST_BITS else 0
-        each = [bits + (number < more) for number in range(count)]
-        return Encoded(
-            EMPTY, [self._pack(W, b) for W, b in zip(source.weights, each, strict=True)], [{"bits": b} for b in each]
-        )
+        own = [self._pack(W, bits) for W in source.weights]
+        each = [bits] * count
+        if bits < MOST_BITS and (more := (limit - sizes[bits] * count) // (sizes[bits + 1] - sizes[bits])):
+            longer = [self._pack(W, bits + 1) for W in source.weights]
+            saved = [
+                self._error(W, short, bits) - self._error(W, long, bits + 1)
+                for W, short, long in zip(source.weights, own, longer, strict=True)
+            ]
+            for number in sorted(range(count), key=lambda i: -saved[i])[:more]:
+                own[number], each[number] = longer[number], bits + 1
+        return Encoded(EMPTY, own, [{"bits": b} for b in each])
 
     def decode(self, shared: Tensor, own: Tensor, settings: Mapping[str, Any], shape: tuple[int, int]) -> Tensor:
-        (m, n), bits = shape, settings["bits"]
-        groups = math.ceil(n / GROUP)
-        scales = HALF * 2 * m * groups
-        low, step = numbers(own[:scales], (m, groups, 1), (m, groups, 1))
-        flags = np.unpackbits(own[scales:].numpy(), count=m * groups * GROUP * bits).reshape(-1, bits)
-        levels = torch.from_numpy(flags @ (1 << np.arange(bits)[::-1])).view(m, groups, GROUP)
-        return (low + step * levels).reshape(m, groups * GROUP)[:, :n].contiguous()
+        bits, size = settings["bits"], _group(shape[1])
+        groups = math.prod(shape) // size
+        scales = HALF * 2 * groups
+        low, step = numbers(own[:scales], (groups, 1), (groups, 1))
+        flags = np.unpackbits(own[scales:].numpy(), count=groups * size * bits).reshape(-1, bits)
+        levels = torch.from_numpy(flags @ (1 << np.arange(bits)[::-1])).view(groups, size)
+        return (low + step * levels).view(shape)
 
     def _pack(self, W: Tensor, bits: int) -> Tensor:
-        m, n = W.shape
-        groups = math.ceil(n / GROUP)
-        padded = torch.cat([W, W[:, -1:].expand(m, groups * GROUP - n)], dim=1).view(m, groups, GROUP)
-        low, high = padded.amin(2, keepdim=True), padded.amax(2, keepdim=True)
-        scales = halves(low, (high - low) / (2**bits - 1))
-        low, step = numbers(scales, (m, groups, 1), (m, groups, 1))  # as they will be read
-        levels = ((padded - low) / step.clamp(min=1e-12)).round().clamp(0, 2**bits - 1).to(torch.uint8)
+        rows = W.reshape(-1, _group(W.shape[1]))
+        least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+        middle, half = (least + most) / 2, (most - least) / 2
+        best = torch.full_like(middle, torch.inf)
+        low, step = torch.zeros_like(middle), torch.zeros_like(middle)
+        for part in RANGES:
+            start = (middle - part * half).half().float()
+            width = (2 * part * half / (2**bits - 1)).half().float()
+            error = (start + width * _levels(rows, start, width, bits) - rows).square().sum(1, keepdim=True)
+            better = error < best
+            best, low, step = (
+                torch.where(better, a, b) for a, b in zip((error, start, width), (best, low, step), strict=True)
+            )
+        levels = _levels(rows, low, step, bits).to(torch.uint8)
         flags = np.unpackbits(levels.reshape(-1, 1).numpy(), axis=1)[:, -bits:]
-        return torch.cat([scales, torch.from_numpy(np.packbits(flags))])
+        return torch.cat([halves(low, step), torch.from_numpy(np.packbits(flags))])
+
+    def _error(self, W: Tensor, own: Tensor, bits: int) -> float:
+        m, n = W.shape
+        return (self.decode(EMPTY, own, {"bits": bits}, (m, n)) - W).square().sum().item()
 
     def _bytes(self, shape: tuple[int, int], bits: int) -> int:
-        m, n = shape
-        groups = math.ceil(n / GROUP)
-        return HALF * 2 * m * groups + math.ceil(m * groups * GROUP * bits / 8)
+        return HALF * 2 * (math.prod(shape) // _group(shape[1])) + math.ceil(math.prod(shape) * bits / 8)
+
+
+def _group(n: int) -> int:
+    """Entries of a group: as many as divide a row of n evenly; the row itself if these would be few."""
+    most = max(i for i in range(1, min(n, GROUP) + 1) if n % i == 0)
+    return most if most >= GROUP // 4 else n
+
+
+def _levels(rows: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
+    return ((rows - low) / step.clamp(min=1e-12)).round().clamp(0, 2**bits - 1)

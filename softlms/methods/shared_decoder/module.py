@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -31,7 +31,7 @@ class StoredLinear(Ranked):
     Parameters
     ----------
     shared, own : Tensor
-        Bytes (uint8) that all layers of its kind need, and those of this layer.
+        Bytes (uint8) that all layers of its kind need, and those of this layer. They stay on the CPU.
     bias : nn.Parameter, optional
         Shape (m,).
     codec : str
@@ -64,6 +64,13 @@ class StoredLinear(Ranked):
         self.register_buffer("decoded", weight, persistent=False)
         self.codec, self.settings = codec, dict(settings)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast what is multiplied; the bytes stay where they are, so that layers go on sharing theirs."""
+        stored = {name: self._buffers.pop(name) for name in ("shared", "own")}
+        super()._apply(fn, recurse)
+        self._buffers |= stored
+        return self
+
     def description(self) -> dict[str, Any]:
         sizes = {"shared": self.shared.numel(), "own": self.own.numel()}
         return {"codec": self.codec, "settings": self.settings, **sizes}
@@ -80,8 +87,10 @@ class StoredLinear(Ranked):
         """Decode the weight."""
         if self.own.is_meta:
             raise ValueError(f"{name} is offloaded by device_map, and must be decoded: give its block a device.")
-        weight = CODECS[self.codec]().decode(self.shared.cpu(), self.own.cpu(), self.settings, self.shape)
-        self.decoded = weight.to(self.own.device, self.decoded.dtype)
+        device = self.own.device
+        self.shared, self.own = self.shared.cpu(), self.own.cpu()
+        weight = CODECS[self.codec]().decode(self.shared, self.own, self.settings, self.shape)
+        self.decoded = weight.to(device, self.decoded.dtype)
 
     @property
     def out_features(self) -> int:

@@ -88,8 +88,8 @@ def store_linears(
         for name, own, settings in zip(group, encoded.own, encoded.settings, strict=True):
             old = linears[name].weight
             weight = method.decode(encoded.shared, own, settings, (old.shape[0], old.shape[1])).to(old)
-            shared, own = encoded.shared.to(old.device), own.to(old.device)
-            replace(model, name, StoredLinear(shared, own, linears[name].bias, method.name, settings, weight))
+            layer = StoredLinear(encoded.shared, own, linears[name].bias, method.name, settings, weight)
+            replace(model, name, layer)
     return model
 
 
