@@ -195,7 +195,7 @@ ids, expected = torch.load(sys.argv[1] + "/expected.pt")
 with torch.no_grad():
     print((model(ids).logits - expected).abs().max().item())
 """
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-5
 

@@ -37,7 +37,7 @@ def test_environment_installs_what_pyproject_names():
     # repo2docker reads "python=3.11", not "python>=3.11", and no pin says that the newest Python has a wheel
     assert f">={python.removeprefix('python=')}" == PYPROJECT["project"]["requires-python"] and pip == "pip"
     assert pip_section["pip"] == ["-c requirements.txt", "-e .[workbook,export,docs,test]"]
-    assert set(EXTRAS) == {"workbook", "export", "mamba", "smollm2", "docs", "browser", "test"}
+    assert set(EXTRAS) == {"adapters", "workbook", "export", "mamba", "smollm2", "docs", "browser", "test"}
 
 
 def test_binder_gets_the_encoder_that_make_installs():
@@ -230,7 +230,7 @@ def test_every_import_is_declared():
     outer = ("experiments", "workbook")
     library = {name: tree for name, tree in trees.items() if not name.startswith(outer)}
     used = packages(name for tree in trees.values() for name in imports(ast.walk(tree)))
-    beside = {"peft"} & declared(EXTRAS["test"])  # imported when a user imports it
+    beside = declared(EXTRAS["adapters"])  # imported when a user imports it, or names a method that needs it
     workbook = core | declared(EXTRAS["workbook"])
     lazily = mamba | declared(EXTRAS["export"]) | declared(EXTRAS["smollm2"])  # inside the functions that need them
     assert used <= workbook | lazily | declared(EXTRAS["docs"]) | beside

@@ -38,7 +38,7 @@ class StoredConfig(Config):
     """
 
     codec: str = "shared-decoder"
-    times: float = 8.0
+    times: float = 5.0
     together: bool = True
     cosine: float = COSINE
     fit_epochs: float = EPOCHS

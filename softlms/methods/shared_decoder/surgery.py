@@ -26,7 +26,7 @@ FLOAT = 4  # bytes of a number of the dense model, in float32
 
 def store_linears(
     model: M,
-    times: float = 8.0,
+    times: float = 5.0,
     codec: str | Codec = "shared-decoder",
     *,
     symbols: Sequence[str] = (),

@@ -66,7 +66,8 @@ def plot_quality(rows: pd.DataFrame) -> Figure:
                 ylabel=f"{split} {metric}{unit}",
             )
     trained = (rows.method != "dense") & (rows.keep == 1)
-    fig.legend(handles=_legend(styles, trained=bool(trained.any())), loc="outside lower center", ncols=6)
+    columns = 6 if len(tasks) > 1 else 4
+    fig.legend(handles=_legend(styles, trained=bool(trained.any())), loc="outside lower center", ncols=columns)
     fig.suptitle("Quality against size (mean, std over seeds)")
     return fig
 
