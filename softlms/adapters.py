@@ -19,7 +19,7 @@ from torch import Tensor
 from softlms.layers import LowRankLinear
 from softlms.modules import make_linear, replace
 
-__all__: list[str] = []
+__all__ = ["set_factors"]
 
 PLAIN = (True, False, "gaussian")  # LoRA's other initializations change the weight; a thin layer has none
 
@@ -55,7 +55,7 @@ class ThinLora(Linear):  # type: ignore[misc, unused-ignore]
             if safe_merge and not (A.isfinite().all() and B.isfinite().all()):
                 raise ValueError(f"The adapter {name} contains NaN or infinite values: train it again.")
             down, up = thin.down.weight, thin.up.weight
-            _set_factors(thin, torch.cat([down, A.to(down)]), torch.cat([up, B.to(up)], dim=1))
+            set_factors(thin, torch.cat([down, A.to(down)]), torch.cat([up, B.to(up)], dim=1))
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -63,7 +63,7 @@ class ThinLora(Linear):  # type: ignore[misc, unused-ignore]
         thin = self.get_base_layer()
         while self.merged_adapters:
             rank = thin.rank - self.r[self.merged_adapters.pop()]
-            _set_factors(thin, thin.down.weight[:rank], thin.up.weight[:, :rank])
+            set_factors(thin, thin.down.weight[:rank], thin.up.weight[:, :rank])
 
 
 _original = getattr(LoraConfig.__post_init__, "before_softlms", LoraConfig.__post_init__)
@@ -79,6 +79,7 @@ _post_init.before_softlms = _original  # type: ignore[attr-defined]  # this modu
 LoraConfig.__post_init__ = _post_init
 
 
-def _set_factors(thin: LowRankLinear, down: Tensor, up: Tensor) -> None:
+def set_factors(thin: LowRankLinear, down: Tensor, up: Tensor) -> None:
+    """Give a thin layer other factors, down (r, n) and up (m, r): of more components, or of fewer."""
     replace(thin, "down", make_linear(down, None))
     replace(thin, "up", make_linear(up, thin.bias))

@@ -80,7 +80,7 @@ def run_comparison(
     note: Callable[[str], None] = print,
     grown: Callable[[pd.DataFrame], None] = lambda rows: None,
 ) -> pd.DataFrame:
-    """Run what is missing, and return tidy rows: those of `softlms.experiments.grid.grid_rows`, and two more columns.
+    """Run what is missing, and return tidy rows: `softlms.experiments.grid.grid_rows`, with names.
 
     Parameters
     ----------

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softlms.methods.autoencoder import fit
+
 __all__ = ["FITS", "Codes", "direction_loss", "fit_direction", "fit_frequency", "fit_svd", "latent_size"]
 
 COSINE, DISTANCE = 0.1995, 0.0025  # weights of the two terms
-FALLING, FLAT = 20, 10  # epochs in which the exponent falls, and stays
+FALLING = 20 / 30  # share of the epochs in which the exponent falls
 LAST_EXPONENT = 0.1
-LEARNING_RATE, BATCH, HALVED_EVERY = 1e-3, 32, 4
+LEARNING_RATE, BATCH = 1e-3, 32
+STEP = 4 / 30  # share of the epochs after which the learning rate halves
 
 Note = Callable[[str], None]
 
@@ -103,24 +106,15 @@ def fit_direction(table: Tensor, k: int, counts: Tensor, epochs: float, seed: in
         encoder.bias.zero_()
         decoder.bias.zero_()
     both = nn.ModuleList([encoder, decoder]).to(table.device)
-    optimizer = torch.optim.Adam(both.parameters(), LEARNING_RATE, fused=True)
-    steps_an_epoch = -(-V // BATCH)
-    total = round(epochs * steps_an_epoch)
-    every = max(1, round(total * HALVED_EVERY / (FALLING + FLAT)))
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, every, 0.5)
-    generator = torch.Generator().manual_seed(seed)
-    order: list[Tensor] = []
-    falling = total * FALLING / (FALLING + FLAT)
-    for step in range(total):
-        order = order or list(torch.randperm(V, generator=generator).split(BATCH))[::-1]
-        rows = table[order.pop().to(table.device)]
-        exponent = 1 - (1 - LAST_EXPONENT) * min(1, step / falling)
-        optimizer.zero_grad()
-        direction_loss(rows, decoder(encoder(rows)), exponent).backward()
-        optimizer.step()
-        schedule.step()
-        if step % steps_an_epoch == 0:
-            note(f"embeddings: step {step:,} of {total:,}")
+
+    def loss(chosen: Tensor, progress: float) -> Tensor:
+        rows = table[chosen.to(table.device)]
+        return direction_loss(rows, decoder(encoder(rows)), 1 - (1 - LAST_EXPONENT) * min(1, progress / FALLING))
+
+    fit(
+        both, loss, V, epochs=epochs, batch=BATCH, learning_rate=LEARNING_RATE, step=STEP, factor=0.5, seed=seed,
+        note=note,
+    )  # fmt: skip
     with torch.no_grad():
         return Codes(encoder(table), decoder.weight.detach(), decoder.bias.detach())
 

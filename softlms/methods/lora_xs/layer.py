@@ -12,10 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from softlms.adapters import set_factors
 from softlms.layers import LowRankLinear
 from softlms.methods.lora_xs.basis import Basis, same_basis
 from softlms.methods.lora_xs.config import LoraXSConfig
-from softlms.modules import make_linear, replace
 
 __all__ = ["LoraXSLinear"]
 
@@ -147,9 +147,9 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-igno
             G = A.double() @ torch.linalg.pinv(down.double())  # A is within the rows of down: A = G down
             up += sign * (left.double() @ G).to(up)
         elif sign > 0:
-            _set_factors(base, torch.cat([down, A.to(down)]), torch.cat([up, left.to(up)], dim=1))
+            set_factors(base, torch.cat([down, A.to(down)]), torch.cat([up, left.to(up)], dim=1))
         else:
-            _set_factors(base, down[: -len(A)], up[:, : -len(A)])
+            set_factors(base, down[: -len(A)], up[:, : -len(A)])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse an adapter of another base: there its R would mean something else."""
@@ -163,8 +163,3 @@ class LoraXSLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc, unused-igno
 
     def __repr__(self) -> str:
         return f"lora_xs.{super().__repr__()}"
-
-
-def _set_factors(thin: LowRankLinear, down: Tensor, up: Tensor) -> None:
-    replace(thin, "down", make_linear(down, None))
-    replace(thin, "up", make_linear(up, thin.bias))

@@ -133,8 +133,6 @@ def _adapted(model: PreTrainedModel, config: AdapterConfig, head: list[str], see
 
     # PEFT finds these by itself; a stored run depends on the code that is named here
     kinds = {"lora": (peft.LoraConfig, ThinLora), "lora-xs": (LoraXSConfig, LoraXSModel)}
-    # PEFT asks transformers for an older name of gradient checkpointing
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     targets = find_targets(model)
     if unknown := set(config.symbols) - {target.symbol for target in targets}:
         raise ValueError(f"No linears of the kind {', '.join(sorted(unknown))}: choose others, or all.")
@@ -149,7 +147,9 @@ def _adapted(model: PreTrainedModel, config: AdapterConfig, head: list[str], see
         "lora": {"lora_alpha": config.alpha},
         "lora-xs": {"alpha": config.alpha, "components": config.components, "seed": seed},
     }
-    return peft.get_peft_model(model, kinds[config.kind][0](**common, **settings[config.kind]))
+    with warnings.catch_warnings():  # PEFT asks transformers for an older name of gradient checkpointing
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(model, kinds[config.kind][0](**common, **settings[config.kind]))
 
 
 def _in_head(name: str, head: list[str]) -> bool:

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softlms.methods.autoencoder import fit
 from softlms.methods.shared_decoder.codecs import HALF, Codec, Encoded, Source, halves, numbers
 
 __all__ = ["SharedDecoder", "row_loss"]
 
 COSINE = 0.9091  # share of the direction in the loss; the rest is the root of the mean squared error
 EPOCHS, BATCH, LEARNING_RATE = 30, 16, 1e-3
-STEP, FACTOR = 10, 0.8  # epochs after which the learning rate falls, and to what share
+STEP, FACTOR = 10 / 30, 0.8  # share of the epochs after which the learning rate falls, and to what share
 
 
 def row_loss(rows: Tensor, decoded: Tensor, cosine: float = COSINE) -> Tensor:
@@ -82,23 +83,16 @@ class SharedDecoder(Codec):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder, decoder = _layers(n, 8 * x, 4 * x, x), _layers(x, 2 * x, 4 * x, n)
-        optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], LEARNING_RATE, fused=True)
-        generator = torch.Generator().manual_seed(seed)
-        in_epoch = -(-len(rows) // BATCH)
-        total = max(1, round(self.epochs * in_epoch))
-        every = max(1, round(total * STEP / EPOCHS))
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, every, FACTOR)
-        order: list[Tensor] = []
-        for step in range(total):
-            order = order or list(torch.randperm(len(rows), generator=generator).split(BATCH))[::-1]
-            chosen = order.pop()
+
+        def loss(chosen: Tensor, progress: float) -> Tensor:
             decoded = F.normalize(torch.tanh(decoder(encoder(ways[chosen]))), dim=1) * norms[chosen]
-            optimizer.zero_grad()
-            row_loss(rows[chosen], decoded, self.cosine).backward()
-            optimizer.step()
-            schedule.step()
-            if step % in_epoch == 0:
-                self.note(f"shared decoder: step {step:,} of {total:,}")
+            return row_loss(rows[chosen], decoded, self.cosine)
+
+        both = nn.ModuleList([encoder, decoder])
+        fit(
+            both, loss, len(rows), epochs=self.epochs, batch=BATCH, learning_rate=LEARNING_RATE, step=STEP,
+            factor=FACTOR, seed=seed, note=self.note,
+        )  # fmt: skip
         return encoder, decoder
 
     def _bytes(self, x: int, count: int, shape: tuple[int, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Codec", "Encoded", "Source", "halves", "numbers"]
+__all__ = ["EMPTY", "HALF", "Codec", "Encoded", "Source", "halves", "numbers"]
 
 HALF = 2  # bytes of a stored number
+EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Codec(ABC):
 def halves(*parts: Tensor) -> Tensor:
     """The bytes of numbers in float16, one part after the other."""
     flat = [part.detach().reshape(-1).to("cpu", torch.float16) for part in parts]
-    return torch.cat(flat).view(torch.uint8) if flat else torch.empty(0, dtype=torch.uint8)
+    return torch.cat(flat).view(torch.uint8) if flat else EMPTY
 
 
 def numbers(stored: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -101,7 +103,7 @@ def numbers(stored: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
     flat = stored.clone().view(torch.float16).float()  # a slice may start at an odd byte
     parts, start = [], 0
     for shape in shapes:
-        size = int(torch.tensor(shape).prod())
+        size = math.prod(shape)
         parts.append(flat[start : start + size].view(shape))
         start += size
     return parts

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softlms.methods.shared_decoder.codecs import HALF, Codec, Encoded, Source, halves, numbers
-from softlms.methods.shared_decoder.factored import EMPTY
+from softlms.methods.shared_decoder.codecs import EMPTY, HALF, Codec, Encoded, Source, halves, numbers
 
 __all__ = ["FewBits", "Pruned"]
 

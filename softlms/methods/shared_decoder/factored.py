@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softlms.methods.shared_decoder.codecs import HALF, Codec, Encoded, Source, halves, numbers
+from softlms.methods.shared_decoder.codecs import EMPTY, HALF, Codec, Encoded, Source, halves, numbers
 
 __all__ = ["Kronecker", "SharedSVD", "SingleSVD", "WhitenedSVD"]
-
-EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
 class SingleSVD(Codec):
