@@ -186,6 +186,17 @@ def test_a_real_model_stands_beside_the_profiles_own(folder, tmp_path, monkeypat
         open_language_book("06", "gpt2", **options)
 
 
+@pytest.mark.parametrize("window", [1024, 2048])
+def test_the_whole_test_split_is_measured_in_windows_of_papers(window):
+    sizes = LANGUAGE_PROFILES["laptop"].beside
+    chosen, first = sizes[f"smollm2-{window}"], sizes["smollm2"]
+    assert (chosen.protocol.window, chosen.protocol.tokens) == (window, None)
+    assert list(chosen.grid.tasks) == [f"smollm2-{window}"] and chosen.grid.recipe == first.grid.recipe
+    untuned, trained_as_long, recovered = chosen.grid.passes
+    assert not untuned.recover and untuned.keeps == (0.9, 0.8, 0.7, 0.5)
+    assert trained_as_long.recover and trained_as_long.keeps == (1.0,) and recovered.keeps == (0.8,)
+
+
 def test_models_are_scored_beyond_their_text(folder, tmp_path):
     """On a text of another domain and zero-shot, recovered; what is scored there is in the run's key."""
     text = tokenize_text(folder, SIZE["vocabulary"], tmp_path)

@@ -7,6 +7,7 @@ import pytest
 
 from softlms.experiments.companions import EMBEDDINGS, RECOVERY, STORED, untuned_text
 from softlms.experiments.grid import Setting
+from softlms.experiments.ingredients import INGREDIENTS, WHOLE
 from softlms.experiments.profiles import LANGUAGE_PROFILES
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.variants import Comparison, Variant, paired, run_comparison
@@ -64,7 +65,7 @@ def test_differences_are_paired_over_seeds():
     assert made[["one", "other"]].drop_duplicates().to_numpy().tolist() == [["one", "other"]]
 
 
-@pytest.mark.parametrize("comparisons", [RECOVERY, EMBEDDINGS, STORED])
+@pytest.mark.parametrize("comparisons", [RECOVERY, EMBEDDINGS, STORED, INGREDIENTS])
 def test_every_profile_has_methods_and_settings_that_exist(comparisons):
     assert comparisons.keys() == {"quick", "laptop", "paper"}
     for profile, one in comparisons.items():
@@ -72,6 +73,19 @@ def test_every_profile_has_methods_and_settings_that_exist(comparisons):
         for variant in one.variants.values():
             recipe = one.recipe.changed(**variant.changes)
             recipe.chain(parse(variant.method))  # raises for a setting that a method does not have
+
+
+@pytest.mark.parametrize("profile", INGREDIENTS)
+def test_what_is_left_out_of_learned_ranks_is_left_out(profile):
+    """Each variant differs from the whole form, and from every other, in what its learning is told."""
+    one = INGREDIENTS[profile]
+    told = {}
+    for name, variant in one.variants.items():
+        ((_, config),) = one.recipe.changed(**variant.changes).chain(parse(variant.method))
+        told[name] = config
+    assert len({str(config) for config in told.values()}) == len(one.variants)
+    whole = told[WHOLE]
+    assert whole.start_from == "cliff" and whole.weigh_by_saving and whole.gamma is None and whole.factors == "kfac"
 
 
 def test_a_language_model_has_the_variants_that_need_no_budget_untuned():

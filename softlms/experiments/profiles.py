@@ -220,6 +220,18 @@ SMOLLM2 = LanguageProfile(
     threads=2,  # two runs side by side would take 20 GB
 )
 
+
+def _whole_test(window: int) -> LanguageProfile:
+    """SmolLM2 measured as papers measure, on the whole test split in long windows; one seed, for it takes longer."""
+    passes = (
+        Pass(("whitened+uniform", "kfac+cliff"), SMOLLM2_KEEPS, recover=False),
+        Pass(("whitened+uniform",), (1.0,)),
+        Pass(SMOLLM2_METHODS, (0.8,)),
+    )
+    grid = replace(SMOLLM2.grid, tasks={f"smollm2-{window}": Setting()}, seeds=(0,), passes=passes)
+    return replace(SMOLLM2, grid=grid, protocol=Protocol(window, bf16=fast_bf16()))
+
+
 LANGUAGE_PROFILES = {
     profile.name: profile
     for profile in (
@@ -257,7 +269,7 @@ LANGUAGE_PROFILES = {
             LANGUAGE_LAPTOP,
             train_tokens=4_000_000,
             test_tokens=16384,
-            beside={"smollm2": SMOLLM2},
+            beside={"smollm2": SMOLLM2, "smollm2-1024": _whole_test(1024), "smollm2-2048": _whole_test(2048)},
         ),
         LanguageProfile(
             "paper",

@@ -1,4 +1,4 @@
-"""The figures of the companion notebooks, from the rows of their comparisons."""
+"""The figures of comparisons of named variants, from their rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from softlms.experiments.grid import UNSCALED, leading_metric
 from softlms.workbook.plots.style import PAGE, figure
 
-__all__ = ["plot_embedding_distances", "plot_embeddings", "plot_recovery", "plot_stored"]
+__all__ = ["plot_differences", "plot_embedding_distances", "plot_embeddings", "plot_recovery", "plot_stored"]
 
 # Okabe and Ito's palette
 RECOVERIES = {
@@ -179,3 +179,32 @@ def _lines(ax: Any, rows: pd.DataFrame, styles: dict[str, dict[str, str]]) -> No
     known = sorted(rows.times.unique())
     ax.set_xticks(known, [f"{times:g}" for times in known])
     ax.minorticks_off()
+
+
+SPLITS = {"dev": {"color": "#E69F00", "marker": "o"}, "test": {"color": "#0072B2", "marker": "s"}}
+
+
+def plot_differences(rows: pd.DataFrame) -> Figure:
+    """How much better or worse variants are than one of them, paired over seeds: a column for each budget.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of `softlms.experiments.variants.paired`, with a column "split"; "other" is one variant.
+    """
+    keeps, names = sorted(rows.keep.unique(), reverse=True), list(rows.one.unique())
+    metric = leading_metric(rows.task.iloc[0])
+    fig, axes = figure(1, len(keeps), width=PAGE, height=1.4 + 0.28 * len(names), squeeze=False, sharey=True)
+    for ax, keep in zip(axes[0], keeps, strict=True):
+        for number, (split, style) in enumerate(SPLITS.items()):
+            part = rows[(rows.keep == keep) & (rows.split == split)]
+            heights = [names.index(name) + 0.24 * (number - 0.5) for name in part.one]
+            spread = [part["mean"] - part.low95, part.high95 - part["mean"]]
+            ax.errorbar(part["mean"], heights, xerr=spread, label=split, capsize=2, ls="", **style)
+        ax.axvline(0, color="black", lw=1)
+        ax.set(title=f"{rows.task.iloc[0]}, {100 * keep:.0f} % kept", xlabel=f"difference in {metric} (points)")
+        ax.set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.suptitle(f"Against “{rows.other.iloc[0]}” (mean and 95 % interval, paired over seeds)")
+    return fig
