@@ -195,6 +195,11 @@ class Bench:
         return chain, self.folder / f"{chain}-{seed}-{key(self._depends(chain, recipe, seed))}"
 
     @not_in_keys
+    def folder_of(self, method: str, recipe: Recipe, seed: int) -> Path:
+        """The folder of a run, whether it is stored or not."""
+        return self._place(method, recipe, seed)[1]
+
+    @not_in_keys
     def why_missing(self, method: str, recipe: Recipe, seed: int) -> str:
         """Why a run is not stored; see `softlms.experiments.store.why_missing`."""
         chain, folder = self._place(method, recipe, seed)

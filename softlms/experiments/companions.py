@@ -9,7 +9,7 @@ from softlms.experiments.grid import GRIDS, Setting
 from softlms.experiments.recipe import Recipe
 from softlms.experiments.variants import Comparison, Variant
 
-__all__ = ["EMBEDDINGS", "RECOVERY", "STORED", "untuned_text"]
+__all__ = ["EMBEDDINGS", "ONE_BACKBONE", "RECOVERY", "STORED", "untuned_text"]
 
 CUT = "kfac+cliff"  # the best cut that nothing was trained for
 
@@ -70,6 +70,23 @@ RECOVERY = {
         tasks={task: GRIDS["paper"].tasks[task] for task in ("mrpc", "rte", "sst2")},
         seeds=(0, 1, 2, 3, 4),
     ),
+}
+
+# few numbers that have to learn a task, not only to recover it, take longer
+LONGER = {"mrpc": {"epochs": 6}, "rte": {"epochs": 6}, "sst2": {"epochs": 2, "dense_epochs": 2}}
+# on a backbone that was cut before it knew any task; "dense" is all of its weights trained for one
+ONE_BACKBONE = {
+    name: replace(
+        one,
+        recipe=one.recipe.changed(start="pretrained", distillation=0.0),
+        tasks={task: replace(setting, changes=LONGER.get(task, {})) for task, setting in one.tasks.items()},
+        keeps=(0.5,),
+        variants={
+            "LoRA-XS, r = 25": Variant("lora-xs", {"settings": {"lora-xs": {"r": 25}}}),
+            "head alone": Variant("head"),
+        },
+    )
+    for name, one in RECOVERY.items()
 }
 
 TIMES = (2.5, 5.0, 10.0)
