@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Replacement", "as_conv1d", "as_linear", "make_linear", "replace", "retie", "stand_in"]
+__all__ = ["Attached", "Replacement", "as_conv1d", "as_linear", "make_linear", "replace", "retie", "stand_in"]
 
 
 class Replacement(nn.Module):
@@ -70,6 +70,14 @@ class Replacement(nn.Module):
             if not state_dict[name].numel():
                 del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Attached(Replacement):
+    """A replacement that another part of the model must know of."""
+
+    @abstractmethod
+    def attach(self, model: PreTrainedModel) -> None:
+        """Connect the parts: after surgery, and after loading."""
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -16,6 +16,7 @@ BUILT_IN = (  # each has METHODS
     "softlms.methods.embeddings",
     "softlms.methods.lora_xs.recovery",
     "softlms.methods.shared_decoder",
+    "softlms.methods.early_exit",
 )
 
 _registered: dict[str, Method] = {}

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from softlms.methods.registry import forms
-from softlms.modules import retie
+from softlms.modules import Attached, retie
 from softlms.origin import DENSE, FORMAT, METHOD, REGISTRIES, SoftLMsConfig, mark, note_dense
 
 __all__ = ["SoftLMsQuantizer", "digest", "make_quantizer", "put_in", "sha256", "share", "verify"]
@@ -108,6 +108,8 @@ class Loading(HfQuantizer):
         for name, layer in self.layers.items():
             module: Any = model.get_submodule(name)
             module.restore(name, layer)
+            if isinstance(module, Attached):
+                module.attach(model)
         share(model, self.shared_buffers)  # a module may have moved them
         _align(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
