@@ -87,6 +87,15 @@ def test_nothing_changes_without_a_threshold_or_above_one(whole, batch):
     assert torch.equal(whole(**batch).logits, before)  # no answer is left over
 
 
+def test_heads_count_as_what_was_added(whole):
+    exits, parameters = exits_of(), sum(values.numel() for values in whole.bert.parameters())
+    put_exits(whole, exits)
+    counted = softlms.count_parameters(whole)
+    added = sum(values.numel() for values in exits.parameters())
+    assert counted.kept("linear") == 1
+    assert counted.kept("total") == pytest.approx(1 + added / (parameters + 2 * SIZE + 2), abs=1e-3)
+
+
 @torch.no_grad()
 def test_blocks_are_skipped(whole, batch):
     """A block sees the rows that are left; once none is, it is not called."""

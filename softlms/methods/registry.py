@@ -17,6 +17,7 @@ BUILT_IN = (  # each has METHODS
     "softlms.methods.lora_xs.recovery",
     "softlms.methods.shared_decoder",
     "softlms.methods.early_exit",
+    "softlms.methods.depth",
 )
 
 _registered: dict[str, Method] = {}

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from softlms.methods.early_exit.exits import Exits
 from softlms.methods.heads import Classifier, classifier_of
 from softlms.modules import Attached
+from softlms.origin import remember
 
 __all__ = ["ExitingEncoder", "Prediction", "predict", "put_exits"]
 
@@ -149,6 +150,7 @@ def put_exits(model: PreTrainedModel, exits: Exits) -> ExitingEncoder:
         See `softlms.methods.heads.classifier_of`; or the model has exits already.
     """
     parts = check_exits(model)
+    remember(model)
     encoder = ExitingEncoder(parts.encoder, exits).train(parts.encoder.training)
     model.get_submodule(parts.base).encoder = encoder
     encoder.attach(model)
