@@ -18,6 +18,8 @@ BUILT_IN = (  # each has METHODS
     "softlms.methods.shared_decoder",
     "softlms.methods.early_exit",
     "softlms.methods.depth",
+    "softlms.methods.sparse_activations",
+    "softlms.methods.dynamic_moe",
 )
 
 _registered: dict[str, Method] = {}
