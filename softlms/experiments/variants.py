@@ -127,13 +127,13 @@ def run_comparison(
 
 
 def _rows(comparison: Comparison, named: Mapping[Job, str], runs: Mapping[Job, Run]) -> pd.DataFrame:
-    parts = [
-        grid_rows([(job, runs[job])]).assign(
-            variant=name, **{fact: runs[job].result.get(fact) for fact in comparison.facts}
-        )
-        for job, name in named.items()
-        if job in runs
-    ]
+    parts = []
+    for job, name in named.items():
+        if job in runs:
+            part = grid_rows([(job, runs[job])]).assign(variant=name)
+            for fact in comparison.facts:
+                part[fact] = [runs[job].result.get(fact)] * len(part)  # it may be a list or a dict
+            parts.append(part)
     rows = pd.concat([part.dropna(axis=1, how="all") for part in parts]).reindex(columns=[*parts[0]])
     keys = ["task", "keep", "variant", "recovered", "seed", "split", "metric"]
     return rows.drop_duplicates(keys).reset_index(drop=True)  # a dense model is that of every budget

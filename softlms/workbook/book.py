@@ -178,7 +178,13 @@ def open_book(name: str, *, profile: str, data: str = "", model: str = "", part:
 
 
 def open_companion_book(
-    name: str, comparisons: Mapping[str, Comparison], *, profile: str, data: str = "", model: str = ""
+    name: str,
+    comparisons: Mapping[str, Comparison],
+    *,
+    profile: str,
+    data: str = "",
+    model: str = "",
+    kind: type[Bench] = Bench,
 ) -> tuple[Book, dict[str, Bench]]:
     """Open a companion notebook for a profile; return its book, and a bench for each task of its comparison.
 
@@ -192,6 +198,8 @@ def open_companion_book(
         A key of `comparisons`.
     data, model : str
         As for `open_book`.
+    kind : type
+        Of the benches.
 
     Raises
     ------
@@ -206,7 +214,7 @@ def open_companion_book(
     source = data or (os.environ.get(DATA_VARIABLE, "") if chosen.data == "hub" else "") or chosen.data
     encoder, runs = find_encoder(model or chosen.encoder), project_root() / "runs"
     benches = {
-        task: Bench(encoder, load_task(task, source), runs, setting.max_length, setting.train_rows)
+        task: kind(encoder, load_task(task, source), runs, setting.max_length, setting.train_rows)
         for task, setting in chosen.tasks.items()
     }
     return make_book(name, chosen, next(iter(benches.values())), source), benches

@@ -27,9 +27,9 @@ def confident(said: np.ndarray, threshold: float) -> Left:
 
 
 def certain(said: np.ndarray, threshold: float) -> Left:
-    """Leave where the entropy, as a share of its maximum log C, is below 1 - threshold."""
+    """Leave where the entropy, as a share of its maximum log C, is at most 1 - threshold."""
     entropy = -(np.exp(said) * said).sum(-1) / np.log(said.shape[-1])
-    return _first(entropy < 1 - threshold, said)
+    return _first(np.minimum(entropy, 1) <= 1 - threshold, said)
 
 
 def patient(said: np.ndarray, threshold: float) -> Left:

@@ -1,0 +1,52 @@
+"""What the heads say about rows that run through all blocks, for any rule of leaving."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import DataCollator, PreTrainedModel
+
+from softlms.data.inputs import batches, in_eval_mode
+from softlms.methods.early_exit.module import ExitingEncoder
+from softlms.methods.early_exit.training import first_states
+
+__all__ = ["said_by_all"]
+
+
+@torch.no_grad()
+def said_by_all(
+    model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the heads alone and of their ensembles, and last those of the model itself.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With exits.
+    rows : Dataset
+        N rows.
+    collator : callable
+    batch_size : int
+
+    Returns
+    -------
+    alone, together : Tensor
+        log p and log q, shape (N, L, C).
+
+    Raises
+    ------
+    ValueError
+        The model has no exits.
+    """
+    encoder: Any = getattr(model.base_model, "encoder", None)
+    if not isinstance(encoder, ExitingEncoder):
+        raise ValueError(f"This {type(model).__name__} has no exits.")
+    states = first_states(model, encoder.layer, rows, collator, batch_size)
+    with in_eval_mode(model):
+        own = torch.cat([model(**batch).logits for batch in batches(model, rows, collator, batch_size)])
+        logits, together = encoder.exits(states[:, :-1])
+    last = own.log_softmax(-1)[:, None]
+    return torch.cat([logits.log_softmax(-1), last], dim=1), torch.cat([together, last], dim=1)
