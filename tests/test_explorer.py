@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from softlms.workbook.plots.explorer import rank_explorer, speed_explorer, threshold_explorer
+from softlms.workbook.plots.execution_pictures import draw_curve
+from softlms.workbook.plots.explorer import curve_explorer, rank_explorer, speed_explorer, threshold_explorer
 from softlms.workbook.plots.grid_pictures import draw_rank_bars
 from softlms.workbook.plots.pictures import describe_cut, draw_cut, draw_speed_bars
 
@@ -100,3 +101,32 @@ def test_speed_explorer_shows_the_runs():
     assert [bar.get_height() for bar in ax.containers[0]] == list(rows.speed_up)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["blocks, prefill", "whole model, prefill"]
     plt.close(fig)
+
+
+def test_curve_explorer_says_what_a_threshold_costs():
+    lines = [
+        {"task": "mrpc", "family": family, "split": split, "seed": seed, "threshold": threshold, "blocks": blocks}
+        | {"value": value + seed / 100}
+        for family in ("one", "other")
+        for split in ("dev", "test")
+        for seed in (0, 1)
+        for threshold, blocks, value in ((0.5, 1.0, 0.7), (1.0, 6.0, 0.8))
+    ]
+    lines += [line | {"family": "coarse", "threshold": 2.0} for line in lines[:1]]
+    curves = pd.DataFrame(lines)
+    _, family, threshold, text, picture = curve_explorer(curves[curves.threshold < 2], "blocks").children
+    assert text.value == "<b>test f1 80.5 at 6.00 blocks (+0.0 against everything run)</b>"
+    whole = picture.value
+    threshold.value = 0.5
+    assert text.value == "<b>test f1 70.5 at 1.00 blocks (-10.0 against everything run)</b>" and picture.value != whole
+    family.value = "other"
+    assert "70.5" in text.value
+    _, family, _, text, picture = curve_explorer(curves, "blocks").children
+    assert text.value == "one has no threshold of 2 on mrpc." and picture.value == b""
+    family.value = "coarse"
+    assert text.value == "<b>dev f1 70.0 at 1.00 blocks (+0.0 against everything run)</b>"
+    fig, ax = plt.subplots()
+    draw_curve(ax, curves, "mrpc", "one", 0.5, "blocks")  # the static twin
+    curve, point = ax.lines
+    plt.close(fig)
+    assert curve.get_ydata().tolist() == pytest.approx([70.5, 80.5]) and point.get_xdata().tolist() == [1]

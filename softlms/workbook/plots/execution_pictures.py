@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 from softlms.experiments.grid import leading_metric
 from softlms.workbook.plots.style import PAGE, figure
 
-__all__ = ["plot_depth", "plot_exit_rows", "plot_exits", "plot_experts", "plot_token_experts"]
+__all__ = [
+    "describe_point",
+    "draw_curve",
+    "plot_depth",
+    "plot_exit_rows",
+    "plot_exits",
+    "plot_experts",
+    "plot_token_experts",
+]
 
 # Okabe and Ito's palette
 EXITS: dict[str, dict[str, Any]] = {
@@ -127,6 +135,46 @@ def _lines(ax: Axes, rows: pd.DataFrame, x: str, styles: Mapping[str, Mapping[st
         part = rows[rows.family == family].sort_values(x)
         if len(part):
             ax.plot(part[x], 100 * part.value, label=family, **style)
+
+
+def draw_curve(ax: Axes, curves: pd.DataFrame, task: str, family: str, threshold: float, x: str) -> None:
+    """One family's curve on a task, mean over seeds, with the point of a threshold; twin of `curve_explorer`.
+
+    Parameters
+    ----------
+    ax : Axes
+    curves : DataFrame
+        With columns task, split, family, threshold, value and `x`.
+    task, family : str
+    threshold : float
+    x : str
+        What it costs: "blocks", or "share".
+    """
+    part, split = _means(curves, task, family, x)
+    ax.plot(part[x], 100 * part.value, color="#0072B2")
+    point = part[part.threshold == threshold]
+    ax.plot(point[x], 100 * point.value, "o", color="#D55E00", ms=8)
+    ax.set(xlabel=f"{x}, mean", ylabel=f"{split} {leading_metric(task)} (%)", title=f"{task}, {family}")
+
+
+def describe_point(curves: pd.DataFrame, task: str, family: str, threshold: float, x: str) -> str:
+    """The score at a threshold, and what it costs; see `draw_curve`."""
+    part, split = _means(curves, task, family, x)
+    point = part[part.threshold == threshold]
+    if point.empty:
+        return f"{family} has no threshold of {threshold:g} on {task}."
+    score, whole = 100 * point.value.iloc[0], 100 * part.sort_values(x).value.iloc[-1]
+    return (
+        f"{split} {leading_metric(task)} {score:.1f} at {point[x].iloc[0]:.2f} {x} "
+        f"({score - whole:+.1f} against everything run)"
+    )
+
+
+def _means(curves: pd.DataFrame, task: str, family: str, x: str) -> tuple[pd.DataFrame, str]:
+    part = curves[(curves.task == task) & (curves.family == family)]
+    split = part.split.max()  # test, or dev
+    means = part[part.split == split].groupby("threshold", as_index=False)[[x, "value"]].mean()
+    return means.sort_values(x), split
 
 
 def plot_exit_rows(rows: pd.DataFrame) -> Figure:

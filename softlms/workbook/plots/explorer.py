@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from softlms.thresholds import soft_threshold
+from softlms.workbook.plots.execution_pictures import describe_point, draw_curve
 from softlms.workbook.plots.grid_pictures import describe_budget, draw_rank_bars
 from softlms.workbook.plots.pictures import describe_cut, describe_speed, draw_cut, draw_speed_bars
 from softlms.workbook.plots.style import PALETTE, figure
 
-__all__ = ["rank_explorer", "speed_explorer", "threshold_explorer"]
+__all__ = ["curve_explorer", "rank_explorer", "speed_explorer", "threshold_explorer"]
 
 
 def threshold_explorer(sigma: Tensor, shape: tuple[int, int], *, alpha: float = 1.0, s: float = 50.0) -> widgets.VBox:
@@ -103,6 +104,38 @@ def speed_explorer(table: pd.DataFrame) -> widgets.VBox:
         return describe_speed(table, **case), fig
 
     return _explorer(draw, **choices)
+
+
+def curve_explorer(curves: pd.DataFrame, x: str) -> widgets.VBox:
+    """A slider over thresholds: the score, and what it costs.
+
+    Parameters
+    ----------
+    curves : DataFrame
+        As notebooks 14 and 15 write them, with a column "family".
+    x : str
+        What it costs: "blocks", or "share".
+    """
+
+    def draw(task: str, family: str, threshold: float) -> tuple[str, Figure | None]:
+        said = describe_point(curves, task, family, threshold, x)
+        if "no threshold" in said:
+            return said, None
+        fig, ax = figure(height=2.8)
+        draw_curve(ax, curves, task, family, threshold, x)
+        return said, fig
+
+    thresholds = sorted(curves.threshold.unique())
+    return _explorer(
+        draw,
+        task=widgets.Dropdown(options=list(curves.task.unique()), description="task"),
+        family=widgets.Dropdown(options=list(curves.family.unique()), description="method"),
+        threshold=widgets.SelectionSlider(
+            options=[(f"{threshold:.4g}", threshold) for threshold in thresholds],
+            value=thresholds[-1],
+            description="threshold",
+        ),
+    )
 
 
 def _explorer(draw: Callable[..., tuple[str, Figure | None]], **controls: widgets.Widget) -> widgets.VBox:
