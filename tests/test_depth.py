@@ -17,7 +17,6 @@ from softlms.methods.depth.cut import put_head
 from softlms.methods.depth.loss import depth_loss, weigh
 from softlms.methods.depth.method import BlocksConfig, DepthConfig
 from softlms.methods.depth.search import Deep
-from softlms.methods.heads import BlockHead, classifier_of
 
 RECIPE = Recipe(dense_epochs=1, epochs=1, distillation=0.5, keep=0.5)
 
@@ -107,6 +106,17 @@ print(model.num_parameters())
     assert int(left) == parameters - sum(v.numel() for v in model.bert.encoder.layer[0].parameters())
 
 
+def test_weights_settle_in_a_short_training(bench):
+    """What a run of some hundred steps does: the weights choose a head, and a price makes it an earlier one."""
+    recipe = RECIPE.changed(epochs=40, distillation=0.0)
+    found = {}
+    for beta in (0.0, 1.0):
+        run = bench.run("depth", recipe.changed(settings={"depth": {"beta": beta}}), 0).result
+        found[beta] = run["blocks"]
+        assert max(run["a"]) > 0.9 and run["uncut"]["dev"].keys() == run["scores"]["dev"].keys()
+    assert found[1.0] == 1
+
+
 @pytest.mark.parametrize("method", ["depth", "first-blocks", "needed-blocks"])
 def test_methods_leave_a_smaller_model_of_the_same_class(bench, method):
     blocks = {} if method == "depth" else {"settings": {method: {"blocks": 1}}}
@@ -118,7 +128,7 @@ def test_methods_leave_a_smaller_model_of_the_same_class(bench, method):
         assert found["blocks"] == 1 + found["a"].index(max(found["a"]))
     else:
         assert found["blocks"] == 1 and found["parameters_total"] < dense["parameters_total"]
-        assert len(found["kept_blocks"]) == 1
+        assert len(found["kept_blocks"]) == 1 and found["kept_linear"] == pytest.approx(0.5)
 
 
 def test_the_least_needed_block_goes(bench, tiny_folder, monkeypatch):
@@ -175,4 +185,3 @@ def test_unfit_models_and_settings_are_refused(tiny_bert):
     with pytest.raises(ValueError, match="by must be"):
         BlocksConfig(by="chance")
     assert len(model.bert.encoder.layer) == 2
-    assert isinstance(BlockHead.like(classifier_of(model, "A test")), BlockHead)

@@ -20,7 +20,7 @@ from transformers import (
 import softlms
 from softlms.experiments.recipe import Recipe
 from softlms.methods.dynamic_moe import experts_of, put_experts, set_threshold
-from softlms.methods.dynamic_moe.experts import Experts
+from softlms.methods.dynamic_moe.counts import executed, measure_crossover
 from softlms.methods.dynamic_moe.method import ExpertsConfig
 from softlms.methods.dynamic_moe.routing import entering_states, train_routers
 from softlms.methods.dynamic_moe.split import SPLITS, balanced_kmeans
@@ -98,6 +98,55 @@ def test_a_token_runs_the_experts_of_its_router(model, tokens):
             experts.grouped_below = limit
             torch.testing.assert_close(experts(x), expected, rtol=1e-4, atol=1e-5)
     assert experts.share() == pytest.approx(runs.float().mean().item())
+
+
+def test_a_feed_forward_is_split_once(model):
+    put_experts(model, 8)
+    for again in (lambda: put_experts(model, 8), lambda: SparseTrainer(model)):
+        with pytest.raises(ValueError, match="is a Experts, which was put there already"):
+            again()
+
+
+@torch.no_grad()
+def test_gathered_is_masked_in_half_precision_and_under_autocast(model, tokens):
+    put_experts(model, 8)
+    route(model)
+    set_threshold(model, 0.5)
+    for half in (False, True):
+        if half:
+            model.bfloat16()
+        found = []
+        for limit in (0.0, 1.1):
+            for experts in experts_of(model).values():
+                experts.grouped_below = limit
+            with torch.autocast("cpu", torch.bfloat16, enabled=not half):
+                found.append(model(tokens).logits.float())
+        assert (found[0] - found[1]).abs().mean() < 0.05 * found[0].abs().mean()
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_flops_are_those_of_the_products(model, tokens, factored):
+    """Counted by torch where everything runs; and what is left out, by the experts that ran."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if factored:
+        softlms.deploy(softlms.decompose(model), keep=0.4)
+    every = put_experts(model, 8)
+    route(model)
+    experts = next(iter(every.values()))
+    x = torch.randn(40, 32)
+    for tau in (1.0, 0.5):
+        set_threshold(model, tau)
+        experts.grouped_below = 1.1
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            experts(x)
+        ran, dense = experts.flops()
+        assert counted.get_total_flops() == pytest.approx(40 * ran)
+        assert dense == 2 * (3 if experts.gated else 2) * 32 * (128 if model.config.model_type == "gpt2" else 64)
+    set_threshold(model, 1.0)
+    logits(model, tokens)
+    assert executed(model) < 1 if factored else executed(model) == 1
+    assert 0 <= measure_crossover(experts, x, rounds=1) <= 0.8
 
 
 def test_fewer_run_as_tau_falls(model, tokens):
@@ -232,8 +281,6 @@ def test_unfit_models_and_settings_are_refused(tiny_bert, tokens):
     with pytest.raises(ValueError, match=r"The router of bert\.encoder\.layer\.0\.intermediate was never trained"):
         set_threshold(model, 0.5)
     set_threshold(model, 1)
-    with pytest.raises(ValueError, match="which was put there already"):
-        put_experts(model, 8)
     route(model)
     for wrong in ({"tau": -0.1}, {"tau": float("nan")}, {"tau": 1.5}):
         with pytest.raises(ValueError, match="tau is a share, 0 to 1"):
@@ -246,10 +293,15 @@ def test_unfit_models_and_settings_are_refused(tiny_bert, tokens):
     soft = softlms.decompose(tiny_bert())
     with pytest.raises(ValueError, match="is a SoftLinear: experts divide dense and low-rank linears"):
         put_experts(soft, 8)
+    for wrong in ({"top": 65}, {"top": 4, "tau": 0.5}):
+        with pytest.raises(ValueError, match="top is a number of experts, 1 to 64, and tau is left out beside it"):
+            ExpertsConfig(**wrong)
     for wrong in ({"split": "x"}, {"tau": 2}, {"experts": 0}, {"router_epochs": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ExpertsConfig(**wrong)
     for wrong in ({"penalty": "x"}, {"penalty_weight": -1}, {"ramp": 2}, {"epochs": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             SparseConfig(**wrong)
-    assert isinstance(model.bert.encoder.layer[0].intermediate, Experts)
+        if "epochs" not in wrong:
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                SparseTrainer(tiny_bert(), **wrong)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
@@ -17,10 +18,13 @@ from transformers import (
 
 import softlms
 from softlms.experiments.recipe import Recipe
+from softlms.methods.depth import keep_blocks
+from softlms.methods.dynamic_moe import put_experts
 from softlms.methods.early_exit import predict, put_exits
 from softlms.methods.early_exit.exits import Exits
 from softlms.methods.early_exit.method import ExitsConfig
 from softlms.methods.early_exit.rules import RULES, curve, hindsight_improvability, score_at
+from softlms.methods.early_exit.said import said_by_all
 from softlms.methods.early_exit.training import first_states, train_exits
 
 SIZE, LAYERS, CLASSES = 32, 4, 2
@@ -154,6 +158,35 @@ def test_saved_and_loaded_bit_for_bit(whole, batch, cascade, ensemble, factored,
         assert softlms.count_parameters(loaded).kept("linear") <= 0.5
 
 
+@torch.no_grad()
+def test_without_the_head_that_answers_no_row_leaves(whole, batch, tmp_path):
+    """Loaded without its classifier, or with the classifier wrapped: refused, never a silent answer of another head."""
+    put_exits(whole, exits_of())
+    whole.save_pretrained(tmp_path)
+    body = AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(body(**batch).last_hidden_state, whole.bert(**batch).last_hidden_state)
+    with pytest.raises(ValueError, match="load the classifier"):
+        body(**batch, exit_threshold=0.5)
+    whole.classifier = torch.nn.Linear(SIZE, CLASSES)
+    with pytest.raises(ValueError, match="The exits' answers were not taken"):
+        predict(whole, 0.5, **batch)
+    whole(**batch, exit_threshold=0.5)
+    with pytest.raises(ValueError, match="The exits' answers were not taken"):
+        whole(**batch)
+
+
+@torch.no_grad()
+def test_what_all_say_is_what_the_model_says(whole, rows, bench):
+    put_exits(whole, exits_of())
+    said = said_by_all(whole, rows, bench.collator, batch_size=7)
+    assert said.shape == (48, LAYERS, CLASSES)
+    one = {"input_ids": torch.tensor([rows[5]["input_ids"]])}
+    torch.testing.assert_close(said[5, -1], whole(**one).logits[0].log_softmax(-1), rtol=1e-4, atol=1e-5)
+    for threshold in (0.6, 0.8, 0.95):
+        found = predict(whole, threshold, **one)
+        assert RULES["confidence"][0](said[5:6].numpy(), threshold).blocks == found.blocks.numpy()
+
+
 def test_a_head_missing_at_load_is_an_error(whole, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -205,18 +238,27 @@ def test_unfit_models_and_settings_are_refused(tiny_bert, whole, batch):
             put_exits(model, exits_of())
     with pytest.raises(ValueError, match="has one output, a score"):
         put_exits(tiny_bert(num_labels=1), exits_of())
+    with pytest.raises(ValueError, match="any number of labels"):
+        put_exits(tiny_bert(problem_type="multi_label_classification"), exits_of())
+    with pytest.raises(ValueError, match="BertForSequenceClassification is none"):
+        put_exits(tiny_bert(is_decoder=True), exits_of())
     with pytest.raises(ValueError, match="needs two blocks or more; the model has 1"):
         put_exits(tiny_bert(num_hidden_layers=1), exits_of())
     with pytest.raises(ValueError, match="has no exits: train them first"):
         predict(whole, 0.5, **batch)
     put_exits(whole, exits_of())
-    with pytest.raises(ValueError, match="has exits already"):
-        put_exits(whole, exits_of())
+    for again in (lambda: put_exits(whole, exits_of()), lambda: keep_blocks(whole, [0]), lambda: put_experts(whole, 8)):
+        with pytest.raises(ValueError, match="the model has exits.*, and they come last"):
+            again()
     for threshold in (-0.1, float("nan")):
         with pytest.raises(ValueError, match="exit_threshold is a probability"):
             predict(whole, threshold, **batch)
     with pytest.raises(ValueError, match="leave exit_threshold or these outputs out"):
         predict(whole, 0.5, **batch, output_hidden_states=True)
+    whole.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="leave exit_threshold or these outputs out"):
+        predict(whole, 0.5, **batch)
+    whole.config.output_hidden_states = False
     with pytest.raises(ValueError, match="in evaluation alone"):
         predict(whole.train(), 0.5, **batch)
     for setting in ({"exit_epochs": 0}, {"exit_learning_rate": 2}, {"exit_batch_size": 0}):

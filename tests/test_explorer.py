@@ -114,17 +114,17 @@ def test_curve_explorer_says_what_a_threshold_costs():
     ]
     lines += [line | {"family": "coarse", "threshold": 2.0} for line in lines[:1]]
     curves = pd.DataFrame(lines)
-    _, family, threshold, text, picture = curve_explorer(curves[curves.threshold < 2], "blocks").children
-    assert text.value == "<b>test f1 80.5 at 6.00 blocks (+0.0 against everything run)</b>"
+    curves = pd.concat([curves, curves[curves.family == "coarse"].assign(task="rte", family="absent")])
+    task, family, place, text, picture = curve_explorer(curves, "blocks").children
+    assert text.value == "<b>threshold 1: test f1 80.5 at 6.00 blocks (+0.0 against everything run)</b>"
     whole = picture.value
-    threshold.value = 0.5
-    assert text.value == "<b>test f1 70.5 at 1.00 blocks (-10.0 against everything run)</b>" and picture.value != whole
-    family.value = "other"
-    assert "70.5" in text.value
-    _, family, _, text, picture = curve_explorer(curves, "blocks").children
-    assert text.value == "one has no threshold of 2 on mrpc." and picture.value == b""
+    place.value = 0.0
+    assert text.value == "<b>threshold 0.5: test f1 70.5 at 1.00 blocks (-10.0 against everything run)</b>"
+    assert picture.value != whole
     family.value = "coarse"
-    assert text.value == "<b>dev f1 70.0 at 1.00 blocks (+0.0 against everything run)</b>"
+    assert text.value == "<b>threshold 2: dev f1 70.0 at 1.00 blocks (+0.0 against everything run)</b>"
+    task.value = "rte"
+    assert text.value == "coarse was not run on rte." and picture.value == b""
     fig, ax = plt.subplots()
     draw_curve(ax, curves, "mrpc", "one", 0.5, "blocks")  # the static twin
     curve, point = ax.lines

@@ -1,7 +1,5 @@
 """What a traced bench keeps: exits' words and times, experts' points and tokens; and the tables made of it."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -54,7 +52,7 @@ def test_exits_are_traced(traced):
     assert better.value.between(0, 1).all() and len(better) == 2 * 2 * len(set(rows.split))
     curves["family"] = curves.variant
     confident = curves[curves.rule == "confidence"]
-    found = at(confident, lambda depth: depth, [("Zero Time Waste", "heads alone")])
+    found = at(confident, "blocks", 2, [("Zero Time Waste", "heads alone")])
     assert (found["mean"].abs() < 1e-6).all()  # after all blocks both are the model itself
     times = rows.exits.dropna().iloc[0]["times"]
     assert {point["rows"] for point in times} == {1, 8} and all(point["seconds"] > 0 for point in times)
@@ -75,6 +73,7 @@ def test_experts_are_traced(traced):
         assert part.value.iloc[-1] == pytest.approx(whole[seed, split])
         assert list(part.threshold) == (list(TAUS) if name == "dynamic-k" else [1, 2, 3, 4, 5, 6, 7, 8])
         assert (part.seconds > 0).all() and (part["all"] > 0).all()
+        assert part.flops.is_monotonic_increasing or name == "dynamic-k"  # its router runs unless all experts do
     tokens = pd.DataFrame(rows.tokens.dropna().iloc[0])
     assert tokens.row.nunique() == 8 and tokens.ran.between(1, 8).all()
     assert tokens[tokens.row == 0].token.iloc[0] == "[CLS]"
@@ -87,6 +86,13 @@ def test_every_profile_has_methods_and_settings_that_exist(comparisons):
         assert one.name == profile and one.keeps == (1.0,) and len(one.seeds) >= 2
         for variant in one.variants.values():
             one.recipe.changed(**variant.changes).chain(parse(variant.method))
+        jobs = [job for unit in one.units(dict.fromkeys(one.tasks)) for name, job in unit if name in one.variants]
+        if comparisons is EXITS:  # the model stays as it was
+            assert {job.recipe.epochs for job in jobs if "+" not in job.method} == {0}
+        else:
+            assert all(job.recipe.epochs > 0 for job in jobs)
+        rates = [job.recipe.settings.get("sdn-exits") for job in jobs if job.method == "sdn-exits"]
+        assert profile != "laptop" or comparisons is not EXITS or rates.count({"exit_learning_rate": 0.01}) == 3
 
 
 def test_a_score_between_two_points_is_paired_over_seeds():
@@ -98,7 +104,6 @@ def test_a_score_between_two_points_is_paired_over_seeds():
         for seed in range(3)
         for blocks, value in points
     ]
-    found = at(pd.DataFrame(lines), lambda depth: depth / 1.5, [("one", "other"), ("one", "absent")])
+    found = at(pd.DataFrame(lines), "blocks", 2, [("one", "other"), ("one", "absent")])
     assert len(found) == 1 and found["mean"].iloc[0] == pytest.approx(10)
     assert found.other_mean.iloc[0] == pytest.approx(61) and np.isclose(found.low95, found.high95).all()
-    assert replace(EXITS["laptop"], name="other").variants == EXITS["laptop"].variants

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import pandas as pd
 
 from softlms.evaluation.metrics import METRICS, paired_difference
 from softlms.experiments.companions import CUT, RECOVERY
-from softlms.experiments.grid import GRIDS, leading_metric
+from softlms.experiments.grid import GRIDS, Setting, leading_metric
 from softlms.experiments.variants import Comparison, Variant
 from softlms.methods.early_exit.rules import curve, hindsight_improvability, score_at
 
@@ -19,12 +19,15 @@ __all__ = ["DEPTHS", "EXITS", "EXPERTS", "at", "exit_curves", "expert_curves", "
 
 LAPTOP = RECOVERY["laptop"]
 SMALL = {"keep": 0.5, "epochs": 1, "distillation": 0.9}
+FEW = {"dense_epochs": 2}  # sst2's dense models are those of the tables
 BASE = replace(
     LAPTOP,
     recipe=GRIDS["laptop"].recipe.changed(further_keeps=()),
-    tasks=GRIDS["laptop"].tasks,
+    tasks={"mrpc": Setting(), "rte": Setting(), "sst2": Setting(FEW, train_rows=16000)},
     keeps=(1.0,),
 )
+LONG_SST2 = Setting(FEW | {"epochs": 0.75}, train_rows=16000)  # 750 steps
+TRAINED = replace(BASE, recipe=BASE.recipe.changed(epochs=3), tasks={**BASE.tasks, "sst2": LONG_SST2})
 
 
 def _sizes(laptop: Comparison, quick: Comparison) -> dict[str, Comparison]:
@@ -45,9 +48,27 @@ EXIT_VARIANTS = {
     "ensembles without cascade": Variant("ensemble-exits"),
     "Zero Time Waste, 50 % of the linears": Variant(f"{CUT}+ztw-exits", SMALL),
 }
+
+
+def _rate(method: str, **settings: float) -> dict[str, Any]:
+    return {"settings": {method.split("+")[-1]: settings}}
+
+
+ENSEMBLED = ("ztw-exits", "ensemble-exits", f"{CUT}+ztw-exits")
 UNTRAINED: dict[str, Any] = {"epochs": 0, "distillation": 0.0}
 EXITS = _sizes(
-    replace(BASE, recipe=BASE.recipe.changed(**UNTRAINED), variants=EXIT_VARIANTS, facts=("exits",)),
+    replace(
+        BASE,
+        recipe=BASE.recipe.changed(**UNTRAINED),
+        tasks={
+            **BASE.tasks,
+            # the authors' rates where they differ by task
+            "rte": Setting(methods={name: _rate(name, ensemble_learning_rate=1e-3) for name in ENSEMBLED}),
+            "sst2": Setting(FEW, {"sdn-exits": _rate("sdn-exits", exit_learning_rate=0.01)}, train_rows=16000),
+        },
+        variants=EXIT_VARIANTS,
+        facts=("exits",),
+    ),
     replace(
         BASE,
         recipe=RECOVERY["quick"].recipe.changed(**UNTRAINED),
@@ -73,13 +94,14 @@ DEPTH_VARIANTS = {
     **{f"{blocks} most needed blocks": _blocks("needed-blocks", blocks) for blocks in range(1, 6)},
     "learned, beta 0.01, then 50 % of the linears": Variant(f"depth+{CUT}", {"keep": 0.5}),
 }
+DEPTH_FACTS = ("blocks", "a", "uncut")
 DEPTHS = _sizes(
-    replace(BASE, recipe=BASE.recipe.changed(epochs=3), variants=DEPTH_VARIANTS, facts=("blocks", "a")),
+    replace(TRAINED, variants=DEPTH_VARIANTS, facts=DEPTH_FACTS),
     replace(
         BASE,
         recipe=RECOVERY["quick"].recipe,
         variants={name: DEPTH_VARIANTS[name] for name in ("learned, beta 0", "learned, beta 0.1", "first 2 blocks")},
-        facts=("blocks", "a"),
+        facts=DEPTH_FACTS,
     ),
 )
 
@@ -98,7 +120,7 @@ EXPERT_VARIANTS = {
     ),
 }
 EXPERTS = _sizes(
-    replace(BASE, recipe=BASE.recipe.changed(epochs=3), variants=EXPERT_VARIANTS, facts=("experts", "tokens")),
+    replace(TRAINED, variants=EXPERT_VARIANTS, facts=("experts", "tokens")),
     replace(
         BASE,
         recipe=RECOVERY["quick"].recipe,
@@ -154,18 +176,19 @@ def _each(rows: pd.DataFrame) -> Any:
             if split not in row.exits:
                 continue
             found = row.exits[split]
-            yield where, split, np.array(found["together"]), np.array(found["labels"])
+            yield where, split, np.array(found["said"]), np.array(found["labels"])
 
 
-def at(curves: pd.DataFrame, blocks: Callable[[int], float], pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Scores at a mean number of blocks, and differences paired over seeds, in points.
+def at(curves: pd.DataFrame, x: str, cost: float, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Scores at a cost, between the two nearest thresholds, and differences paired over seeds, in points.
 
     Parameters
     ----------
     curves : DataFrame
-        Of `exit_curves`, with a column "family" in which pairs are named.
-    blocks : callable
-        Of the model's depth.
+        Of `exit_curves` or `expert_curves`, with a column "family" in which pairs are named.
+    x : str
+        What it costs, a column: "blocks" or "flops".
+    cost : float
     pairs : sequence of (str, str)
         Families; above zero, the first is better.
 
@@ -176,8 +199,8 @@ def at(curves: pd.DataFrame, blocks: Callable[[int], float], pairs: Sequence[tup
     """
     found = []
     for place, part in curves.groupby(["task", "split", "family", "seed"], sort=False):
-        points = part.rename(columns={"value": "score"})[["blocks", "score"]].to_dict("records")
-        found.append([*place, 100 * score_at(points, blocks(int(part.depth.iloc[0])))])
+        points = part[[x, "value"]].set_axis(["blocks", "score"], axis=1).to_dict("records")
+        found.append([*place, 100 * score_at(points, cost)])
     every = pd.DataFrame(found, columns=["task", "split", "family", "seed", "value"])
     table = every.pivot_table(index=["task", "split", "seed"], columns="family", values="value", sort=False)
     lines = []
@@ -204,8 +227,9 @@ def expert_curves(rows: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns task, keep, variant, seed, split, threshold (tau, or top), share (mean over tokens of dev and blocks),
-        seconds (in the feed-forwards), all (the same with all experts), value (of the leading metric).
+        Columns task, keep, variant, seed, split, threshold (tau, or top), share (of the experts, mean over tokens of
+        dev and blocks), flops (as a share of dense feed-forwards', routers included), seconds (in the feed-forwards),
+        all (the same with all experts), value (of the leading metric).
     """
     lines = []
     for row in rows[rows.experts.notna()].drop_duplicates(["task", "keep", "variant", "seed"]).itertuples():

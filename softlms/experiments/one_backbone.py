@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel
 
+from softlms.budget import Budget
 from softlms.data.encoders import Encoder, attention
 from softlms.data.hub import pretrained, weights_hash
 from softlms.experiments.bench import Bench
@@ -36,13 +37,14 @@ def small_backbone(benches: Mapping[str, Bench], keep: float) -> Encoder:
     benches : mapping
         The bench of each task; all have one encoder.
     keep : float
-        See `softlms.Budget`.
+        See `softlms.Budget`; checked before any work.
 
     Returns
     -------
     Encoder
         A folder beside the runs.
     """
+    Budget(keep)
     first = next(iter(benches.values()))
     rows = {
         task: bench.splits["train"].select(range(min(ROWS, len(bench.splits["train"]))))
@@ -63,10 +65,8 @@ def small_backbone(benches: Mapping[str, Bench], keep: float) -> Encoder:
     return Encoder(str(folder), f"{first.encoder.source}, {keep:.0%} of its linears kept")
 
 
-def serve(
-    backbone: Encoder, benches: Mapping[str, Bench], adapters: Mapping[str, Path], split: str = "dev"
-) -> dict[str, dict[str, float]]:
-    """Load one backbone with the adapters of all tasks, and score each task with its own.
+def serve(backbone: Encoder, benches: Mapping[str, Bench], adapters: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """Load one backbone with the adapters of all tasks, and score each task on dev with its own.
 
     Parameters
     ----------

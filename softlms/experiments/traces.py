@@ -17,7 +17,7 @@ from softlms.experiments.bench import Bench
 from softlms.experiments.closure import not_in_keys
 from softlms.experiments.recipe import Recipe
 from softlms.measure import interleaved
-from softlms.methods.dynamic_moe.counts import ran_by_token, time_experts
+from softlms.methods.dynamic_moe.counts import executed, ran_by_token, time_experts
 from softlms.methods.dynamic_moe.experts import Experts
 from softlms.methods.dynamic_moe.surgery import experts_of, set_threshold
 from softlms.methods.early_exit.module import ExitingEncoder, predict
@@ -28,7 +28,7 @@ __all__ = ["TAUS", "TracedBench"]
 TAUS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
 TOPS = 12  # numbers of experts that are tried, evenly spread
 EXIT_TAUS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # at which exits are timed
-DIGITS = 4
+DIGITS = 6
 SHOWN = 8  # rows in pictures, and in a batch that is timed
 TOKENS = 128  # of a row in a batch that is timed
 
@@ -36,12 +36,13 @@ TOKENS = 128  # of a row in a batch that is timed
 class TracedBench(Bench):
     """As `Bench`; a run's result also has "exits", or "experts" and "tokens".
 
-    "exits" has for each split "labels" (N,), and log-probabilities "alone" and "together" (N, L, C), see
+    "exits" has for each split "labels" (N,), and log-probabilities "said" (N, L, C), see
     `softlms.methods.early_exit.said.said_by_all`; and "times": for batches of 1 and 8 rows of dev, at each threshold
     the mean number of "blocks", "seconds" and those of the "whole" model. "experts" has a point for each threshold:
-    "tau" or "top", "share" of the experts that ran on dev (mean over tokens and blocks), "shares" by block, "scores",
-    and "seconds" in the feed-forwards, of 8 rows of 128 tokens, and of "all" experts. "tokens" are those of the first
-    rows of dev, with the number of experts that each "ran" at the threshold nearest to 40 % of them.
+    "tau" or "top"; "share" of the experts that ran on dev, mean over tokens and blocks, and "shares" by block; "flops",
+    see `softlms.methods.dynamic_moe.counts.executed`; "scores"; and "seconds" in the feed-forwards, of 8 rows of 128
+    tokens, and of "all" experts. "tokens" are those of the first rows of dev, with the number of experts that each
+    "ran" at the threshold nearest to 40 % of them.
     """
 
     @cached_property
@@ -59,10 +60,8 @@ class TracedBench(Bench):
         return {}
 
     def _said(self, model: PreTrainedModel, split: str) -> dict[str, Any]:
-        alone, together = said_by_all(model, self.splits[split], self.collator)
-        said = {"alone": alone, "together": together}
-        lists = {name: np.round(values.double().cpu().numpy(), DIGITS).tolist() for name, values in said.items()}
-        return {"labels": list(self.splits[split]["labels"]), **lists}
+        said = said_by_all(model, self.splits[split], self.collator).double().cpu().numpy()
+        return {"labels": list(self.splits[split]["labels"]), "said": np.round(said, DIGITS).tolist()}
 
     def _exit_times(self, model: PreTrainedModel) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -87,12 +86,12 @@ class TracedBench(Bench):
         for setting in _settings(first):
             set_threshold(model, **setting)
             scores = self.scores(model, ("dev",))
-            shares = [experts.share() for experts in every.values()]
+            shares, flops = [experts.share() for experts in every.values()], executed(model)
             if "test" in self.splits:
                 scores |= self.scores(model, ("test",))
             seconds = time_experts(model, timed)
             points.append(
-                {**setting, "share": float(np.mean(shares)), "shares": shares, "scores": scores}
+                {**setting, "share": float(np.mean(shares)), "shares": shares, "flops": flops, "scores": scores}
                 | {"seconds": seconds["as set"], "all": seconds["all"]}
             )
         set_threshold(model, **before)

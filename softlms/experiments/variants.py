@@ -67,7 +67,7 @@ class Comparison:
                 for seed in self.seeds:
                     unit = [("dense", Job(benches[task], "dense", recipe, seed))]
                     for name, variant in self.variants.items():
-                        own = recipe.changed(**variant.changes)
+                        own = recipe.changed(**{**variant.changes, **setting.methods.get(variant.method, {})})
                         unit.append((name, Job(benches[task], variant.method, own, seed)))
                     yield unit
 

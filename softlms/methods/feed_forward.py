@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from softlms.modules import Attached, Replacement
+
 __all__ = ["FeedForward", "feed_forwards", "name_activation", "set_activation"]
 
 
@@ -57,11 +59,13 @@ def feed_forwards(model: PreTrainedModel, what: str) -> list[FeedForward]:
     Raises
     ------
     ValueError
-        Another family, or a block whose feed-forward was replaced.
+        Another family, a block whose feed-forward was replaced, or a model with exits, which come last.
     """
     family = model.config.model_type
     if family not in FAMILIES:
         raise ValueError(f"{what} knows the feed-forward of {', '.join(FAMILIES)}; this model is a {family}.")
+    if any(isinstance(module, Attached) for module in model.modules()):
+        raise ValueError(f"{what}: the model has exits, and they come last: start from the one without.")
     holder, enters, activation, leaves = FAMILIES[family]
     base: Any = model.base_model
     prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
@@ -69,7 +73,7 @@ def feed_forwards(model: PreTrainedModel, what: str) -> list[FeedForward]:
     for number in range(len(base.get_submodule(BLOCKS[family]))):
         block = f"{prefix}{BLOCKS[family]}.{number}"
         module = model.get_submodule(f"{block}.{holder}")
-        if not hasattr(module, activation):
+        if isinstance(module, Replacement):
             raise ValueError(f"{what}: {block}.{holder} is a {type(module).__name__}, which was put there already.")
         names = tuple(f"{block}.{name}" for name in enters)
         found.append(FeedForward(f"{block}.{holder}", names, (f"{block}.{holder}", activation), f"{block}.{leaves}"))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softlms.modules import Replacement
+
 __all__ = ["BlockHead", "Classifier", "classifier_of"]
 
 
@@ -54,20 +56,27 @@ def classifier_of(model: PreTrainedModel, what: str) -> Classifier:
     Raises
     ------
     ValueError
-        The model has no blocks in an encoder, no pooler, or no linear head for two classes or more.
+        The model has no blocks alone in an encoder, no linear pooler, no linear head for one of two classes or more, or
+        reads from left to right; or it has exits, which come last.
     """
     prefix = model.base_model_prefix
     base: Any = getattr(model, prefix, None)
-    blocks = getattr(getattr(base, "encoder", None), "layer", None)
+    encoder = getattr(base, "encoder", None)
+    if isinstance(encoder, Replacement):
+        raise ValueError(f"{what}: the model has exits already, and they come last: start from the one without.")
+    parts = [name for name, _ in encoder.named_children()] if isinstance(encoder, nn.Module) else []
     pooler = getattr(getattr(base, "pooler", None), "dense", None)
     head: Any = getattr(model, "classifier", None)
-    if not isinstance(blocks, nn.ModuleList) or pooler is None or not isinstance(head, nn.Linear):
+    reads_on = getattr(model.config, "is_decoder", False)
+    if parts != ["layer"] or not isinstance(pooler, nn.Linear) or not isinstance(head, nn.Linear) or reads_on:
         raise ValueError(
             f"{what} needs a classifier with blocks in an encoder, a pooler and a linear head, as "
             f"BertForSequenceClassification; {type(model).__name__} is none."
         )
     if head.out_features < 2:
         raise ValueError(f"{what} needs two classes or more; this {type(model).__name__} has one output, a score.")
+    if model.config.problem_type == "multi_label_classification":
+        raise ValueError(f"{what} needs one class for each row; this model gives each row any number of labels.")
     return Classifier(prefix, base.encoder, pooler, model.dropout.p, head)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softlms.methods.heads import BlockHead, classifier_of
+from softlms.origin import note_dense
 
 __all__ = ["keep_blocks", "put_head"]
 
@@ -30,6 +31,7 @@ def keep_blocks(model: PreTrainedModel, blocks: Sequence[int]) -> None:
     parts = classifier_of(model, "Removing blocks")
     if not blocks or sorted({*blocks}) != [*blocks] or not 0 <= blocks[0] <= blocks[-1] < parts.depth:
         raise ValueError(f"blocks are rising numbers from 0 to {parts.depth - 1}, one or more; got {[*blocks]}.")
+    note_dense(model)  # what was removed shows in the totals
     parts.encoder.layer = nn.ModuleList(parts.encoder.layer[block] for block in blocks)
     for place, block in enumerate(parts.encoder.layer):
         for module in block.modules():

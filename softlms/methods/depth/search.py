@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
+from softlms.data.inputs import prepared
 from softlms.distillation import DistillingTrainer
-from softlms.methods.depth.loss import depth_loss
+from softlms.methods.depth.loss import depth_loss, weigh
 from softlms.methods.heads import BlockHead, classifier_of
 
-__all__ = ["Deep", "DepthTrainer"]
+__all__ = ["Deep", "DepthTrainer", "Mixed"]
 
 
 class Deep(nn.Module):
@@ -46,21 +48,71 @@ class Deep(nn.Module):
         return torch.stack([head(state[:, 0]) for head, state in zip(self.heads, states, strict=True)], dim=1)
 
 
+class Mixed(nn.Module):
+    """The model before the cut: its answer is z, what all heads say together.
+
+    Parameters
+    ----------
+    deep : Deep
+    """
+
+    def __init__(self, deep: Deep) -> None:
+        super().__init__()
+        self.deep, self.config = deep, deep.config
+
+    @property
+    def device(self) -> torch.device:
+        """Of its weights."""
+        return self.deep.w.device
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        """z as logits, shape (B, C)."""
+        logs = self.deep(input_ids, attention_mask, token_type_ids).log_softmax(-1)
+        return SequenceClassifierOutput(logits=weigh(self.deep.w, logs))
+
+
 class DepthTrainer(DistillingTrainer):
     """Trains a `Deep` on its depth loss; distillation moves the target towards the dense model's probabilities.
 
     Parameters
     ----------
+    model : Deep
+    whole : PreTrainedModel
+        The model inside it, which says how rows are padded.
     beta, gamma : float
         See `softlms.methods.depth.loss.depth_loss`.
+    depth_learning_rate : float
+        Of w, without weight decay.
     **kwargs
         As for `DistillingTrainer`.
     """
 
-    def __init__(self, model: Deep, *, beta: float, gamma: float, **kwargs: Any) -> None:
-        self.beta, self.gamma = beta, gamma
-        kwargs["args"].label_names = ["labels"]  # forward takes none
+    def __init__(
+        self,
+        model: Deep,
+        *,
+        whole: PreTrainedModel,
+        beta: float,
+        gamma: float,
+        depth_learning_rate: float,
+        **kwargs: Any,
+    ) -> None:
+        self.whole, self.beta, self.gamma, self.depth_learning_rate = whole, beta, gamma, depth_learning_rate
         super().__init__(model, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or the optimizer in `args`), with w in its own group."""
+        if self.optimizer is None:
+            optimizer, w = super().create_optimizer(model), self.model.w
+            for group in optimizer.param_groups:
+                group["params"] = [values for values in group["params"] if values is not w]
+            optimizer.add_param_group({"params": [w], "lr": self.depth_learning_rate, "weight_decay": 0.0})
+        return self.optimizer
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return prepared(self.whole, super()._prepare_inputs(inputs))
 
     def compute_loss(
         self,
@@ -72,6 +124,8 @@ class DepthTrainer(DistillingTrainer):
         """The depth loss of a batch."""
         weight = self._weight(inputs) if model.training else 1.0
         taught, labels = inputs.pop("teacher_logits", None), inputs.pop("labels")
+        if self.distillation and self.teacher is not None:
+            taught = self._taught(self.teacher, inputs)
         logits = model(**inputs).float()
         target = F.one_hot(labels, logits.shape[-1]).to(logits)
         if self.distillation:

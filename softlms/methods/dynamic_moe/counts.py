@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,7 +17,7 @@ from softlms.measure import interleaved
 from softlms.methods.dynamic_moe.experts import Experts
 from softlms.methods.dynamic_moe.surgery import experts_of
 
-__all__ = ["entering", "ran_by_token", "time_experts"]
+__all__ = ["entering", "executed", "measure_crossover", "ran_by_token", "time_experts"]
 
 
 @contextmanager
@@ -32,6 +33,37 @@ def entering(every: Mapping[str, Experts]) -> Iterator[dict[str, Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def executed(model: PreTrainedModel) -> float:
+    """FLOPs of the feed-forwards since `set_threshold`, routers included, as a share of those of dense ones."""
+    ran, dense = zip(*(experts.flops() for experts in experts_of(model).values()), strict=True)
+    return sum(ran) / sum(dense)
+
+
+@torch.no_grad()
+def measure_crossover(experts: Experts, x: Tensor, rounds: int = 3) -> float:
+    """The share of the experts up to which gathering their tokens is faster here than computing and masking all.
+
+    Parameters
+    ----------
+    experts : Experts
+    x : Tensor
+        States that enter, shape (N, d); as many as in a usual batch.
+    rounds : int
+    """
+    inside = x if experts.before is None else experts.before(x)
+    generator = torch.Generator(device=x.device).manual_seed(0)
+    draws = torch.rand(len(x), len(experts.U), generator=generator, device=x.device)
+    fastest = 0.0
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+        runs = draws < share
+        calls = {"gathered": partial(experts._gathered, inside, runs), "masked": partial(experts._masked, inside, runs)}
+        seconds = {name: median(taken) for name, taken in interleaved(calls, rounds, warm_up=1).items()}
+        if seconds["gathered"] >= seconds["masked"]:
+            break
+        fastest = share
+    return fastest
 
 
 @torch.no_grad()

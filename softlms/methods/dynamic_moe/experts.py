@@ -64,16 +64,16 @@ class Experts(Replacement):
         Its name in transformers.
     dropout : float
         Behind the experts, where the replaced module has it.
+    grouped_below : float
+        Share of the experts below which the tokens of each are gathered; above, all are computed and those that do not
+        run are masked. Both give the same; see `softlms.methods.dynamic_moe.counts.measure_crossover`.
     tau : float
     top : int, optional
 
     Attributes
     ----------
     ran, tokens : int
-        Experts that ran, and tokens, since `start_counting`.
-    grouped_below : float
-        Share of the experts below which the tokens of each are gathered; above, all are computed and those that do not
-        run are masked. Both give the same.
+        Experts that ran, and tokens with padding, since `start_counting`.
 
     Notes
     -----
@@ -97,6 +97,7 @@ class Experts(Replacement):
         leaving_bias: bool = True,
         activation: str = "relu",
         dropout: float = 0.0,
+        grouped_below: float = 0.5,
         tau: float = 1.0,
         top: int | None = None,
     ) -> None:
@@ -104,7 +105,7 @@ class Experts(Replacement):
         before, behind = inner
         into, out = before or size, behind or size
         self.size, self.inner, self.activation_name, self.gated = size, (before, behind), activation, gated
-        self.tau, self.top, self.grouped_below, self.trained = tau, top, 0.5, trained
+        self.tau, self.top, self.grouped_below, self.trained = tau, top, grouped_below, trained
         self.router = Router(size, experts, hidden, signed=signed)
         self.before = None if before is None else nn.Linear(size, before, bias=False)
         self.behind = None if behind is None else nn.Linear(behind, size, bias=False)
@@ -125,6 +126,7 @@ class Experts(Replacement):
             "size": self.size,
             "inner": list(self.inner),
             "hidden": self.router.enter.out_features,
+            "grouped_below": self.grouped_below,
             "signed": self.router.signed,
             "trained": self.trained,
             "gated": self.gated,
@@ -150,6 +152,15 @@ class Experts(Replacement):
     def share(self) -> float:
         """Share of the experts that ran, mean over tokens; 1 before any."""
         return self.ran / (self.tokens * len(self.U)) if self.tokens else 1.0
+
+    def flops(self) -> tuple[float, float]:
+        """FLOPs of a token, mean since `start_counting`: as it ran, router included; and of a dense feed-forward."""
+        divided = sum(values.numel() for values in (self.U, self.G, self.V) if values is not None)
+        shared = sum(layer.weight.numel() for layer in (self.before, self.behind) if layer is not None)
+        routes = self.top is not None or self.tau < 1
+        router = sum(values.numel() for values in self.router.parameters()) if routes else 0
+        dense = (2 if self.G is None else 3) * self.size * self.U.shape[0] * self.U.shape[1]
+        return 2 * (self.share() * divided + shared + router), 2.0 * dense
 
     def chosen(self, x: Tensor) -> Tensor | None:
         """Which experts run, shape (N, E), of states (N, d); None if all do."""
@@ -200,19 +211,19 @@ class Experts(Replacement):
 
     def _gathered(self, inside: Tensor, runs: Tensor) -> Tensor:
         """Expert by expert: gather its tokens, two thin products, add to their outputs."""
-        y = inside.new_zeros(len(inside), self.V.shape[-1])
+        y = torch.zeros(len(inside), self.V.shape[-1], dtype=self.V.dtype, device=inside.device)
         experts, tokens = runs.T.nonzero(as_tuple=True)
         parts = tokens.split(torch.bincount(experts, minlength=len(self.U)).tolist())
         for e, rows in enumerate(parts):
             if not len(rows):
                 continue
-            own = inside[rows]
+            own = inside[rows].to(self.U.dtype)
             h = own @ self.U[e].T if self.b is None else torch.addmm(self.b[e], own, self.U[e].T)
             if self.G is None:
                 h = self.act(h)
             else:
                 h = h * self.act(own @ self.G[e].T if self.g is None else torch.addmm(self.g[e], own, self.G[e].T))
-            y.index_add_(0, rows, h @ self.V[e])
+            y.index_add_(0, rows, (h @ self.V[e]).to(y.dtype))
         return y
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from softlms.methods.base import Config, Method, Work
+from softlms.methods.dynamic_moe.counts import measure_crossover
 from softlms.methods.dynamic_moe.experts import Experts, Passed
 from softlms.methods.dynamic_moe.routing import TARGETS, entering_states, train_routers
 from softlms.methods.dynamic_moe.split import SPLITS
@@ -15,6 +16,9 @@ from softlms.methods.dynamic_moe.surgery import put_experts, set_threshold
 from softlms.utils.ranges import check_at_least_one, check_positive
 
 __all__ = ["METHODS", "ExpertsConfig"]
+
+
+ROWS = 1024  # tokens of a batch for which the way to run is measured
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class ExpertsConfig(Config):
     tau : float
         Of the model that is returned; see `softlms.methods.dynamic_moe.surgery.set_threshold`.
     top : int, optional
-        Instead of tau.
+        Instead of tau, which then stays 1.
     router_hidden : int
     router_tokens : int
         Tokens of the training rows, other than padding, on which routers learn.
@@ -65,8 +69,11 @@ class ExpertsConfig(Config):
             )
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau is a share, 0 to 1; got {self.tau!r}.")
-        if self.top is not None:
-            check_at_least_one(top=self.top)
+        if self.top is not None and (self.tau != 1 or not 1 <= self.top <= self.experts):
+            raise ValueError(
+                f"top is a number of experts, 1 to {self.experts}, and tau is left out beside it; "
+                f"got top={self.top!r}, tau={self.tau!r}."
+            )
         check_at_least_one(experts=self.experts, router_hidden=self.router_hidden, router_tokens=self.router_tokens)
         check_at_least_one(router_batch_size=self.router_batch_size)
         check_positive(router_epochs=self.router_epochs)
@@ -79,7 +86,8 @@ def apply(model: PreTrainedModel, config: ExpertsConfig, work: Work) -> dict[str
     Returns
     -------
     dict
-        "routers": the correlation of each block's router with what it learned; see `train_routers`.
+        "routers": the correlation of each block's router with what it learned; see `train_routers`. "grouped_below":
+        see `measure_crossover`.
     """
     work.note(f"splitting into {config.experts} experts a block")
     router: dict[str, Any] = {"hidden": config.router_hidden, "signed": config.target == "activation"}
@@ -96,8 +104,12 @@ def apply(model: PreTrainedModel, config: ExpertsConfig, work: Work) -> dict[str
         seed=work.seed,
         note=work.note,
     )
+    x = next(iter(states.values()))[:ROWS].to(model.dtype)
+    grouped_below = measure_crossover(next(iter(every.values())), x)
+    for experts in every.values():
+        experts.grouped_below = grouped_below
     set_threshold(model, config.tau if config.top is None else None, top=config.top)
-    return {"routers": known}
+    return {"routers": known, "grouped_below": grouped_below}
 
 
 METHODS = (

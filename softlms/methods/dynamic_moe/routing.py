@@ -122,8 +122,10 @@ def train_routers(
     found = {}
     for number, (name, module) in enumerate(experts.items()):
         x = states[name]
+        dtype = module.U.dtype
         with torch.no_grad():
-            goal = torch.cat([learned(module, part) for part in x.split(1024)])
+            goal = torch.cat([learned(module, part.to(dtype)).float() for part in x.split(1024)])
+        module.router.float()
         if not goal.isfinite().all():
             raise ValueError(f"{name}: an expert's output is not finite on the training rows: check the model.")
         torch.manual_seed(seed + number)
@@ -141,6 +143,7 @@ def train_routers(
         fit(module.router, loss, len(x), epochs=epochs, batch=batch, learning_rate=learning_rate, **options)
         with torch.no_grad():
             said = torch.cat([module.router(part) for part in x.split(1024)])
+        module.router.to(dtype)
         module.trained = True
         found[name] = torch.corrcoef(torch.stack([said.flatten(), goal.flatten()]))[0, 1].item()
     return found

@@ -114,8 +114,7 @@ def _split(model: PreTrainedModel, part: FeedForward, members: Tensor, router: d
         made.behind.weight.copy_(behind)
     if not part.leaves.startswith(f"{part.name}."):
         replace(model, part.leaves, Passed())
-    made.train(holder.training)
-    model.set_submodule(part.name, made)
+    replace(model, part.name, made)
     return made
 
 

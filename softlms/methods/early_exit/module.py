@@ -50,6 +50,7 @@ class ExitingEncoder(Attached):
         self.config, self.layer, self.exits = encoder.config, encoder.layer, exits
         self.gradient_checkpointing = getattr(encoder, "gradient_checkpointing", False)
         self.whole = type(encoder).forward
+        self.attached = False
         self.answers: Answers | None = None
         self.blocks: Tensor | None = None
 
@@ -70,19 +71,36 @@ class ExitingEncoder(Attached):
         return cls(dense, exits.to(first.device, first.dtype))
 
     def attach(self, model: Any) -> None:
-        """Have the model's own head give the answers of rows that left."""
-        model.classifier.register_forward_hook(self._answer)
+        """Have the model's own head give the answers of rows that left; a model without that head has no exits."""
+        head = getattr(model, "classifier", None)
+        if isinstance(head, nn.Linear) and head.out_features == self.exits.classes:
+            head.register_forward_hook(self._answer)
+            self.attached = True
 
     def forward(self, hidden_states: Tensor, *args: Any, exit_threshold: float | None = None, **options: Any) -> Any:
-        """As the encoder; ValueError for a threshold below 0, in training, or with the states of all blocks."""
-        self.answers = self.blocks = None
+        """As the encoder.
+
+        Raises
+        ------
+        ValueError
+            A threshold below 0, or one in training, with the states of all blocks, with an attention mask that is no
+            tensor, or in a model whose own head does not take the exits' answers.
+        """
+        lost, self.answers, self.blocks = self.answers, None, None
+        if lost is not None:
+            raise ValueError("The exits' answers were not taken: the model's classifier was replaced or wrapped.")
         if exit_threshold is None:
             return self.whole(self, hidden_states, *args, **options)
         check_threshold(exit_threshold)
+        if not self.attached:
+            raise ValueError("This model has exits, but not the head that gives their answers: load the classifier.")
         if self.training:
             raise ValueError("Rows leave early in evaluation alone: call model.eval(), or leave exit_threshold out.")
-        if args or options.get("output_hidden_states") or options.get("output_attentions"):
+        outputs = ("output_hidden_states", "output_attentions")
+        if args or any(options.get(name) or getattr(self.config, name, False) for name in outputs):
             raise ValueError("Rows that left early have no states behind: leave exit_threshold or these outputs out.")
+        if not isinstance(options.get("attention_mask"), Tensor | None):
+            raise ValueError("Rows leave early with masks that are tensors: load with attn_implementation='sdpa'.")
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self._until_sure(hidden_states, exit_threshold, options)
         )
@@ -160,8 +178,6 @@ def put_exits(model: PreTrainedModel, exits: Exits) -> ExitingEncoder:
 def check_exits(model: PreTrainedModel) -> Classifier:
     """The parts of a model that can get exits; ValueError where it cannot."""
     parts = classifier_of(model, WHO)
-    if isinstance(parts.encoder, ExitingEncoder):
-        raise ValueError("The model has exits already: start from the one without.")
     if parts.depth < 2:
         raise ValueError(f"{WHO} needs two blocks or more; the model has {parts.depth}.")
     return parts
@@ -197,5 +213,9 @@ def predict(model: PreTrainedModel, exit_threshold: float, **inputs: Tensor) -> 
     if not isinstance(encoder, ExitingEncoder):
         raise ValueError(f"This {type(model).__name__} has no exits: train them first, with the method ztw-exits.")
     logits = model(**inputs, exit_threshold=exit_threshold).logits
-    assert encoder.blocks is not None  # set by a pass with a threshold
-    return Prediction(logits, encoder.blocks)
+    blocks = encoder.blocks
+    assert blocks is not None  # set by a pass with a threshold
+    if encoder.answers is not None:
+        encoder.answers = None
+        raise ValueError("The exits' answers were not taken: the model's classifier was replaced or wrapped.")
+    return Prediction(logits, blocks)

@@ -44,10 +44,11 @@ def patient(said: np.ndarray, threshold: float) -> Left:
     return _first(sure, said)
 
 
+SHARES = np.concatenate([1 - np.logspace(0, -6, 150), [1.0]])  # sharp ensembles differ in the last digits
 # by name, each with the thresholds that trace its curve
 RULES: dict[str, tuple[Callable[[np.ndarray, float], Left], np.ndarray]] = {
-    "confidence": (confident, np.concatenate([1 - np.logspace(0, -4, 100), [1.0]])),
-    "entropy": (certain, np.concatenate([1 - np.logspace(0, -4, 100), [1.0]])),
+    "confidence": (confident, SHARES),
+    "entropy": (certain, SHARES),
     "patience": (patient, np.arange(0.0, 25.0)),
 }
 

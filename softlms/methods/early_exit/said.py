@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollator, PreTrainedModel
 
-from softlms.data.inputs import batches, in_eval_mode
+from softlms.data.inputs import in_eval_mode
 from softlms.methods.early_exit.module import ExitingEncoder
 from softlms.methods.early_exit.training import first_states
 
@@ -17,10 +17,8 @@ __all__ = ["said_by_all"]
 
 
 @torch.no_grad()
-def said_by_all(
-    model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the heads alone and of their ensembles, and last those of the model itself.
+def said_by_all(model: PreTrainedModel, rows: datasets.Dataset, collator: DataCollator, batch_size: int = 64) -> Tensor:
+    """Log-probabilities of the heads' ensembles (of the heads, where they stand alone), and last the model's own.
 
     Parameters
     ----------
@@ -33,8 +31,8 @@ def said_by_all(
 
     Returns
     -------
-    alone, together : Tensor
-        log p and log q, shape (N, L, C).
+    Tensor
+        Shape (N, L, C).
 
     Raises
     ------
@@ -46,7 +44,7 @@ def said_by_all(
         raise ValueError(f"This {type(model).__name__} has no exits.")
     states = first_states(model, encoder.layer, rows, collator, batch_size)
     with in_eval_mode(model):
-        own = torch.cat([model(**batch).logits for batch in batches(model, rows, collator, batch_size)])
-        logits, together = encoder.exits(states[:, :-1])
-    last = own.log_softmax(-1)[:, None]
-    return torch.cat([logits.log_softmax(-1), last], dim=1), torch.cat([together, last], dim=1)
+        whole: Any = model
+        own = whole.classifier(whole.base_model.pooler(states[:, -1:]))  # both read the first token alone
+        _, together = encoder.exits(states[:, :-1])
+    return torch.cat([together, own.log_softmax(-1)[:, None]], dim=1)

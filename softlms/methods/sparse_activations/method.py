@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softlms.data.inputs import token_mask
 from softlms.distillation import DistillingTrainer
 from softlms.methods.base import Config, Method, Work
 from softlms.methods.feed_forward import FeedForward, feed_forwards, name_activation, set_activation
@@ -72,7 +73,7 @@ class SparseTrainer(DistillingTrainer):
     Raises
     ------
     ValueError
-        Another family, or a block without its own feed-forward.
+        Another family, a block without its own feed-forward, or a setting that is unknown or out of range.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class SparseTrainer(DistillingTrainer):
         turn: float = 0.25,
         **kwargs: Any,
     ) -> None:
+        SparseConfig(penalty=penalty, penalty_weight=penalty_weight, ramp=ramp, turn=turn)  # checks them
         self.parts = feed_forwards(model, "Sparse activations")
         self.penalty, self.penalty_weight, self.ramp, self.turn = PENALTIES[penalty], penalty_weight, ramp, turn
         self.turning = [Turning(_activation(model, part)) for part in self.parts]
@@ -92,20 +94,23 @@ class SparseTrainer(DistillingTrainer):
         super().__init__(model, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; afterwards the activations are ReLU, also in the configuration."""
+        """As in Trainer; afterwards activations are ReLU, also in the configuration; after an error, the old ones."""
         hooks = []
         for part, activation in zip(self.parts, self.turning, strict=True):
             set_activation(self.model, part, activation)
             inner = self.model.get_submodule(part.leaves)
             hooks.append(inner.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0])))
+        trained = False
         try:
-            return super().train(*args, **kwargs)
+            outcome = super().train(*args, **kwargs)
+            trained = True
         finally:
             for hook in hooks:
                 hook.remove()
-            for part in self.parts:
-                set_activation(self.model, part, nn.ReLU())
-            name_activation(self.model, "relu")
+            for part, activation in zip(self.parts, self.turning, strict=True):
+                set_activation(self.model, part, nn.ReLU() if trained else activation.old)
+        name_activation(self.model, "relu")
+        return outcome
 
     def compute_loss(
         self,
@@ -119,12 +124,18 @@ class SparseTrainer(DistillingTrainer):
         for activation in self.turning:
             activation.s = min(1.0, done / self.turn) if self.turn else 1.0
         self.seen.clear()
+        mask = token_mask(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.seen:
             weight = self.penalty_weight * (min(1.0, done / self.ramp) if self.ramp else 1.0)
-            loss = loss + weight * torch.stack([self.penalty(seen) for seen in self.seen]).mean()
+            loss = loss + weight * torch.stack([self.penalty(_tokens(seen, mask)) for seen in self.seen]).mean()
         self.seen.clear()
         return (loss, outputs) if return_outputs else loss
+
+
+def _tokens(activations: Tensor, mask: Tensor | None) -> Tensor:
+    """Those of tokens other than padding."""
+    return activations if mask is None or mask.shape != activations.shape[:-1] else activations[mask]
 
 
 def _activation(model: PreTrainedModel, part: FeedForward) -> nn.Module:

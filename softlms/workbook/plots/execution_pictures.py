@@ -31,18 +31,21 @@ EXITS: dict[str, dict[str, Any]] = {
     "heads alone, patience": {"color": "#009E73", "ls": ":", "marker": "s", "ms": 3},
     "cascade without ensembles": {"color": "#CC79A7", "ls": "-."},
     "ensembles without cascade": {"color": "#56B4E9", "ls": "-."},
+    "Zero Time Waste, 50 % of the linears": {"color": "#000000", "ls": "--"},
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "dynamic-k": {"color": "#0072B2", "marker": "o"},
     "random experts": {"color": "#E69F00", "marker": "X"},
     "top-k (MoEfication)": {"color": "#D55E00", "marker": "v"},
     "dynamic-k, not sparsified": {"color": "#009E73", "marker": "D"},
+    "dynamic-k, 50 % of the linears": {"color": "#000000", "marker": "s"},
 }
 DEPTHS: dict[str, dict[str, Any]] = {
     "learned": {"color": "#0072B2", "marker": "o", "ls": ""},
     "learned, normalised": {"color": "#CC79A7", "marker": "X", "ls": ""},
     "first": {"color": "#D55E00", "marker": "v"},
     "most needed": {"color": "#009E73", "marker": "D"},
+    "learned, 50 % of the linears": {"color": "#000000", "marker": "s", "ls": ""},
 }
 
 
@@ -65,7 +68,7 @@ def plot_exits(rows: pd.DataFrame) -> Figure:
 
 
 def plot_experts(rows: pd.DataFrame) -> Figure:
-    """Score against the share of experts that ran: a column for each task.
+    """Score against the feed-forwards' FLOPs, routers included: a column for each task.
 
     Parameters
     ----------
@@ -76,10 +79,10 @@ def plot_experts(rows: pd.DataFrame) -> Figure:
         ["task", "split", "family", "threshold"], sort=False, as_index=False
     )
     return _columns(
-        means[["share", "value"]].mean().assign(share=lambda part: 100 * part.share),
-        "share",
+        means[["flops", "value"]].mean().assign(flops=lambda part: 100 * part.flops),
+        "flops",
         EXPERTS,
-        "experts that ran, mean over tokens (%)",
+        "FLOPs of the feed-forwards (%)",
         "Experts: score against what ran (mean over seeds)",
     )
 
@@ -112,6 +115,8 @@ def plot_depth(rows: pd.DataFrame) -> Figure:
 def _depth_family(variant: str) -> str:
     if variant.startswith("first"):
         return "first"
+    if "50 %" in variant:
+        return "learned, 50 % of the linears"
     return "most needed" if "most needed" in variant else variant if variant in DEPTHS else "learned"
 
 
@@ -161,8 +166,6 @@ def describe_point(curves: pd.DataFrame, task: str, family: str, threshold: floa
     """The score at a threshold, and what it costs; see `draw_curve`."""
     part, split = _means(curves, task, family, x)
     point = part[part.threshold == threshold]
-    if point.empty:
-        return f"{family} has no threshold of {threshold:g} on {task}."
     score, whole = 100 * point.value.iloc[0], 100 * part.sort_values(x).value.iloc[-1]
     return (
         f"{split} {leading_metric(task)} {score:.1f} at {point[x].iloc[0]:.2f} {x} "
@@ -188,7 +191,7 @@ def plot_exit_rows(rows: pd.DataFrame) -> Figure:
     fig, axes = figure(1, 1, width=PAGE, height=0.9 + 0.22 * len(rows))
     colours = ["#0072B2" if right else "#D55E00" for right in rows.right]
     axes.barh(range(len(rows)), rows.blocks, color=colours)
-    axes.set_yticks(range(len(rows)), [_short(text) for text in rows.text], fontsize=6)
+    axes.set_yticks(range(len(rows)), [_short(text) for text in rows.text], fontsize=6, parse_math=False)
     axes.invert_yaxis()
     axes.set(xlabel="blocks that ran", xlim=(0, rows.depth.iloc[0]))
     for label, colour in (("right", "#0072B2"), ("wrong", "#D55E00")):
@@ -196,6 +199,9 @@ def plot_exit_rows(rows: pd.DataFrame) -> Figure:
     fig.legend(loc="outside lower center", ncols=2)
     fig.suptitle(f"Where rows left, with a threshold of {rows.threshold.iloc[0]:g}")
     return fig
+
+
+WIDE = 72  # of a line of tokens
 
 
 def _short(text: str, most: int = 80) -> str:
@@ -216,14 +222,17 @@ def plot_token_experts(rows: pd.DataFrame) -> Figure:
     most, least = rows.ran.max(), rows.ran.min()
     for line, number in enumerate(numbers):
         x = 0.0
-        for token in rows[rows.row == number].itertuples():
+        for token in rows[rows.row == number].fillna({"token": "nan"}).itertuples():  # CSV reads such a word as none
             wide = 0.55 * len(token.token) + 0.5
+            if x + wide > WIDE:
+                break
             shade = (token.ran - least) / max(1e-9, most - least)
             ax.add_patch(_box(x, line, wide, shades(shade)))
             colour = "white" if shade < 0.6 else "black"
-            ax.text(x + wide / 2, line + 0.4, token.token, ha="center", va="center", fontsize=6, color=colour)
+            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6, "parse_math": False}
+            ax.text(x + wide / 2, line + 0.4, token.token, color=colour, **style)
             x += wide
-    ax.set(xlim=(0, 72), ylim=(len(numbers), 0), xticks=[], yticks=[])
+    ax.set(xlim=(0, WIDE), ylim=(len(numbers), 0), xticks=[], yticks=[])
     ax.grid(visible=False)
     scale = fig.colorbar(_scale(shades, least, most), ax=ax, location="bottom", shrink=0.5, pad=0.02)
     scale.set_label(f"experts that ran, of {rows.experts.iloc[0]} (mean over blocks)")

@@ -107,7 +107,7 @@ def speed_explorer(table: pd.DataFrame) -> widgets.VBox:
 
 
 def curve_explorer(curves: pd.DataFrame, x: str) -> widgets.VBox:
-    """A slider over thresholds: the score, and what it costs.
+    """A slider over a method's thresholds, from its first to its last: the score, and what it costs.
 
     Parameters
     ----------
@@ -117,24 +117,21 @@ def curve_explorer(curves: pd.DataFrame, x: str) -> widgets.VBox:
         What it costs: "blocks", or "share".
     """
 
-    def draw(task: str, family: str, threshold: float) -> tuple[str, Figure | None]:
-        said = describe_point(curves, task, family, threshold, x)
-        if "no threshold" in said:
-            return said, None
+    def draw(task: str, family: str, place: float) -> tuple[str, Figure | None]:
+        known = sorted(curves[(curves.task == task) & (curves.family == family)].threshold.unique())
+        if not known:
+            return f"{family} was not run on {task}.", None
+        threshold = known[round(place * (len(known) - 1))]
+        said = f"threshold {threshold:.6g}: {describe_point(curves, task, family, threshold, x)}"
         fig, ax = figure(height=2.8)
         draw_curve(ax, curves, task, family, threshold, x)
         return said, fig
 
-    thresholds = sorted(curves.threshold.unique())
     return _explorer(
         draw,
         task=widgets.Dropdown(options=list(curves.task.unique()), description="task"),
         family=widgets.Dropdown(options=list(curves.family.unique()), description="method"),
-        threshold=widgets.SelectionSlider(
-            options=[(f"{threshold:.4g}", threshold) for threshold in thresholds],
-            value=thresholds[-1],
-            description="threshold",
-        ),
+        place=widgets.FloatSlider(1.0, min=0, max=1, step=0.01, description="threshold", readout=False),
     )
 
 
