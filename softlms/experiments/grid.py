@@ -88,12 +88,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Pass:
-    """Methods at budgets, on all of the grid's tasks; untuned if not `recover`; at all of the grid's seeds or these."""
+    """Methods at budgets, on all of the grid's tasks; untuned if not `recover`; at all of the grid's seeds or these.
+
+    `changes` are to the grid's recipe, applied last.
+    """
 
     methods: tuple[str, ...]
     keeps: tuple[float, ...]
     recover: bool = True
     seeds: tuple[int, ...] | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,9 @@ class Grid:
                         recipe = self.recipe.changed(**setting.changes, keep=keep)
                         recipe = recipe if one.recover else recipe.changed(epochs=0, distillation=0.0)
                         yield [
-                            Job(benches[task], method, recipe.changed(**self._own(method, setting)), seed)
+                            Job(
+                                benches[task], method, recipe.changed(**self._own(method, setting), **one.changes), seed
+                            )
                             for method in ("dense", *one.methods)
                         ]
 
@@ -216,7 +222,9 @@ GRIDS = {
             Pass(OTHERS, (0.5,)),
             Pass(UNTUNED, (0.5, 0.35, 0.75), recover=False),
             Pass(OTHERS, (0.35, 0.75)),
-            Pass(CLIFF, (0.5, 0.35, 0.75)),
+            Pass(CLIFF, (0.5, 0.35)),
+            # layers that it leaves whole at three quarters cannot be cut to one half afterwards
+            Pass(CLIFF, (0.75,), changes={"further_keeps": ()}),
         ),
         TUNED,
     ),

@@ -173,7 +173,12 @@ LANGUAGE_LAPTOP = Grid(
         ),
     },
     (0, 1, 2),
-    (Pass(LANGUAGE_METHODS, (0.5,)), Pass(LANGUAGE_METHODS, (0.35, 0.75)), Pass(CLIFF, (0.5, 0.35, 0.75))),
+    (
+        Pass(LANGUAGE_METHODS, (0.5,)),
+        Pass(LANGUAGE_METHODS, (0.35, 0.75)),
+        Pass(CLIFF, (0.5, 0.35)),
+        Pass(CLIFF, (0.75,), changes={"further_keeps": ()}),  # whole layers cannot be cut afterwards
+    ),
     {**TUNED, "whitened+mask": {"static_learning_rate": 1e-4}},
 )
 

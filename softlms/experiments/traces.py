@@ -27,7 +27,7 @@ __all__ = ["TAUS", "TracedBench"]
 
 TAUS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
 TOPS = 12  # numbers of experts that are tried, evenly spread
-EXIT_TAUS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # at which exits are timed
+EXIT_TAUS = (0.7, 0.8, 0.9, 0.95, 0.99)  # at which exits are timed
 DIGITS = 6
 SHOWN = 8  # rows in pictures, and in a batch that is timed
 TOKENS = 128  # of a row in a batch that is timed
@@ -66,13 +66,13 @@ class TracedBench(Bench):
     def _exit_times(self, model: PreTrainedModel) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for rows in (1, SHOWN):
-            batches = [self._batch(model, range(first, first + rows)) for first in range(0, 4 * SHOWN, rows)]
+            batches = [self._batch(model, range(first, first + rows)) for first in range(0, 2 * SHOWN, rows)]
             for tau in EXIT_TAUS:
                 early = partial(predict, model, tau)
                 with in_eval_mode(model), torch.no_grad():
                     blocks = torch.cat([early(**batch).blocks for batch in batches]).float().mean()
                     calls = {"seconds": partial(_run, early, batches), "whole": partial(_run, model, batches)}
-                    seconds = interleaved(calls, rounds=5)
+                    seconds = interleaved(calls, rounds=3, warm_up=1)
                 times = {name: median(taken) / len(batches) for name, taken in seconds.items()}
                 found.append({"rows": rows, "threshold": tau, "blocks": blocks.item(), **times})
         return found

@@ -109,6 +109,7 @@ def plot_depth(rows: pd.DataFrame) -> Figure:
     for ax, task in zip(fig.axes, rows.task.unique(), strict=False):
         of_task = whole[whole.task == task]
         ax.axhline(100 * of_task[of_task.split == of_task.split.max()].value.mean(), color="black", lw=1)
+        ax.set_title(f"{task} (black: the whole model)")
     return fig
 
 
