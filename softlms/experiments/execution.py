@@ -236,11 +236,7 @@ def expert_curves(rows: pd.DataFrame) -> pd.DataFrame:
         for point in row.experts:
             for split, scores in point["scores"].items():
                 line = {"task": row.task, "keep": row.keep, "variant": row.variant, "seed": row.seed, "split": split}
-                line |= {
-                    "threshold": point.get("tau", point.get("top")),
-                    "share": point["share"],
-                    "seconds": point["seconds"],
-                }
-                line |= {"all": point["all"]}
+                line |= {"threshold": point.get("tau", point.get("top"))}
+                line |= {name: point[name] for name in ("share", "flops", "seconds", "all")}
                 lines.append(line | {"value": scores[leading_metric(row.task)]})
     return pd.DataFrame(lines)
