@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,14 @@ def serve(backbone: Encoder, benches: Mapping[str, Bench], adapters: Mapping[str
     from peft import PeftModel
 
     served: Any = None
-    for task, folder in adapters.items():
-        if served is None:
-            served = PeftModel.from_pretrained(backbone.for_task(benches[task].data.task), folder, adapter_name=task)
-        else:
-            served.load_adapter(folder, adapter_name=task)
+    with warnings.catch_warnings():  # PEFT asks transformers for an older name of gradient checkpointing
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        for task, folder in adapters.items():
+            if served is None:
+                model = backbone.for_task(benches[task].data.task)
+                served = PeftModel.from_pretrained(model, folder, adapter_name=task)
+            else:
+                served.load_adapter(folder, adapter_name=task)
     scores = {}
     for task in adapters:
         served.set_adapter(task)
