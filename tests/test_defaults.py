@@ -35,7 +35,7 @@ def test_there_is_one_set_of_defaults():
         {f.name: f.default for f in dataclasses.fields(of) if f.default is not dataclasses.MISSING}
         for of in (Recipe, Compression, *dict.fromkeys(configs))
     ]
-    assert all({"keep", "epochs", "times"} & settings.keys() for settings in known)
+    assert all({"keep", "epochs", "times", "exit_epochs", "router_epochs"} & settings.keys() for settings in known)
     for settings in known:
         for others in known:
             assert all(settings[name] == others[name] for name in settings.keys() & others.keys())

@@ -177,7 +177,10 @@ def test_a_real_model_stands_beside_the_profiles_own(folder, tmp_path, monkeypat
     assert book.name == "07_smollm2"
     dense, cut = (book.bench.run(m, book.profile.grid.recipe, 0).result for m in ("dense", "whitened+uniform"))
     assert dense["steps"] == 0 and cut["kept_linear"] <= 0.5 and cut["steps"] > 0
-    for changes, known in (({"profile": "quick"}, "none"), ({"beside": "other"}, "smollm2")):
+    for changes, known in (
+        ({"profile": "quick"}, "none"),
+        ({"beside": "other"}, "smollm2, smollm2-1024, smollm2-2048"),
+    ):
         with pytest.raises(ValueError, match=rf"has no llama model .* beside its own; it has: {known}\."):
             open_language_book("07", "llama", **options | changes)
     with pytest.raises(ValueError, match="other_text 'elsewhere' is for a model beside"):

@@ -15,7 +15,7 @@ from softlms.experiments.execution import (
 )
 from softlms.experiments.grid import Setting
 from softlms.experiments.recipe import Recipe
-from softlms.experiments.traces import TAUS, TracedBench
+from softlms.experiments.traces import QuickBench, TracedBench, traced
 from softlms.experiments.variants import Comparison, Variant, run_comparison
 from softlms.methods.chain import parse
 
@@ -23,24 +23,24 @@ RECIPE = Recipe(dense_epochs=1, epochs=0, distillation=0.0)
 
 
 @pytest.fixture
-def traced(bench):
+def bench_of_traces(bench):
     return TracedBench(bench.encoder, bench.data, bench.folder, bench.max_length, note=lambda line: None)
 
 
-def compare(traced, variants, facts):
+def compare(bench, variants, facts):
     one = Comparison("tiny", "", "", RECIPE, {"docpairs": Setting()}, (1.0,), (0, 1), variants, facts)
-    return run_comparison(one, {"docpairs": traced}, note=lambda line: None)
+    return run_comparison(one, {"docpairs": bench}, note=lambda line: None)
 
 
-def test_its_dense_models_are_those_of_a_plain_bench(bench, traced):
-    dense = traced.run("dense", RECIPE, 0)
+def test_its_dense_models_are_those_of_a_plain_bench(bench, bench_of_traces):
+    dense = bench_of_traces.run("dense", RECIPE, 0)
     assert bench.stored("dense", RECIPE, 0) is not None and dense.model == bench.run("dense", RECIPE, 0).model
-    assert traced.folder_of("svd+uniform", RECIPE, 0) != bench.folder_of("svd+uniform", RECIPE, 0)
+    assert bench_of_traces.folder_of("svd+uniform", RECIPE, 0) != bench.folder_of("svd+uniform", RECIPE, 0)
 
 
-def test_exits_are_traced(traced):
+def test_exits_are_traced(bench_of_traces):
     variants = {"Zero Time Waste": Variant("ztw-exits"), "heads alone": Variant("sdn-exits")}
-    rows = compare(traced, variants, ("exits",))
+    rows = compare(bench_of_traces, variants, ("exits",))
     curves = exit_curves(rows)
     assert set(curves.rule) == {"confidence", "entropy", "patience"} and set(curves.depth) == {2}
     whole = rows[(rows.variant == "dense") & (rows.metric == "f1")].groupby(["seed", "split"]).value.first()
@@ -59,19 +59,19 @@ def test_exits_are_traced(traced):
     assert all(1 <= point["blocks"] <= 2 for point in times)
 
 
-def test_experts_are_traced(traced):
+def test_experts_are_traced(bench_of_traces):
     settings = {"experts": 8, "router_tokens": 200, "router_epochs": 1}
     variants = {
         "dynamic-k": Variant("experts", {"settings": {"experts": settings}}),
         "top-k": Variant("moefication", {"settings": {"moefication": settings}}),
     }
-    rows = compare(traced, variants, ("experts", "tokens"))
+    rows = compare(bench_of_traces, variants, ("experts", "tokens"))
     curves = expert_curves(rows)
     whole = rows[(rows.variant == "dense") & (rows.metric == "f1")].groupby(["seed", "split"]).value.first()
     for (name, seed, split), part in curves.groupby(["variant", "seed", "split"]):
         assert part.share.is_monotonic_increasing and part.share.iloc[-1] == 1
         assert part.value.iloc[-1] == pytest.approx(whole[seed, split])
-        assert list(part.threshold) == (list(TAUS) if name == "dynamic-k" else [1, 2, 3, 4, 5, 6, 7, 8])
+        assert list(part.threshold) == (list(TracedBench.taus) if name == "dynamic-k" else [1, 2, 3, 4, 5, 6, 7, 8])
         assert (part.seconds > 0).all() and (part["all"] > 0).all()
         assert part.flops.is_monotonic_increasing or name == "dynamic-k"  # its router runs unless all experts do
     tokens = pd.DataFrame(rows.tokens.dropna().iloc[0])
@@ -107,3 +107,8 @@ def test_a_score_between_two_points_is_paired_over_seeds():
     found = at(pd.DataFrame(lines), "blocks", 2, [("one", "other"), ("one", "absent")])
     assert len(found) == 1 and found["mean"].iloc[0] == pytest.approx(10)
     assert found.other_mean.iloc[0] == pytest.approx(61) and np.isclose(found.low95, found.high95).all()
+
+
+def test_quick_traces_fewer_thresholds():
+    assert traced("quick") is QuickBench and traced("laptop") is TracedBench
+    assert {*QuickBench.taus} < {*TracedBench.taus} and QuickBench.taus[-1] == 1  # all experts are always there

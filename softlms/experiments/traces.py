@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,11 +23,8 @@ from softlms.methods.dynamic_moe.surgery import experts_of, set_threshold
 from softlms.methods.early_exit.module import ExitingEncoder, predict
 from softlms.methods.early_exit.said import said_by_all
 
-__all__ = ["TAUS", "TracedBench"]
+__all__ = ["QuickBench", "TracedBench", "traced"]
 
-TAUS = (0.0, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-TOPS = 8  # numbers of experts that are tried, evenly spread
-EXIT_TAUS = (0.7, 0.8, 0.9, 0.95, 0.99)  # at which exits are timed
 DIGITS = 6
 SHOWN = 8  # rows in pictures, and in a batch that is timed
 TOKENS = 128  # of a row in a batch that is timed
@@ -44,6 +41,10 @@ class TracedBench(Bench):
     tokens, and of "all" experts. "tokens" are those of the first rows of dev, with the number of experts that each
     "ran" at the threshold nearest to 40 % of them.
     """
+
+    taus: ClassVar[tuple[float, ...]] = (0.0, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+    tops: ClassVar[int] = 8  # numbers of experts that are tried, evenly spread
+    exit_taus: ClassVar[tuple[float, ...]] = (0.7, 0.8, 0.9, 0.95, 0.99)  # at which exits are timed
 
     @cached_property
     def plain(self) -> Bench:
@@ -67,7 +68,7 @@ class TracedBench(Bench):
         found: list[dict[str, Any]] = []
         for rows in (1, SHOWN):
             batches = [self._batch(model, range(first, first + rows)) for first in range(0, 2 * SHOWN, rows)]
-            for tau in EXIT_TAUS:
+            for tau in self.exit_taus:
                 early = partial(predict, model, tau)
                 with in_eval_mode(model), torch.no_grad():
                     blocks = torch.cat([early(**batch).blocks for batch in batches]).float().mean()
@@ -83,7 +84,7 @@ class TracedBench(Bench):
         before = {"tau": first.tau} if first.top is None else {"top": first.top}
         timed = self._long_batch(model)
         points: list[dict[str, Any]] = []
-        for setting in _settings(first):
+        for setting in self._settings(first):
             set_threshold(model, **setting)
             scores = self.scores(model, ("dev",))
             shares, flops = [experts.share() for experts in every.values()], executed(model)
@@ -96,6 +97,13 @@ class TracedBench(Bench):
             )
         set_threshold(model, **before)
         return points
+
+    def _settings(self, experts: Experts) -> list[dict[str, Any]]:
+        """Thresholds that trace a curve: a signed router's numbers are no norms, only their order says something."""
+        if not experts.router.signed:
+            return [{"tau": tau} for tau in self.taus]
+        tops = {max(1, round(len(experts.U) * part / self.tops)) for part in range(1, self.tops + 1)}
+        return [{"top": top} for top in sorted(tops)]
 
     def _tokens(self, model: PreTrainedModel, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
         every = experts_of(model)
@@ -138,9 +146,14 @@ def _run(call: Callable[..., Any], batches: Iterable[dict[str, Tensor]]) -> None
         call(**batch)
 
 
-def _settings(experts: Experts) -> list[dict[str, Any]]:
-    """Thresholds that trace a curve: a signed router's numbers are no norms, only their order says something."""
-    if not experts.router.signed:
-        return [{"tau": tau} for tau in TAUS]
-    tops = {max(1, round(len(experts.U) * part / TOPS)) for part in range(1, TOPS + 1)}
-    return [{"top": top} for top in sorted(tops)]
+class QuickBench(TracedBench):
+    """With few thresholds, for profile quick."""
+
+    taus = (0.0, 0.8, 1.0)
+    tops = 3
+    exit_taus = (0.9,)
+
+
+def traced(profile: str) -> type[TracedBench]:
+    """The bench of a profile."""
+    return QuickBench if profile == "quick" else TracedBench
