@@ -275,3 +275,24 @@ def test_lines_of_prose_are_short():
         long = [line for line in prose if len(line) > 120 and not line.startswith(("|", "!", "$"))]
         assert not long, (path.name, long)
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 170
+
+
+def test_docstrings_are_read_as_they_are_written():
+    """Sphinx takes |name| for a substitution, and fails where there is none."""
+    for path in (ROOT / "softlms").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                plain = re.sub(r"``.*?``|`[^`]*`", "", ast.get_docstring(node) or "", flags=re.DOTALL)
+                assert not re.search(r"(?<![\w|])\|(?=[^\s|])", plain), (path.name, node.name)
+
+
+def test_formulas_of_pages_are_known():
+    """The site writes them as MathML, by docutils, which does not know all of LaTeX."""
+    convert = pytest.importorskip("docutils.utils.math.latex2mathml").tex2mathml
+    found = 0
+    for path in (ROOT / "docs").rglob("*.md"):
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text("utf-8"), flags=re.DOTALL)
+        for formula in re.findall(r"\$\$(.+?)\$\$", text, flags=re.DOTALL):
+            assert convert(formula.strip(), as_block=True), path.name
+            found += 1
+    assert found > 3

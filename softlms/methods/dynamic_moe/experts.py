@@ -18,7 +18,7 @@ __all__ = ["Experts", "Passed", "Router"]
 
 
 class Router(nn.Module):
-    """R = |W_2 relu(W_1 x)|: how much each expert's output matters, shape (..., E), of states (..., d).
+    """R, the size of W_2 relu(W_1 x): how much each expert's output matters, shape (..., E), of states (..., d).
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ class Experts(Replacement):
         return self.dropout(y).reshape(hidden_states.shape)
 
     def outputs(self, x: Tensor) -> Tensor:
-        """|E_e(x)|, the norm of each expert's output, shape (N, E), of states (N, d)."""
+        """The norm of each expert's output, shape (N, E), of states (N, d)."""
         inside = x if self.before is None else self.before(x)
         h = self._neurons(inside).reshape(len(x), *self.U.shape[:2])
         V = self.V if self.behind is None else self.V @ self.behind.weight.T

@@ -57,7 +57,7 @@ def latent_size(words: int, size: int, times: float) -> int:
 
 
 def direction_loss(rows: Tensor, decoded: Tensor, exponent: float) -> Tensor:
-    """Mean over rows of .1995 (1 - cos(e, e')) + .0025 mean_j (|e_j - e'_j| + 1e-10)^exponent.
+    """Mean over rows of .1995 (1 - cos(e, e')) + .0025 mean_j (abs(e_j - e'_j) + 1e-10)^exponent.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ SMALLEST = 1e-15
 
 
 def hoyer(activations: Tensor) -> Tensor:
-    """Mean over tokens of |h|_1^2 / |h|_2^2: how many of h's numbers count, between 1 and their number.
+    """Mean over tokens of ||h||_1^2 / ||h||_2^2: how many of h's numbers count, between 1 and their number.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def hoyer(activations: Tensor) -> Tensor:
 
 
 def l1(activations: Tensor) -> Tensor:
-    """Mean over tokens of |h|_1, of activations (..., m); the authors' penalty for BERT."""
+    """Mean over tokens of ||h||_1, of activations (..., m); the authors' penalty for BERT."""
     return activations.float().abs().sum(-1).mean()
 
 
