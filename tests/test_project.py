@@ -281,8 +281,8 @@ def test_docstrings_are_read_as_they_are_written():
     """Sphinx takes |name| for a substitution, and fails where there is none."""
     for path in (ROOT / "softlms").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                plain = re.sub(r"``.*?``|`[^`]*`", "", ast.get_docstring(node) or "", flags=re.DOTALL)
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                plain = re.sub(r"``.*?``|`[^`]*`|::\n\n( .*\n|\n)+", "", ast.get_docstring(node) or "", flags=re.DOTALL)
                 assert not re.search(r"(?<![\w|])\|(?=[^\s|])", plain), (path.name, node.name)
 
 
