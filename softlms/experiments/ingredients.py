@@ -11,7 +11,7 @@ from softlms.experiments.variants import Comparison, Variant
 __all__ = ["INGREDIENTS", "WHOLE"]
 
 WHOLE, CHOICE = "learned from the choice", "the choice alone, nothing learned"
-BARE = "both of these"
+BARE = "start at 0, and layers weigh alike"
 
 
 def _learned(**settings: Any) -> Variant:
@@ -49,7 +49,7 @@ INGREDIENTS = {
         LAPTOP,
         name="quick",
         data="embedded",
-        recipe=GRIDS["quick"].recipe,
+        recipe=GRIDS["quick"].recipe.changed(further_keeps=()),
         tasks=GRIDS["quick"].tasks,
         keeps=(0.5,),
         seeds=(0, 1),

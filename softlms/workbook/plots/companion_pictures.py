@@ -204,7 +204,7 @@ def plot_differences(rows: pd.DataFrame) -> Figure:
         ax.axvline(0, color="black", lw=1)
         ax.set(title=f"{rows.task.iloc[0]}, {100 * keep:.0f} % kept", xlabel=f"difference in {metric} (points)")
         ax.set_yticks(range(len(names)), names)
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     fig.suptitle(f"Against “{rows.other.iloc[0]}” (mean and 95 % interval, paired over seeds)")
     return fig
